@@ -1,0 +1,131 @@
+"""The `nfnet` command."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nfnet_flax.config import ConfigError
+
+EXIT_DONE = 0
+"""The run reached its last step."""
+EXIT_BAD_INPUT = 2
+"""A recipe, an option or a folder is wrong; the message says what to change."""
+EXIT_DIVERGED = 3
+"""The loss is not finite; repeating the run would end alike."""
+EXIT_STOPPED = 75
+"""SIGTERM or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
+
+_USAGE = """usage: nfnet COMMAND ...
+
+  nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
+  nfnet train RECIPE.py --help                              every field of the recipe
+  nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
+  nfnet models                                              the named networks
+
+exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped and saved (run the same command again)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "models": _models}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+    if argv[0] not in commands:
+        print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        return commands[argv[0]](argv[1:])
+    except ConfigError as error:
+        print(f"nfnet: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _train(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
+        return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
+    from nfnet_flax.recipe import Recipe, load_recipe
+
+    recipe_path, *options = argv
+
+    @dataclasses.dataclass(frozen=True)
+    class TrainOptions:
+        workdir: Path
+        """Folder of the run: made, or continued."""
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=lambda: load_recipe(recipe_path)
+        )
+
+    load_recipe(recipe_path)  # its errors before those of the options
+    chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
+
+    from nfnet_flax.training.loop import TrainingDiverged, train
+
+    try:
+        result = train(chosen.recipe, chosen.workdir)
+    except TrainingDiverged as error:
+        print(f"nfnet: diverged: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    if not result.finished:
+        print(f"stopped at step {result.step} of {result.num_steps}; run the same command again to continue")
+        return EXIT_STOPPED
+    print(f"finished: {result.num_steps} steps")
+    _print_accuracy(result.metrics)
+    print(f"checkpoints: {chosen.workdir / 'checkpoints'} (newest), {chosen.workdir / 'best'} (best)")
+    print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
+    return EXIT_DONE
+
+
+def _eval(argv: list[str]) -> int:
+    @dataclasses.dataclass(frozen=True)
+    class EvalOptions:
+        workdir: Path
+        """Folder of the run."""
+
+    options = tyro.cli(
+        EvalOptions, args=argv, prog="nfnet eval", description="Evaluate the newest checkpoint of a run."
+    )
+    from nfnet_flax.training.run import evaluate
+
+    metrics = evaluate(options.workdir)
+    print(f"step {metrics['step']:.0f}")
+    _print_accuracy(metrics)
+    return EXIT_DONE
+
+
+def _print_accuracy(metrics: dict[str, float]) -> None:
+    print(f"{'parameters':<12}{'top-1':>8}{'top-5':>9}{'loss':>9}   on {metrics['eval/num_examples']:.0f} examples")
+    for label, prefix in (("raw", "eval"), ("EMA", "eval_ema")):
+        top1, top5, loss = (metrics[f"{prefix}/{name}"] for name in ("top1", "top5", "loss"))
+        print(f"{label:<12}{top1:>8.2%}{top5:>9.2%}{loss:>9.4f}")
+
+
+def _models(argv: list[str]) -> int:
+    if argv:
+        print(f"nfnet models takes no options, got {argv}", file=sys.stderr)
+        return EXIT_DONE if argv == ["--help"] else EXIT_BAD_INPUT
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only: leave the accelerators to whoever uses them
+    import jax
+    from flax import nnx
+
+    from nfnet_flax.models import create_model, list_models
+    from nfnet_flax.models.params import split
+
+    print(f"{'name':<16}{'parameters':>14}{'train px':>10}{'test px':>9}")
+    for name in list_models():
+        model = nnx.eval_shape(lambda name=name: create_model(name, rngs=nnx.Rngs(0)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
+        print(f"{name:<16}{count:>14,}{model.config.train_image_size:>10}{model.config.test_image_size:>9}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

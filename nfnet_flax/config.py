@@ -1,0 +1,103 @@
+"""Typed, frozen configuration: checks where a value is made, and a lossless JSON form.
+
+Every configuration class of the package is a frozen dataclass whose `__post_init__` calls `check_types` first and then
+its own `require`s, so a wrong value never travels further than the line that wrote it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """Something the user gave and can mend. The command line prints it without a traceback and exits with code 2."""
+
+
+def require(condition: bool, field: str, value: object, remedy: str) -> None:
+    """Raises `ConfigError` naming the field, its value and the remedy unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> ConfigError:
+    """The error for a name outside a table, with the nearest known names as the remedy."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+    return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near)}{'' if near is names else ', ...'}")
+
+
+def _matches(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(_matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_matches, value, arguments))
+    if hint in (int, float):  # bool is an int to Python and a mistake to a reader of a recipe
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, types.NoneType if hint is None else hint)
+
+
+def check_types(config: Any) -> None:
+    """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _matches(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {wanted}")
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass as plain dicts, lists and scalars; each dataclass carries its class name under `"type"`."""
+    if dataclasses.is_dataclass(config):
+        fields = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **fields}
+    return [to_json(item) for item in config] if isinstance(config, tuple) else config
+
+
+def from_json(hint: Any, data: Any, path: str = "") -> Any:
+    """The inverse of `to_json` for a value annotated with `hint`.
+
+    Raises:
+      ConfigError: a field is unknown or missing (another version of the package wrote it), or its value is invalid.
+    """
+    if isinstance(data, list):
+        arguments = typing.get_args(hint)
+        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+        hints = [arguments[0]] * len(data) if variadic else arguments
+        return tuple(from_json(item_hint, item, path) for item_hint, item in zip(hints, data, strict=True))
+    if not isinstance(data, dict):
+        return data
+    candidates = {c.__name__: c for c in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(c)}
+    kind = data.get("type")
+    if kind not in candidates:
+        raise ConfigError(f"{path or 'recipe'}: unknown type {kind!r}: expected one of {sorted(candidates)}")
+    cls = candidates[kind]
+    hints = typing.get_type_hints(cls)
+    given = {name: value for name, value in data.items() if name != "type"}
+    if unequal := hints.keys() ^ given.keys():
+        raise ConfigError(
+            f"{path or 'recipe'}: fields {sorted(unequal)} are unknown or missing: "
+            "it was written by another version of nfnet_flax; use that version"
+        )
+    return cls(**{name: from_json(hints[name], value, f"{path}.{name}".lstrip(".")) for name, value in given.items()})
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """One line per field in which two `to_json` trees differ: `optim.clipping: 0.01 -> 0.02`."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
+        names = [*old, *(name for name in new if name not in old)]
+        missing = "(absent)"
+        return [
+            line
+            for name in names
+            for line in differences(old.get(name, missing), new.get(name, missing), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

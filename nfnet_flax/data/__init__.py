@@ -1,0 +1,1 @@
+"""Deterministic input: the global batch of step N is a pure function of (seed, N)."""

@@ -1,0 +1,105 @@
+"""How a convolution is computed on each kind of device: the only file that decides it.
+
+All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is.
+XLA's CPU compiler has three weaknesses that are worth factors of 10 to 400 (measured with tools/bench_convolution.py):
+
+- the gradient of a grouped convolution runs naive code, so groups are computed as separate plain convolutions;
+- inside a loop it cannot rewrite the layouts of any convolution's gradient, so both gradients are stated here as
+  ordinary NHWC/HWIO convolutions with explicit transposes;
+- a 1x1 convolution is slower than the matrix product it is.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("convolution_platform", default=None)
+
+
+@contextlib.contextmanager
+def for_platform(platform: str) -> Iterator[None]:
+    """Traces the convolutions inside for `platform` ("cpu", "gpu" or "tpu"), whatever the default backend is."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
+    """2-D convolution with SAME padding.
+
+    Args:
+      x: (N, H, W, I) images.
+      kernel: (kh, kw, I / groups, O), of the same dtype as `x`.
+      stride: of both spatial axes.
+      groups: number of feature groups; divides I and O.
+
+    Returns:
+      (N, ceil(H / stride), ceil(W / stride), O), of the dtype of `x`.
+    """
+    if (_platform.get() or jax.default_backend()) != "cpu":
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=groups
+        )
+    if groups > 1:
+        parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
+        return jnp.concatenate([_conv_loop_safe(part, k, stride) for part, k in parts], axis=3)
+    if kernel.shape[:2] == (1, 1):
+        return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _conv_loop_safe(x, kernel, stride)
+
+
+def _same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
+    """(low, high) SAME padding of one axis, as XLA defines it."""
+    total = max((-(-size // stride) - 1) * stride + window - size, 0)
+    return total // 2, total - total // 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_loop_safe(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_loop_safe(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    spatial = tuple(zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True))
+    low = [_same_padding(size, window, stride)[0] for size, window, _ in spatial]
+
+    # Input gradient: the zero-interleaved output gradient under the flipped, in/out-transposed kernel.
+    interior = stride - 1
+    zero = jnp.zeros((), dy.dtype)
+    spread = lax.pad(dy, zero, ((0, 0, 0), (0, 0, interior), (0, 0, interior), (0, 0, 0))) if stride > 1 else dy
+    padding = []
+    for (size, window, _), pad_low, spread_size in zip(spatial, low, spread.shape[1:3], strict=True):
+        before = window - 1 - pad_low
+        padding.append((before, size - (spread_size + before - window + 1)))
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    dx = lax.conv_general_dilated(spread, flipped, (1, 1), padding, dimension_numbers=_DIMENSIONS)
+
+    # Kernel gradient: channels act as the batch, the batch as channels, the output gradient as a dilated kernel.
+    padding = []
+    for (size, window, out), pad_low in zip(spatial, low, strict=True):
+        padding.append((pad_low, window - 1 + (out - 1) * stride + 1 - size - pad_low))
+    dk = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        padding,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=_DIMENSIONS,
+    )
+    return dx, dk.transpose(1, 2, 0, 3)
+
+
+_conv_loop_safe.defvjp(_forward, _backward)

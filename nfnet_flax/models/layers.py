@@ -1,0 +1,173 @@
+"""Building blocks shared by the normalizer-free families.
+
+Parameters are float32; `compute_dtype` is what images, activations and standardized kernels are computed in. Statistics
+of weight standardization are always float32. Layers hold no random state: whatever is drawn at random is drawn from one
+key per example, which the caller gives (see `example_keys`), so no way of cutting a batch changes what is drawn.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from nfnet_flax.models.convolution import conv2d
+
+ActivationName = Literal[
+    "gelu", "relu", "silu", "leaky_relu", "elu", "celu", "selu", "relu6", "tanh",
+    "sigmoid", "softplus", "soft_sign", "log_sigmoid", "identity",
+]  # fmt: skip
+ComputeDtype = Literal["float32", "bfloat16"]
+DTYPES: dict[ComputeDtype, jnp.dtype] = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
+
+# Function and gamma, which restores unit variance for a standard normal input (arXiv 2101.08692, section 3).
+ACTIVATIONS: dict[ActivationName, tuple[Callable[[jax.Array], jax.Array], float]] = {
+    "gelu": (jax.nn.gelu, 1.7015043497085571),
+    "relu": (jax.nn.relu, 1.7139588594436646),
+    "silu": (jax.nn.silu, 1.7881293296813965),
+    "leaky_relu": (jax.nn.leaky_relu, 1.70590341091156),
+    "elu": (jax.nn.elu, 1.2716004848480225),
+    "celu": (jax.nn.celu, 1.270926833152771),
+    "selu": (jax.nn.selu, 1.0008515119552612),
+    "relu6": (jax.nn.relu6, 1.7131484746932983),
+    "tanh": (jnp.tanh, 1.5939117670059204),
+    "sigmoid": (jax.nn.sigmoid, 4.803835391998291),
+    "softplus": (jax.nn.softplus, 1.9203323125839233),
+    "soft_sign": (jax.nn.soft_sign, 2.338853120803833),
+    "log_sigmoid": (jax.nn.log_sigmoid, 1.9193484783172607),
+    "identity": (lambda x: x, 1.0),
+}
+
+
+def activate(name: ActivationName, x: jax.Array) -> jax.Array:
+    """Activation times its gamma, in the dtype of `x`."""
+    function, gamma = ACTIVATIONS[name]
+    return function(x) * jnp.asarray(gamma, x.dtype)
+
+
+def standardize(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+    """Scaled weight standardization over the fan-in axes of an HWIO kernel (arXiv 2101.08692, equation 3)."""
+    fan_in = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
+    mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.var(kernel, axis=(0, 1, 2), keepdims=True)
+    scale = lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4)) * gain
+    return (kernel - mean) * scale
+
+
+class WSConv(nnx.Module):
+    """Convolution with scaled weight standardization, a gain and a bias per output channel, SAME padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        compute_dtype: ComputeDtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.gain = nnx.Param(jnp.ones((out_channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
+        self.stride = stride
+        self.groups = groups
+        self.compute_dtype: ComputeDtype = compute_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
+        dtype = DTYPES[self.compute_dtype]
+        kernel = standardize(self.kernel[...], self.gain[...]).astype(dtype)
+        y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups)
+        return y + self.bias[...].astype(dtype)
+
+
+class Dense(nnx.Module):
+    """Affine map of the last axis."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_init: nnx.Initializer,
+        compute_dtype: ComputeDtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.compute_dtype: ComputeDtype = compute_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., I) -> (..., O)."""
+        dtype = DTYPES[self.compute_dtype]
+        return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
+
+
+class SqueezeExcite(nnx.Module):
+    """Channel gate in (0, 1): mean over H and W, dense, relu, dense, sigmoid."""
+
+    def __init__(self, channels: int, ratio: float, *, compute_dtype: ComputeDtype, rngs: nnx.Rngs) -> None:
+        hidden = max(1, int(channels * ratio))
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        self.reduce = Dense(channels, hidden, kernel_init=init, compute_dtype=compute_dtype, rngs=rngs)
+        self.expand = Dense(hidden, channels, kernel_init=init, compute_dtype=compute_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) -> (N, 1, 1, C)."""
+        pooled = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return jax.nn.sigmoid(self.expand(jax.nn.relu(self.reduce(pooled))))
+
+
+def avg_pool_2x2(x: jax.Array) -> jax.Array:
+    """2x2 average pool with stride 2 and SAME padding; a window over the border averages what lies inside."""
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    x = x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).sum(axis=(2, 4))
+    rows = jnp.full((x.shape[1], 1, 1), 2, x.dtype).at[-1].add(-(height % 2))
+    columns = jnp.full((x.shape[2], 1), 2, x.dtype).at[-1].add(-(width % 2))
+    return x / (rows * columns)
+
+
+def example_keys(step_key: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key per example from its row in the *global* batch, so that the cut of the batch over devices is immaterial.
+
+    Args:
+      step_key: scalar PRNG key of the step.
+      rows: (N,) integer positions in the global batch.
+
+    Returns:
+      (N,) PRNG keys.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
+
+
+def layer_keys(keys: jax.Array | None, layer: int) -> jax.Array:
+    """The examples' keys for one layer.
+
+    Raises:
+      ValueError: no keys were given although the layer draws at random.
+    """
+    if keys is None:
+        raise ValueError(
+            "this model draws dropout or stochastic depth in training mode: call it with keys=, one PRNG key per "
+            "example (nfnet_flax.models.example_keys), or call model.eval() first"
+        )
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
+
+
+def drop_path(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Stochastic depth: zeroes a whole example with probability `rate`; what is kept is *not* rescaled (published)."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate))(keys)
+    return x * keep.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Inverted dropout of (N, C) features: kept ones are divided by `1 - rate`."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -1,0 +1,102 @@
+"""The published optimizer: AGC, weight decay, Nesterov momentum, warm-up and cosine; and the parameters' EMA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnet_flax.config import check_types, require
+from nfnet_flax.optim.agc import adaptive_grad_clip
+from nfnet_flax.optim.param_groups import ParamGroup, assign
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Numbers of the optimizer (arXiv 2102.06171, section 4 and appendix A)."""
+
+    learning_rate_per_256: float = 0.1
+    """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
+    warmup_epochs: float = 5.0
+    """Length of the linear warm-up from 0."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    clipping: float | None = 0.01
+    """AGC's lambda; None turns AGC off. The published 0.01 is for batch 4096: smaller batches want a larger one."""
+    clipping_eps: float = 1e-3
+    """Lower bound of a unit's parameter norm in AGC."""
+    clipping_groups: tuple[ParamGroup, ...] = (ParamGroup("head.kernel", 0.0), ParamGroup("*", 1.0))
+    """1 clips a parameter, 0 exempts it; the first pattern that matches counts."""
+    weight_decay: float = 2e-5
+    """Coefficient of `weight_decay * parameter`, added after clipping."""
+    weight_decay_groups: tuple[ParamGroup, ...] = (
+        ParamGroup("*.bias", 0.0),
+        ParamGroup("*gain", 0.0),
+        ParamGroup("*", 1.0),
+    )
+    """Factor on `weight_decay`; the first pattern that matches counts."""
+    ema_decay: float = 0.99999
+    """Of the moving average of the parameters; at step t it is at most (1 + t) / (10 + t)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("learning_rate_per_256", "clipping_eps"):
+            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
+        for name in ("warmup_epochs", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
+        for name in ("momentum", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        if self.clipping is not None:
+            require(self.clipping > 0, "optim.clipping", self.clipping, "must be positive; None turns AGC off")
+        for group in self.clipping_groups:
+            require(group.value in (0, 1), "optim.clipping_groups", group, "use 1 (clip) or 0 (exempt)")
+
+
+def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to 0 at `num_steps`; steps count from 0."""
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, names: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
+
+    Args:
+      config: the numbers.
+      schedule: learning rate of a step counted from 0.
+      names: of all parameters; the transformation takes `{name: array}` dicts.
+
+    Raises:
+      ConfigError: a group of the configuration matches no parameter or leaves one out.
+    """
+    parts = []
+    if config.clipping is not None:
+        clipped = assign("optim.clipping_groups", config.clipping_groups, names)
+        mask = {name: value == 1 for name, value in clipped.items()}
+        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask))
+    decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
+
+    def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        return {n: g + config.weight_decay * decay[n] * params[n] if decay[n] else g for n, g in updates.items()}
+
+    parts.append(optax.stateless(add_decay))
+    parts.append(optax.trace(decay=config.momentum, nesterov=True))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*parts)
+
+
+def update_ema(
+    ema: dict[str, jax.Array], params: dict[str, jax.Array], step: jax.Array, decay: float
+) -> dict[str, jax.Array]:
+    """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay."""
+    count = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return {name: rate * ema[name] + (1.0 - rate) * params[name] for name in ema}

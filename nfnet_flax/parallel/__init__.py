@@ -1,0 +1,1 @@
+"""Device meshes and what is reduced over them."""

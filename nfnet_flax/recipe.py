@@ -1,0 +1,130 @@
+"""A recipe: everything that decides a run, in one frozen value. Its JSON form is stored in the run's folder."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Literal
+
+from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.models import ModelConfig
+from nfnet_flax.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every_steps: int = 100
+    """A checkpoint is written each time the step is a multiple of this."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    best_metric: Literal["eval/top1", "eval_ema/top1"] = "eval_ema/top1"
+    """The checkpoint with the highest value is kept apart from the newest ones."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("every_steps", "keep_last"):
+            require(getattr(self, name) >= 1, f"checkpoint.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run. The update at step N depends on this, the seed in it, and N."""
+
+    name: str
+    """Names the run in logs."""
+    model: ModelConfig
+    """The network."""
+    num_classes: int
+    """Outputs of the head."""
+    data: DataConfig
+    """Input."""
+    optim: OptimConfig
+    """Optimizer, clipping, learning rate, EMA."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    seed: int = 0
+    """Of everything random."""
+    num_epochs: float = 1.0
+    """Length of the run in passes over the training set; ignored where `num_steps` is given."""
+    num_steps: int | None = None
+    """Length of the run in updates; None: from `num_epochs`."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    log_every_steps: int = 10
+    """Metrics of a step are written each time the step is a multiple of this."""
+    eval_every_steps: int = 100
+    """The held-out set is evaluated each time the step is a multiple of this, and at the end."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.num_classes >= 2, "num_classes", self.num_classes, "must be at least 2")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
+        require(
+            self.num_steps is None or self.num_steps >= 1, "num_steps", self.num_steps, "must be at least 1 or None"
+        )
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        for name in ("log_every_steps", "eval_every_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+    def total_steps(self, num_examples: int) -> int:
+        """Updates of the whole run for a training set of `num_examples`."""
+        return self.num_steps or max(1, round(self.num_epochs * num_examples / self.data.batch_size))
+
+    def warmup_steps(self, num_examples: int) -> int:
+        """Updates of the learning rate's warm-up."""
+        return round(self.optim.warmup_epochs * num_examples / self.data.batch_size)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Runs a recipe file and returns what its `recipe()` makes.
+
+    Raises:
+      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, or a value in it is invalid.
+    """
+    path = Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(f"recipe file {str(path)!r} does not exist or is not a .py file: give the path of a recipe")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, "recipe", None)
+        if not callable(function):
+            raise ConfigError("it defines no function recipe() that returns a Recipe")
+        result = function()
+    except Exception as error:
+        raise ConfigError(f"recipe file {str(path)!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(result, Recipe):
+        raise ConfigError(f"recipe file {str(path)!r}: recipe() returned {type(result).__name__}, not a Recipe")
+    return result
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes a recipe as JSON."""
+    path.write_text(json.dumps(to_json(recipe), indent=1) + "\n")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads what `save_recipe` wrote.
+
+    Raises:
+      ConfigError: the file is missing, damaged, or of another version of the package.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no recipe can be read from {str(path)!r} ({error}): is this the folder of a run?"
+        ) from error
+    return from_json(Recipe, data)
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+    """One line per differing field."""
+    return differences(to_json(old), to_json(new))

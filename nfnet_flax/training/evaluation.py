@@ -1,0 +1,86 @@
+"""Evaluation: every held-out example exactly once, for raw and EMA parameters."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from nfnet_flax.models import convolution
+from nfnet_flax.models.params import GraphDef, Params, merge
+from nfnet_flax.parallel.mesh import DATA_AXIS, batch_sharding, to_global
+from nfnet_flax.training.step import Batch, cross_entropy, normalise
+
+EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
+
+
+def make_eval_step(
+    graphdef: GraphDef, mesh: Mesh, *, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> EvalStep:
+    """Builds `step(params, batch) -> sums` over the rows whose `mask` is 1: `loss`, `top1`, `top5` and `count`."""
+    platform = mesh.devices.flat[0].platform
+    num_candidates = min(5, num_classes)
+
+    def local_sums(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        model = merge(graphdef, params)
+        model.eval()
+        with convolution.for_platform(platform):
+            logits = model(normalise(batch["image"], mean, std))
+        hits = lax.top_k(logits, num_candidates)[1] == batch["label"][:, None]
+        per_example = {
+            "loss": cross_entropy(logits, jax.nn.one_hot(batch["label"], num_classes)),
+            "top1": hits[:, 0].astype(jnp.float32),
+            "top5": jnp.any(hits, axis=1).astype(jnp.float32),
+            "count": jnp.ones_like(batch["mask"]),
+        }
+        # `where`, not a product: padding must not count even if its loss is not finite.
+        sums = {name: jnp.sum(jnp.where(batch["mask"] > 0, value, 0.0)) for name, value in per_example.items()}
+        return lax.psum(sums, DATA_AXIS)
+
+    return jax.jit(
+        jax.shard_map(
+            local_sums,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
+
+
+def run_evaluation(
+    eval_step: EvalStep,
+    params_of: dict[str, Params],
+    batches: Iterable[dict[str, Any]],
+    mesh: Mesh,
+    stop: threading.Event | None = None,
+) -> dict[str, float] | None:
+    """Metrics of several sets of parameters over the same batches.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params_of: prefix of the metrics (`eval`, `eval_ema`) -> parameters.
+      batches: this process's rows, with `mask`.
+      mesh: of the step.
+      stop: ends the evaluation early when set.
+
+    Returns:
+      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped.
+    """
+    totals: dict[str, Any] = {}
+    for rows in batches:
+        if stop is not None and stop.is_set():
+            return None
+        batch = to_global(rows, batch_sharding(mesh))
+        for prefix, params in params_of.items():
+            sums = eval_step(params, batch)
+            totals[prefix] = jax.tree.map(jnp.add, totals[prefix], sums) if prefix in totals else sums
+    metrics: dict[str, float] = {}
+    for prefix, sums in jax.device_get(totals).items():
+        count = float(sums["count"])
+        metrics |= {f"{prefix}/{name}": float(sums[name]) / count for name in ("top1", "top5", "loss")}
+        metrics["eval/num_examples"] = count
+    return metrics

@@ -1,0 +1,210 @@
+"""The one training loop: it only orchestrates, and is meant to be read from top to bottom."""
+
+import dataclasses
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nfnet_flax.data.pipeline import train_batches
+from nfnet_flax.parallel.mesh import batch_sharding, to_global
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.training import checkpoint
+from nfnet_flax.training.evaluation import run_evaluation
+from nfnet_flax.training.metrics import MetricsLog
+from nfnet_flax.training.preemption import stop_requests
+from nfnet_flax.training.progress import Progress
+from nfnet_flax.training.run import Setup, assemble, claim_workdir
+from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.step import Metrics
+
+_MAX_STEPS_IN_FLIGHT = 2
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """The loss or the gradient of a step is not finite. Nothing of that step or later was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    step: int
+    """Updates done in all."""
+    num_steps: int
+    """Updates of the whole run."""
+    metrics: dict[str, float]
+    """Of the newest evaluation; empty if there was none."""
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was told to stop; the same call goes on from there."""
+        return self.step == self.num_steps
+
+
+def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
+    """Trains until the recipe's last step, SIGTERM or Ctrl-C; continues from the newest checkpoint in `workdir`.
+
+    The order within the loop is a contract: evaluate if due, save if due, next batch, step, push metrics. So a
+    checkpoint at step N means that everything due at N is done, and a state that is not finite is never saved.
+
+    Raises:
+      ConfigError: the recipe does not fit the devices or the folder.
+      TrainingDiverged: the loss or a gradient is not finite.
+    """
+    workdir = Path(workdir)
+    setup = assemble(recipe)
+    claim_workdir(workdir, recipe)
+    newest = checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last)
+    best = checkpoint.open_manager(workdir, "best", keep=1)
+    try:
+        with stop_requests() as stop:
+            return _run(setup, workdir, newest, best, stop)
+    finally:  # waits for what is still being written
+        newest.close()
+        best.close()
+
+
+def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Event) -> TrainResult:
+    recipe, num_steps = setup.recipe, setup.num_steps
+    state, notes = _restore_or_create(setup, newest, workdir)
+    step = int(state.step)
+    evaluated, eval_metrics = notes["evaluated"], notes["metrics"]
+    if step == num_steps and evaluated:
+        return TrainResult(step, num_steps, eval_metrics)
+
+    log = MetricsLog(workdir, resume_step=step)
+    progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
+    window = _Window(setup, log, progress, step)
+    saved_step = step if step > 0 else None
+    batches = train_batches(
+        recipe.data,
+        setup.train_source,
+        seed=recipe.seed,
+        start_step=step,
+        num_steps=num_steps,
+        process_index=jax.process_index(),
+        num_processes=jax.process_count(),
+    )
+    try:
+        while True:
+            # 1. Evaluate.
+            eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
+            if eval_due and not evaluated:
+                window.drain(step)
+                found = _evaluate(setup, state, stop)
+                if found is not None:
+                    evaluated, eval_metrics = True, found
+                    log.write(step, found)
+                    _report_evaluation(progress, step, found)
+                    _save_if_best(best, recipe, state, step, found, log)
+                progress.restart_clock(step)
+            # 2. Save.
+            stopping = stop.is_set()
+            save_due = step > 0 and (step % recipe.checkpoint.every_steps == 0 or step == num_steps or stopping)
+            if save_due and (step != saved_step or (evaluated and not notes["evaluated"])):
+                window.drain(step)
+                log.flush()
+                notes = {"evaluated": evaluated or not eval_due, "metrics": eval_metrics}
+                checkpoint.save(newest, state, step, notes)
+                saved_step = step
+            if step == num_steps or stopping:
+                window.drain(step)
+                return TrainResult(step, num_steps, eval_metrics)
+            # 3. Next batch.
+            started = time.perf_counter()
+            rows = next(batches)
+            data_wait_s = time.perf_counter() - started
+            batch = to_global(rows, batch_sharding(setup.mesh))
+            # 4. Step.
+            state, metrics = setup.train_step(state, batch)
+            step, evaluated = step + 1, False
+            # 5. Push metrics.
+            window.push(step, metrics, data_wait_s)
+    finally:
+        log.close()
+        batches.close()  # type: ignore[attr-defined]  # Grain's iterator
+
+
+def _restore_or_create(setup: Setup, newest: Any, workdir: Path) -> tuple[TrainState, checkpoint.Notes]:
+    step = checkpoint.latest_step(workdir)
+    if step is None:
+        return setup.create_state(), {"evaluated": False, "metrics": {}}
+    print(f"continuing from step {step} in {workdir}", flush=True)
+    return checkpoint.restore(newest, step, setup.abstract_state())
+
+
+def _evaluate(setup: Setup, state: TrainState, stop: threading.Event) -> dict[str, float] | None:
+    params_of = {"eval": state.params, "eval_ema": state.ema_params}
+    return run_evaluation(setup.eval_step, params_of, setup.eval_batches(), setup.mesh, stop)
+
+
+def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
+    progress.say(
+        f"step {step}: top-1 {metrics['eval/top1']:.2%} raw, {metrics['eval_ema/top1']:.2%} EMA "
+        f"on {metrics['eval/num_examples']:.0f} held-out examples"
+    )
+
+
+def _save_if_best(
+    best: Any, recipe: Recipe, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog
+) -> None:
+    # The best so far is read from its checkpoint: a restarted process knows no less than one that was never killed.
+    previous = checkpoint.read_notes(best)
+    name = recipe.checkpoint.best_metric
+    if previous is None or metrics[name] > previous["metrics"][name]:
+        log.flush()
+        checkpoint.save(best, state, step, {"evaluated": True, "metrics": metrics})
+
+
+class _Window:
+    """Metrics of the steps since the last log step. They stay on the device until they are drained together."""
+
+    def __init__(self, setup: Setup, log: MetricsLog, progress: Progress, step: int) -> None:
+        self._setup = setup
+        self._log = log
+        self._progress = progress
+        self._first_step = step + 1
+        self._started = time.perf_counter()
+        self._pending: list[tuple[int, Metrics]] = []
+        self._data_wait_s = 0.0
+
+    def push(self, step: int, metrics: Metrics, data_wait_s: float) -> None:
+        """Takes the metrics of a step, and drains if they are due to be written."""
+        self._pending.append((step, metrics))
+        self._data_wait_s += data_wait_s
+        if step == self._first_step:
+            jax.block_until_ready(metrics)
+            self._progress.say(f"first step after {time.perf_counter() - self._started:.1f} s (compilation included)")
+            self._progress.restart_clock(step)
+        elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # bounds the batches held, and how late a stop is noticed
+            jax.block_until_ready(self._pending[-1 - _MAX_STEPS_IN_FLIGHT][1])
+        if step % self._setup.recipe.log_every_steps == 0:
+            self.drain(step)
+
+    def drain(self, step: int) -> None:
+        """Fetches what is pending, stops the run if any of it is not finite, and writes the log steps."""
+        if not self._pending:
+            return
+        recipe = self._setup.recipe
+        for done, values in jax.device_get(self._pending):
+            metrics = {name: float(value) for name, value in values.items()}
+            if not math.isfinite(metrics["train/loss"]) or not math.isfinite(metrics["train/grad_norm"]):
+                raise TrainingDiverged(
+                    f"step {done}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}, "
+                    f"learning rate {metrics['train/learning_rate']:.3g}, optim.clipping {recipe.optim.clipping}. "
+                    "Nothing of this step was saved; lower optim.learning_rate_per_256 or optim.clipping and start in a new workdir"
+                )
+            if done % recipe.log_every_steps == 0:
+                rate = self._progress.images_per_s(step)
+                metrics["throughput/images_per_s"] = rate
+                metrics["time/data_wait_s"] = self._data_wait_s
+                self._log.write(done, metrics)
+                self._progress.show(done, metrics["train/loss"], rate)
+        self._pending.clear()
+        if step % recipe.log_every_steps == 0:
+            self._data_wait_s = 0.0
+            self._progress.restart_clock(step)

@@ -1,0 +1,108 @@
+"""Metrics on disk: `metrics.jsonl`, and TensorBoard through CLU. After a resume each (step, metric) stands once."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Writes one JSON object per step, and the same numbers as TensorBoard scalars.
+
+    Opening it at `resume_step` removes what an earlier process wrote for later steps: those are about to be repeated.
+    """
+
+    def __init__(self, workdir: Path, *, resume_step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        rows = [row for row in read_rows(self._path) if row["step"] <= resume_step]
+        # An object of the very step may still be completed, by the evaluation that is due there.
+        self._row: dict[str, Any] = rows.pop() if rows and rows[-1]["step"] == resume_step else {"step": resume_step}
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        folder = workdir / "tensorboard"
+        drop_events_after(folder, resume_step)
+        self._writer = _open_tensorboard(folder)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds metrics of a step; steps must not decrease."""
+        if step != self._row["step"]:
+            self._emit()
+            self._row = {"step": step}
+        self._row |= metrics
+        if self._writer is not None:
+            self._writer.write_scalars(step, metrics)
+
+    def _emit(self) -> None:
+        if len(self._row) > 1:
+            self._file.write(json.dumps(self._row) + "\n")
+
+    def flush(self) -> None:
+        """Puts everything on disk; to be called before a checkpoint is, so that none is ahead of its metrics."""
+        self._emit()
+        self._row = {"step": self._row["step"]}
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete objects of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    """CLU's writer, or None with one warning where TensorFlow is missing."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice would land in the progress line
+    try:
+        import tensorflow as tf
+        from clu.metric_writers import SummaryWriter
+    except ImportError as error:
+        warnings.warn(
+            f"no TensorBoard files are written, only metrics.jsonl ({error}): pip install tensorflow-cpu tensorboard clu",
+            stacklevel=2,
+        )
+        return None
+    tf.config.set_visible_devices([], "GPU")
+    return SummaryWriter(str(folder))
+
+
+def drop_events_after(folder: Path, step: int) -> None:
+    """Rewrites the event files of a folder without the events of later steps; wall times stay as they were."""
+    files = sorted(folder.glob("events.out.tfevents.*")) if folder.is_dir() else []
+    if not files:
+        return
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError as error:
+        print(f"TensorBoard files may show repeated steps: {error}", file=sys.stderr)
+        return
+    for path in files:
+        kept = [record for record in RawEventFileLoader(str(path)).Load() if Event.FromString(record).step <= step]
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            writer = RecordWriter(file)
+            for record in kept:
+                writer.write(record)
+        partial.replace(path)

@@ -1,0 +1,37 @@
+"""The live line on the terminal."""
+
+import sys
+import time
+
+
+class Progress:
+    """Step, loss, images/s and remaining time; one line that is rewritten on a terminal, one per log step elsewhere."""
+
+    def __init__(self, *, num_steps: int, batch_size: int, start_step: int) -> None:
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._step = start_step
+        self._time = time.perf_counter()
+        self._live = sys.stdout.isatty()
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what happened until now (compiling, evaluating) out of the rate."""
+        self._step, self._time = step, time.perf_counter()
+
+    def images_per_s(self, step: int) -> float:
+        """Rate since the last restart of the clock."""
+        return (step - self._step) * self._batch_size / max(time.perf_counter() - self._time, 1e-9)
+
+    def show(self, step: int, loss: float, images_per_s: float) -> None:
+        """Prints the line of a step."""
+        left = (self._num_steps - step) * self._batch_size / max(images_per_s, 1e-9)
+        minutes, seconds = divmod(round(left), 60)
+        text = (
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:7.4f}  "
+            f"{images_per_s:8.1f} images/s  {minutes:3d}:{seconds:02d} left"
+        )
+        print(f"\r\033[K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        print(f"\r\033[K{text}" if self._live else text, flush=True)

@@ -1,0 +1,149 @@
+"""A run on disk and the parts that a recipe makes: shared by training and evaluation.
+
+Folder of a run: `recipe.json` (resolved), `checkpoints/STEP`, `best/STEP`, `metrics.jsonl`, `tensorboard/`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.pipeline import Rows, eval_batches, open_source
+from nfnet_flax.data.sources import ArraySource
+from nfnet_flax.models.params import GraphDef
+from nfnet_flax.optim import learning_rate_schedule, make_optimizer
+from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
+from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
+from nfnet_flax.training import checkpoint
+from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation
+from nfnet_flax.training.state import TrainState, abstract_state, create_state, model_structure
+from nfnet_flax.training.step import Batch, Metrics, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a recipe makes on the devices at hand."""
+
+    recipe: Recipe
+    mesh: Mesh
+    graphdef: GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    num_steps: int
+    train_source: ArraySource
+    eval_source: ArraySource
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: EvalStep
+
+    def create_state(self) -> TrainState:
+        """The state before the first update."""
+        recipe = self.recipe
+        return create_state(recipe.model, recipe.num_classes, recipe.seed, self.optimizer, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return abstract_state(self.recipe.model, self.recipe.num_classes, self.optimizer, self.mesh)
+
+    def eval_batches(self) -> Iterator[Rows]:
+        """This process's rows of the held-out set."""
+        return eval_batches(
+            self.recipe.data,
+            self.eval_source,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+
+
+def assemble(recipe: Recipe) -> Setup:
+    """Builds the mesh, the network's structure, the optimizer, the sources and the two steps; trains nothing.
+
+    Raises:
+      ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
+    """
+    mesh = make_mesh()
+    check_batch_size("data.batch_size", recipe.data.batch_size, mesh)
+    check_batch_size("data.eval_batch_size", recipe.data.eval_batch_size, mesh)
+    graphdef, names = model_structure(recipe.model, recipe.num_classes)
+    train_source = open_source(recipe.data, "train")
+    num_steps = recipe.total_steps(len(train_source))
+    schedule = learning_rate_schedule(
+        recipe.optim.learning_rate_per_256 * recipe.data.batch_size / 256,
+        warmup_steps=min(recipe.warmup_steps(len(train_source)), num_steps),
+        num_steps=num_steps,
+    )
+    optimizer = make_optimizer(recipe.optim, schedule, names)
+    shared = {"num_classes": recipe.num_classes, "mean": recipe.data.mean, "std": recipe.data.std}
+    return Setup(
+        recipe=recipe,
+        mesh=mesh,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        schedule=schedule,
+        num_steps=num_steps,
+        train_source=train_source,
+        eval_source=open_source(recipe.data, "eval"),
+        train_step=make_train_step(
+            graphdef,
+            optimizer,
+            schedule,
+            mesh,
+            seed=recipe.seed,
+            label_smoothing=recipe.label_smoothing,
+            ema_decay=recipe.optim.ema_decay,
+            **shared,
+        ),
+        eval_step=make_eval_step(graphdef, mesh, **shared),
+    )
+
+
+def claim_workdir(workdir: Path, recipe: Recipe) -> None:
+    """Makes the folder of a run, or checks that it already belongs to the same recipe.
+
+    Raises:
+      ConfigError: the folder cannot be written, or belongs to another recipe; the differing fields are named.
+    """
+    stored = workdir / "recipe.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not stored.exists():
+            partial = workdir / f".recipe.json.{os.getpid()}"
+            save_recipe(recipe, partial)
+            partial.rename(stored)
+        # Not `os.access`: it says yes on read-only file systems and to root.
+        probe = workdir / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
+    if lines := recipe_differences(read_recipe(stored), recipe):
+        raise ConfigError(
+            f"workdir {str(workdir)!r} belongs to another recipe; give another workdir, or the same values as before:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+def evaluate(workdir: str | Path) -> dict[str, float]:
+    """Evaluates the newest checkpoint of a run on its held-out set; writes nothing.
+
+    Returns:
+      The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
+
+    Raises:
+      ConfigError: the folder holds no run or no checkpoint.
+    """
+    workdir = Path(workdir)
+    recipe = read_recipe(workdir / "recipe.json")
+    step = checkpoint.latest_step(workdir)
+    if step is None:
+        raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
+    setup = assemble(recipe)
+    state, _ = checkpoint.read(workdir, step, setup.abstract_state())
+    params_of = {"eval": state.params, "eval_ema": state.ema_params}
+    metrics = run_evaluation(setup.eval_step, params_of, setup.eval_batches(), setup.mesh)
+    assert metrics is not None  # nothing was there to stop it
+    return {"step": step, **metrics}

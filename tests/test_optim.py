@@ -1,0 +1,148 @@
+"""AGC, parameter groups and the whole optimizer against independent computations."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.models.params import merge
+from nfnet_flax.optim import (
+    OptimConfig,
+    ParamGroup,
+    adaptive_grad_clip,
+    assign,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from nfnet_flax.optim.optimizer import update_ema
+from nfnet_flax.training.step import cross_entropy, soft_targets
+from tests import golden
+
+UNIT_AXES: dict[int, tuple[int, ...]] = {0: (), 1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 2)}
+
+
+def clip_with_numpy(gradient: np.ndarray, weight: np.ndarray, clipping: float, eps: float) -> np.ndarray:
+    """Unit by unit, in float64."""
+    out = np.array(gradient, np.float64)
+    axes = UNIT_AXES[gradient.ndim]
+    units = [i for i in np.ndindex(*[1 if axis in axes else size for axis, size in enumerate(gradient.shape)])]
+    for unit in units:
+        where = tuple(slice(None) if axis in axes else index for axis, index in enumerate(unit))
+        norm = np.sqrt(np.sum(np.square(out[where])))
+        limit = clipping * max(np.sqrt(np.sum(np.square(weight[where], dtype=np.float64))), eps)
+        if norm > limit:
+            out[where] = out[where] * limit / norm
+    return out
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (1, 7), (3, 4, 5), (3, 3, 4, 6)])
+def test_agc_equals_an_independent_computation(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(len(shape))
+    weight = rng.standard_normal(shape).astype(np.float32)
+    gradient = (1e-3 * rng.standard_normal(shape)).astype(np.float32)
+    if shape:
+        gradient[..., 2] *= 1e4  # one loud unit among quiet ones
+        weight[..., 3] = 0  # a unit at zero moves all the same
+    tx = adaptive_grad_clip(0.01)
+    got, state = tx.update({"w": jnp.asarray(gradient)}, tx.init({"w": weight}), {"w": jnp.asarray(weight)})
+    want = clip_with_numpy(gradient, weight, 0.01, 1e-3)
+    np.testing.assert_allclose(np.asarray(got["w"]), want, rtol=1e-5, atol=0)
+    if len(shape) > 1:
+        assert not np.allclose(want[..., 2], gradient[..., 2])
+        assert 0 < float(state.clipped_fraction) < 1
+
+
+def test_agc_needs_parameters_and_chains_with_any_optimizer() -> None:
+    tx = optax.chain(adaptive_grad_clip(0.1), optax.adam(1e-3))
+    params = {"w": jnp.ones((3, 2))}
+    updates, _ = tx.update({"w": jnp.full((3, 2), 5.0)}, tx.init(params), params)
+    assert np.all(np.asarray(optax.apply_updates(params, updates)["w"]) < 1)
+    with pytest.raises(ValueError, match="params=params"):
+        adaptive_grad_clip(0.1).update({"w": jnp.ones(3)}, tx.init(params)[0])
+    zero, _ = adaptive_grad_clip(0.1).update({"w": jnp.zeros(3)}, tx.init(params)[0], {"w": jnp.zeros(3)})
+    assert np.array_equal(zero["w"], np.zeros(3))
+
+
+@pytest.mark.parametrize("num_classes", [10, 3])
+def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
+    _, params, _ = golden.filled(golden.TINY, num_classes)
+    config = OptimConfig(clipping=0.01, weight_decay=0.0, momentum=0.0)
+    tx = make_optimizer(config, lambda step: 1.0, tuple(params))
+    gradient = jax.tree.map(lambda weight: jnp.full(weight.shape, 1e3), params)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    unclipped = [name for name, update in updates.items() if np.array_equal(update, -gradient[name])]
+    assert unclipped == ["head.kernel"]
+
+
+def test_decay_spares_biases_and_gains() -> None:
+    _, params, _ = golden.filled(golden.TINY, 10)
+    tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, tuple(params))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decayed = {name for name, update in updates.items() if np.any(np.asarray(update))}
+    assert decayed == {name for name in params if name.endswith(".kernel")}
+
+
+def test_groups_are_complete_and_every_pattern_counts() -> None:
+    names = ("a.kernel", "a.bias")
+    assert assign("f", (ParamGroup("*.bias", 0.0), ParamGroup("*", 1.0)), names) == {"a.kernel": 1.0, "a.bias": 0.0}
+    with pytest.raises(ConfigError, match=r"'\*\.scale' matches no parameter"):
+        assign("f", (ParamGroup("*.scale", 0.0), ParamGroup("*", 1.0)), names)
+    with pytest.raises(ConfigError, match=r"'a\.kernel' is in no group"):
+        assign("f", (ParamGroup("*.bias", 0.0),), names)
+
+
+def test_published_trajectory() -> None:
+    want = json.loads((golden.FOLDER / "trajectory_tiny.json").read_text())
+    steps, batch = want["steps"], want["batch"]
+    rng = np.random.Generator(np.random.PCG64(want["seed"]))
+    images = rng.standard_normal((steps, batch, 64, 64, 3), dtype=np.float32)
+    labels = rng.integers(0, 10, (steps, batch))
+    mix_labels = rng.integers(0, 10, (steps, batch))
+    weights = rng.random((steps, batch))
+
+    graphdef, params, _ = golden.filled(golden.TINY, 10)
+    schedule = learning_rate_schedule(
+        want["lr"] * batch / 256, warmup_steps=want["warmup_steps"], num_steps=want["steps"]
+    )
+    np.testing.assert_allclose([schedule(i) for i in range(steps)], want["lr_per_step"], rtol=1e-5, atol=1e-9)
+    config = OptimConfig(
+        clipping=want["clipping"],
+        clipping_eps=want["eps"],
+        weight_decay=want["weight_decay"],
+        momentum=want["momentum"],
+        ema_decay=want["ema_decay"],
+    )
+    tx = make_optimizer(config, schedule, tuple(params))
+
+    @jax.jit
+    def step(i: jax.Array, params: dict, ema: dict, opt_state: optax.OptState, batch: dict) -> tuple:
+        def loss_fn(params: dict) -> jax.Array:
+            model = merge(graphdef, params)
+            model.eval()
+            targets = soft_targets(batch, 10, want["label_smoothing"])
+            return jnp.mean(cross_entropy(model(batch["image"]), targets))
+
+        loss, gradient = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return loss, optax.tree.norm(gradient), params, update_ema(ema, params, i, config.ema_decay), opt_state
+
+    ema, opt_state, losses, norms = params, tx.init(params), [], []
+    for i in range(steps):
+        rows = {
+            "image": images[i],
+            "label": labels[i],
+            "mix_label": mix_labels[i],
+            "label_weight": weights[i].astype(np.float32),
+        }
+        loss, norm, params, ema, opt_state = step(jnp.asarray(i), params, ema, opt_state, rows)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    np.testing.assert_allclose(losses, want["loss"], rtol=1e-5)
+    np.testing.assert_allclose(norms, want["grad_norm"], rtol=1e-5)
+    assert float(optax.tree.norm(params)) == pytest.approx(want["final_param_norm"], rel=1e-6)
+    assert float(optax.tree.norm(ema)) == pytest.approx(want["final_ema_norm"], rel=1e-6)

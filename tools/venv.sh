@@ -1,0 +1,19 @@
+# Sourced by demo.sh and test.sh with the name of an extra: makes and activates .venv, and installs the package with the
+# extra unless that was done before for the same pyproject.toml. PYTHON chooses the interpreter of a new .venv.
+# shellcheck shell=bash
+PYTHON=${PYTHON:-python3}
+if [ ! -x .venv/bin/python ]; then
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "Python 3.11 or newer is needed; '$PYTHON' is $("$PYTHON" --version 2>&1). Set PYTHON=python3.11" >&2
+        exit 2
+    }
+    "$PYTHON" -m venv .venv
+fi
+# shellcheck disable=SC1091
+source .venv/bin/activate
+stamp=.venv/installed-$1-$(cksum <pyproject.toml | tr ' ' '-')
+if [ ! -e "$stamp" ]; then
+    echo "installing nfnet_flax[$1] into .venv; the first time takes a few minutes"
+    python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    touch "$stamp"
+fi
