@@ -71,11 +71,12 @@ def from_json(hint: Any, data: Any, path: str = "") -> Any:
     if isinstance(data, list):
         arguments = typing.get_args(hint)
         variadic = len(arguments) == 2 and arguments[1] is Ellipsis
-        hints = [arguments[0]] * len(data) if variadic else arguments
-        return tuple(from_json(item_hint, item, path) for item_hint, item in zip(hints, data, strict=True))
+        item_hints = [arguments[0]] * len(data) if variadic else arguments
+        return tuple(from_json(item_hint, item, path) for item_hint, item in zip(item_hints, data, strict=True))
     if not isinstance(data, dict):
         return data
-    candidates = {c.__name__: c for c in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(c)}
+    options: Any = typing.get_args(hint) or (hint,)
+    candidates: dict[str, Any] = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
     kind = data.get("type")
     if kind not in candidates:
         raise ConfigError(f"{path or 'recipe'}: unknown type {kind!r}: expected one of {sorted(candidates)}")

@@ -29,7 +29,7 @@ def clip_with_numpy(gradient: np.ndarray, weight: np.ndarray, clipping: float, e
     """Unit by unit, in float64."""
     out = np.array(gradient, np.float64)
     axes = UNIT_AXES[gradient.ndim]
-    units = [i for i in np.ndindex(*[1 if axis in axes else size for axis, size in enumerate(gradient.shape)])]
+    units = list(np.ndindex(*[1 if axis in axes else size for axis, size in enumerate(gradient.shape)]))
     for unit in units:
         where = tuple(slice(None) if axis in axes else index for axis, index in enumerate(unit))
         norm = np.sqrt(np.sum(np.square(out[where])))
@@ -73,7 +73,7 @@ def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
     config = OptimConfig(clipping=0.01, weight_decay=0.0, momentum=0.0)
     tx = make_optimizer(config, lambda step: 1.0, tuple(params))
     gradient = jax.tree.map(lambda weight: jnp.full(weight.shape, 1e3), params)
-    updates, _ = tx.update(gradient, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     unclipped = [name for name, update in updates.items() if np.array_equal(update, -gradient[name])]
     assert unclipped == ["head.kernel"]
 
@@ -81,7 +81,7 @@ def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
 def test_decay_spares_biases_and_gains() -> None:
     _, params, _ = golden.filled(golden.TINY, 10)
     tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, tuple(params))
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decayed = {name for name, update in updates.items() if np.any(np.asarray(update))}
     assert decayed == {name for name in params if name.endswith(".kernel")}
 

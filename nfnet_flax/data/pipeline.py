@@ -99,7 +99,7 @@ def eval_batches(
 
     def load(position: int) -> Rows:
         inside = position < len(source)
-        return {**source[position if inside else 0], "mask": np.float32(inside)}
+        return {**source[position if inside else 0], "mask": np.asarray(inside, np.float32)}
 
     dataset = grain.MapDataset.range(num_batches * config.eval_batch_size).map(load).batch(rows)
     return _iterate(dataset[process_index::num_processes], config)

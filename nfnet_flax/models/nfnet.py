@@ -12,7 +12,16 @@ from flax import nnx
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
-from nfnet_flax.models.layers import ActivationName, ComputeDtype, Dense, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.layers import (
+    ActivationName,
+    AnyRngs,
+    ComputeDtype,
+    Dense,
+    InitRngs,
+    SqueezeExcite,
+    WSConv,
+    activate,
+)
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 _STEM_CHANNELS = (16, 32, 64)
@@ -80,7 +89,7 @@ class NFNetBlock(nnx.Module):
         beta: float,
         drop_path_rate: float,
         index: int,
-        rngs: nnx.Rngs,
+        rngs: AnyRngs,
     ) -> None:
         groups = int(out_channels * config.expansion) // config.group_width
         width = groups * config.group_width
@@ -127,9 +136,10 @@ class NFNet(nnx.Module):
 
     def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         dtype = config.compute_dtype
+        init_rngs = InitRngs(rngs)
         channels, stem = 3, []
         for out, stride in zip((*_STEM_CHANNELS, config.widths[0] // 2), _STEM_STRIDES, strict=True):
-            stem.append(WSConv(channels, out, 3, stride=stride, compute_dtype=dtype, rngs=rngs))
+            stem.append(WSConv(channels, out, 3, stride=stride, compute_dtype=dtype, rngs=init_rngs))
             channels = out
         self.stem = nnx.List(stem)
 
@@ -148,7 +158,7 @@ class NFNet(nnx.Module):
                         beta=1.0 / expected_std,
                         drop_path_rate=config.stochdepth_rate * index / num_blocks,
                         index=index,
-                        rngs=rngs,
+                        rngs=init_rngs,
                     )
                 )
                 channels, index = width, index + 1
@@ -158,9 +168,9 @@ class NFNet(nnx.Module):
         self.stages = nnx.List(stages)
 
         self.num_features = 2 * config.widths[-1]
-        self.final_conv = WSConv(channels, self.num_features, 1, compute_dtype=dtype, rngs=rngs)
+        self.final_conv = WSConv(channels, self.num_features, 1, compute_dtype=dtype, rngs=init_rngs)
         head_init = nnx.initializers.normal(0.01)
-        self.head = Dense(self.num_features, num_classes, kernel_init=head_init, compute_dtype=dtype, rngs=rngs)
+        self.head = Dense(self.num_features, num_classes, kernel_init=head_init, compute_dtype=dtype, rngs=init_rngs)
         self.config = config
         self.num_blocks = num_blocks
         self.num_classes = num_classes

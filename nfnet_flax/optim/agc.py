@@ -55,7 +55,8 @@ def adaptive_grad_clip(
         del state
         if params is None:
             raise ValueError("adaptive_grad_clip compares gradients with parameters: call update(..., params=params)")
-        gradients, tree = jax.tree.flatten(updates)
+        tree: Any = jax.tree.structure(updates)
+        gradients = jax.tree.leaves(updates)
         selected = mask(params) if callable(mask) else mask
         flags = [True] * len(gradients) if selected is None else tree.flatten_up_to(selected)
         clipped, units_clipped, num_units = [], jnp.zeros((), jnp.float32), 0

@@ -18,7 +18,12 @@ Notes = dict[str, Any]
 def open_manager(workdir: Path, kind: Kind, *, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of a run; close it to wait for what is still being written."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager((workdir / kind).absolute(), options=options)
+    return ocp.CheckpointManager((workdir / kind).absolute(), options=options, item_handlers=_handlers())
+
+
+def _handlers() -> dict[str, Any]:
+    # A manager that has not saved anything yet cannot know them from the folder.
+    return {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: Notes) -> None:
@@ -54,7 +59,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract_state: TrainStat
 def read(workdir: Path, step: int, abstract_state: TrainState) -> tuple[TrainState, Notes]:
     """As `restore`, without a manager and without changing anything in the run's folder."""
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
+    folder = (workdir / "checkpoints").absolute()
+    with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
         return restore(manager, step, abstract_state)
 
 

@@ -78,7 +78,7 @@ def _open_tensorboard(folder: Path) -> Any:
         from clu.metric_writers import SummaryWriter
     except ImportError as error:
         warnings.warn(
-            f"no TensorBoard files are written, only metrics.jsonl ({error}): pip install tensorflow-cpu tensorboard clu",
+            f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard",
             stacklevel=2,
         )
         return None

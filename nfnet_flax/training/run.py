@@ -77,7 +77,6 @@ def assemble(recipe: Recipe) -> Setup:
         num_steps=num_steps,
     )
     optimizer = make_optimizer(recipe.optim, schedule, names)
-    shared = {"num_classes": recipe.num_classes, "mean": recipe.data.mean, "std": recipe.data.std}
     return Setup(
         recipe=recipe,
         mesh=mesh,
@@ -95,9 +94,13 @@ def assemble(recipe: Recipe) -> Setup:
             seed=recipe.seed,
             label_smoothing=recipe.label_smoothing,
             ema_decay=recipe.optim.ema_decay,
-            **shared,
+            num_classes=recipe.num_classes,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
         ),
-        eval_step=make_eval_step(graphdef, mesh, **shared),
+        eval_step=make_eval_step(
+            graphdef, mesh, num_classes=recipe.num_classes, mean=recipe.data.mean, std=recipe.data.std
+        ),
     )
 
 

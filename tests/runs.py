@@ -1,0 +1,71 @@
+"""Real `nfnet train` processes on the digits recipe."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+OPTIONS = [
+    f"--num-steps={STEPS}",
+    "--log-every-steps=1",
+    "--eval-every-steps=20",
+    "--checkpoint.every-steps=20",
+    "--model.widths=16 16 32 32",
+    "--model.depths=1 1 1 1",
+]
+
+
+def command(workdir: Path, *options: str) -> list[str]:
+    """The command line of a short run."""
+    words = [word for option in [*OPTIONS, *options] for word in option.replace("=", " ").split(" ")]
+    recipe = str(ROOT / "recipes" / "digits.py")
+    return [sys.executable, "-m", "nfnet_flax.cli", "train", recipe, "--workdir", str(workdir), *words]
+
+
+def start(workdir: Path, *options: str) -> subprocess.Popen[str]:
+    """Starts a run in a process group of its own."""
+    return subprocess.Popen(
+        command(workdir, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Waits for a run and returns what it printed."""
+    return process.communicate(timeout=300)[0]
+
+
+def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals) -> str:
+    """Sends a signal to the whole process group as soon as the run reports `step`; returns all that it printed."""
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith(f"step {step:>2}/"):
+            os.killpg(process.pid, number)
+            break
+    return "".join(printed) + finish(process)
+
+
+def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by name, read without the package's own code."""
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata
+        )
+        tree = reader.restore(folder, restore_args=as_numpy)
+    leaves: list[tuple[Any, Any]] = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

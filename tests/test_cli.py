@@ -1,0 +1,129 @@
+"""The command line: what a user types, and mistypes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nfnet_flax import cli
+from tests import runs
+
+RECIPE = str(runs.ROOT / "recipes" / "digits.py")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must end with exit code 2, a message, and no traceback."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:  # tyro's own
+        code = error.code  # type: ignore[assignment]
+    printed = "".join(capsys.readouterr())
+    assert code == cli.EXIT_BAD_INPUT, printed
+    assert "Traceback" not in printed
+    return " ".join(printed.replace("│", " ").split())
+
+
+def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    workdir = str(tmp_path / "run")
+    assert "'nowhere.py' does not exist" in fails(capsys, "train", "nowhere.py", "--workdir", workdir)
+    unknown = fails(capsys, "train", RECIPE, "--workdir", workdir, "--optim.cliping", "0.1")
+    assert "optim.clipping" in unknown
+    wrong = fails(capsys, "train", RECIPE, "--workdir", workdir, "--data.batch-size", "many")
+    assert "batch-size" in wrong
+    assert "many" in wrong
+    invalid = fails(capsys, "train", RECIPE, "--workdir", workdir, "--optim.momentum", "1.5")
+    assert "optim.momentum = 1.5" in invalid
+    assert "workdir" in fails(capsys, "train", RECIPE)
+    assert "unknown command 'trian'" in fails(capsys, "trian")
+    assert "no recipe can be read" in fails(capsys, "eval", "--workdir", workdir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_recipes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    text = Path(RECIPE).read_text()
+
+    def complaint(old: str, new: str) -> str:
+        assert old in text
+        recipe.write_text(text.replace(old, new))
+        return fails(capsys, "train", str(recipe), "--workdir", str(tmp_path / "run"))
+
+    assert "unknown model 'nfnet_f9'" in complaint(
+        "def recipe() -> Recipe:", "from nfnet_flax.models import model_config\nmodel_config('nfnet_f9')\ndef recipe():"
+    )
+    assert "learnin_rate" in complaint("learning_rate_per_256=", "learnin_rate=")
+    assert "DataConfig.batch_size = '64': expected int" in complaint("batch_size=64", "batch_size='64'")
+    assert "no function recipe()" in complaint("def recipe()", "def recipes()")
+    assert "SyntaxError" in complaint("def recipe()", "def recipe(")
+
+
+def test_an_unwritable_or_foreign_workdir_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in fails(capsys, "train", RECIPE, "--workdir", str(tmp_path / "file" / "run"))
+    if os.path.isdir("/proc/self"):  # a folder that even root cannot write
+        assert "cannot be written" in fails(capsys, "train", RECIPE, "--workdir", "/proc/self/run")
+    from nfnet_flax.recipe import load_recipe
+    from nfnet_flax.training.run import claim_workdir
+
+    claim_workdir(tmp_path / "run", load_recipe(RECIPE))
+    other = fails(
+        capsys, "train", RECIPE, "--workdir", str(tmp_path / "run"), "--optim.clipping", "0.02", "--seed", "7"
+    )
+    assert "optim.clipping: 0.05 -> 0.02" in other
+    assert "seed: 0 -> 7" in other
+
+
+def test_a_batch_must_divide_over_the_devices(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nfnet_flax.cli",
+            "train",
+            RECIPE,
+            "--workdir",
+            str(tmp_path),
+            "--data.batch-size",
+            "30",
+        ],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == cli.EXIT_BAD_INPUT
+    assert done.stderr == "nfnet: error: data.batch_size = 30: must be divisible by the 8 devices of this run\n"
+
+
+def test_help_lists_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", RECIPE, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--optim.clipping", "--data.batch-size", "--model.widths", "--checkpoint.keep-last", "--workdir"):
+        assert option in printed
+
+
+def test_divergence_stops_before_anything_is_saved(tmp_path: Path) -> None:
+    options = ("--optim.learning-rate-per-256=1e30", "--optim.warmup-epochs=0", "--checkpoint.every-steps=1")
+    process = runs.start(tmp_path / "run", *options)
+    printed = runs.finish(process)
+    assert process.returncode == cli.EXIT_DIVERGED
+    assert "Traceback" not in printed
+    assert "nfnet: diverged: step " in printed
+    assert "learning rate 2.5e+29" in printed
+    assert "optim.clipping 0.05" in printed
+    bad_step = int(printed.split("nfnet: diverged: step ")[1].split(":")[0])
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert all(step < bad_step for step in saved)
+    for step in saved:
+        assert all(np_finite(array) for array in runs.saved_arrays(tmp_path / "run", step).values())
+
+
+def np_finite(array: object) -> bool:
+    import numpy as np
+
+    return bool(np.all(np.isfinite(np.asarray(array))))

@@ -1,0 +1,104 @@
+"""The promise: a run that was stopped or killed ends with the same bits as one that was not."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from nfnet_flax.cli import EXIT_DONE, EXIT_STOPPED
+from tests import runs
+
+UNREPEATABLE = ("throughput/", "time/")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = runs.start(workdir)
+    assert "finished: 60 steps" in runs.finish(process)
+    assert process.returncode == EXIT_DONE
+    return workdir
+
+
+@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / request.param.name
+    process = runs.start(workdir)
+    printed = runs.signal_at(process, 31, request.param)
+    if request.param is signal.SIGTERM:
+        assert process.returncode == EXIT_STOPPED
+        assert "run the same command again" in printed
+    else:
+        assert process.returncode == -signal.SIGKILL
+    process = runs.start(workdir)
+    printed = runs.finish(process)
+    assert process.returncode == EXIT_DONE, printed
+    if request.param is signal.SIGKILL:
+        assert "continuing from step 20 " in printed
+    else:
+        # Stopped within the steps in flight, and nothing that was done is done again.
+        assert any(f"continuing from step {step} " in printed for step in range(31, 36)), printed
+    return workdir
+
+
+def rows(workdir: Path) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(UNREPEATABLE)} for line in lines
+    ]
+
+
+def test_final_state_is_bitwise_equal(uninterrupted: Path, interrupted: Path) -> None:
+    want, got = (runs.saved_arrays(workdir, runs.STEPS) for workdir in (uninterrupted, interrupted))
+    assert any("ema_params" in name for name in want)
+    assert any("trace" in name for name in want)
+    assert want.keys() == got.keys()
+    assert [name for name in want if want[name].tobytes() != got[name].tobytes()] == []
+
+
+def test_metrics_of_every_step_are_equal_and_stand_once(uninterrupted: Path, interrupted: Path) -> None:
+    want, got = rows(uninterrupted), rows(interrupted)
+    assert [row["step"] for row in want] == list(range(1, runs.STEPS + 1))
+    assert all(np.isfinite(row["train/loss"]) for row in want)
+    assert want == got
+
+
+def scalars(workdir: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["tensors"]
+    return {
+        tag: [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in accumulator.Tensors(tag)]
+        for tag in tags
+    }
+
+
+def test_tensorboard_holds_every_step_once(uninterrupted: Path, interrupted: Path) -> None:
+    for workdir in (uninterrupted, interrupted):
+        found = scalars(workdir)
+        for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "throughput/images_per_s"):
+            assert sorted(step for step, _ in found[tag]) == list(range(1, runs.STEPS + 1)), tag
+        for tag in ("eval/top1", "eval_ema/top1"):
+            assert sorted(step for step, _ in found[tag]) == [20, 40, 60], tag
+        by_step = {row["step"]: row for row in rows(workdir)}
+        for step, value in found["train/loss"]:
+            assert value == pytest.approx(by_step[step]["train/loss"], rel=1e-6)
+
+
+def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> None:
+    before = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert before == ["20", "40", "60"]
+    assert len(list((uninterrupted / "best").iterdir())) == 1
+    text = (uninterrupted / "metrics.jsonl").read_bytes()
+    process = runs.start(uninterrupted)
+    printed = runs.finish(process)
+    assert process.returncode == EXIT_DONE
+    assert "finished: 60 steps" in printed
+    assert "on 360 examples" in printed
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == text
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before

@@ -1,0 +1,66 @@
+"""The compiled step on eight forced host devices against one."""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import re, sys
+import jax, numpy as np
+from nfnet_flax.models import NFNetConfig
+from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.parallel.mesh import batch_sharding, make_mesh, to_global
+from nfnet_flax.training.state import create_state, model_structure
+from nfnet_flax.training.step import make_train_step
+
+assert jax.device_count() == int(sys.argv[1])
+config = NFNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
+graphdef, names = model_structure(config, 10)
+schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
+tx = make_optimizer(OptimConfig(), schedule, names)
+mesh = make_mesh()
+state = create_state(config, 10, 0, tx, mesh)
+step = make_train_step(graphdef, tx, schedule, mesh, seed=0, num_classes=10, label_smoothing=0.1, ema_decay=0.9,
+                       mean=(128.0, 128.0, 128.0), std=(64.0, 64.0, 64.0))
+rng = np.random.default_rng(0)
+def batch():
+    rows = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 16)}
+    return to_global(rows, batch_sharding(mesh))
+first = batch()
+compiled = step.lower(state, first).compile()
+text = compiled.as_text()
+print("gathers", len(re.findall(r"all-gather|all-to-all|collective-permute", text)))
+print("flops", compiled.cost_analysis()["flops"])
+losses = []
+for i in range(10):
+    state, metrics = step(state, batch() if i else first)
+    losses.append(float(metrics["train/loss"]))
+print("losses", *losses)
+bad = {"image": np.full((16, 16, 16, 3), np.nan, np.float32), "label": np.zeros(16, np.int64)}
+kept = jax.tree.map(np.array, state)
+state, metrics = step(state, to_global(bad, batch_sharding(mesh)))
+assert not np.isfinite(metrics["train/loss"])
+assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(state), strict=True))
+"""
+
+
+def run(num_devices: int) -> dict[str, list[float]]:
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    words = [sys.executable, "-c", SCRIPT, str(num_devices)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0]: [float(word) for word in line.split()[1:]] for line in done.stdout.splitlines()}
+
+
+def test_eight_devices_give_the_losses_of_one_and_gather_nothing() -> None:
+    one, eight = run(1), run(8)
+    for a, b in zip(one["losses"], eight["losses"], strict=True):
+        assert abs(a - b) <= 1e-5 * abs(a)
+    assert one["losses"][0] != one["losses"][-1]
+    assert eight["gathers"] == [0]
+    # Everything but the update and the standardization is divided by eight; a gathered batch would not be.
+    assert eight["flops"][0] < one["flops"][0] / 4

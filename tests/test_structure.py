@@ -1,0 +1,84 @@
+"""What may import what, and what must work without the heavy packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nfnet_flax
+
+PACKAGE = Path(nfnet_flax.__file__).parent
+LEAVES = {"models", "optim", "data", "parallel"}
+BASE = {"config"}
+ALLOWED = {
+    "config": set[str](),
+    **{leaf: {"config"} for leaf in LEAVES},
+    "recipe": LEAVES | BASE,
+    "weights": {"models"} | BASE,
+    "training": LEAVES | BASE | {"recipe"},
+    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of the package that a file imports, at any depth of indentation."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert not name.startswith(("recipes", "tools", "tests")), f"{path} imports {name}"
+            if name.startswith("nfnet_flax."):
+                found.add(name.split(".")[1])
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert len(files) > 20
+    for path in files:
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        wrong = imports(path) - ALLOWED[part] - {part}
+        assert not wrong, f"{path} imports {wrong}"
+
+
+LIGHT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "grain", "clu", "tensorflow_datasets", "tensorboard"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+import nfnet_flax
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "importing the package started a backend"
+from nfnet_flax.models import NFNetConfig
+from nfnet_flax.optim import OptimConfig, make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.state import create_state, model_structure
+from nfnet_flax.training.step import make_train_step
+
+assert len(nfnet_flax.list_models()) == 16
+config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5)
+graphdef, names = model_structure(config, 3)
+schedule = lambda step: 0.1
+tx = make_optimizer(OptimConfig(), schedule, names)
+mesh = make_mesh()
+state = create_state(config, 3, 0, tx, mesh)
+step = make_train_step(graphdef, tx, schedule, mesh, seed=0, num_classes=3, label_smoothing=0.1, ema_decay=0.9,
+                       mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+before = np.asarray(state.params["head.bias"])
+images = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3)).astype(np.uint8)
+state, metrics = step(state, {"image": images, "label": np.arange(4) % 3})
+assert int(state.step) == 1 and np.isfinite(metrics["train/loss"])
+assert not np.array_equal(before, state.params["head.bias"])
+"""
+
+
+def test_models_and_step_need_no_tensorflow_grain_clu_or_tfds() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
