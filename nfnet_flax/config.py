@@ -76,7 +76,7 @@ def from_json(hint: Any, data: Any, path: str = "") -> Any:
     if not isinstance(data, dict):
         return data
     options: Any = typing.get_args(hint) or (hint,)
-    candidates: dict[str, Any] = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+    candidates: dict[str, Any] = {option.__name__: option for option in options if isinstance(option, type)}
     kind = data.get("type")
     if kind not in candidates:
         raise ConfigError(f"{path or 'recipe'}: unknown type {kind!r}: expected one of {sorted(candidates)}")
