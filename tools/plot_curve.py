@@ -30,6 +30,7 @@ def plot(workdir: Path, picture: Path) -> None:
         right.plot(steps, [100 * value for value in values], marker="o", markersize=3, linewidth=1, label=label)
     right.set(xlabel="step", ylabel="held-out top-1, %")
     right.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, metadata={"Date": None})
     print(f"picture: {picture}")
 

@@ -58,7 +58,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract_state: TrainStat
 
 def read(workdir: Path, step: int, abstract_state: TrainState) -> tuple[TrainState, Notes]:
     """As `restore`, without a manager and without changing anything in the run's folder."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     folder = (workdir / "checkpoints").absolute()
     with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
         return restore(manager, step, abstract_state)

@@ -24,6 +24,9 @@ class MetricsLog:
         partial.replace(self._path)
         self._file = self._path.open("a")
         folder = workdir / "tensorboard"
+        # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         drop_events_after(folder, resume_step)
         self._writer = _open_tensorboard(folder)
 
@@ -71,8 +74,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _open_tensorboard(folder: Path) -> Any:
     """CLU's writer, or None with one warning where TensorFlow is missing."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice would land in the progress line
     try:
         import tensorflow as tf
         from clu.metric_writers import SummaryWriter
