@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from absl import logging
 
 from nfnet_flax.config import ConfigError
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
+    logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line; its errors are exceptions
     try:
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
@@ -110,8 +112,12 @@ def _print_accuracy(metrics: dict[str, float]) -> None:
 
 def _models(argv: list[str]) -> int:
     if argv:
-        print(f"nfnet models takes no options, got {argv}", file=sys.stderr)
-        return EXIT_DONE if argv == ["--help"] else EXIT_BAD_INPUT
+        helped = argv in (["-h"], ["--help"])
+        print(
+            _USAGE if helped else f"nfnet models takes no options, got {argv}",
+            file=sys.stdout if helped else sys.stderr,
+        )
+        return EXIT_DONE if helped else EXIT_BAD_INPUT
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only: leave the accelerators to whoever uses them
     import jax
     from flax import nnx

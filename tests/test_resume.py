@@ -102,3 +102,20 @@ def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> No
     assert "on 360 examples" in printed
     assert (uninterrupted / "metrics.jsonl").read_bytes() == text
     assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
+
+
+def test_a_stop_during_evaluation_is_not_lost(tmp_path: Path) -> None:
+    options = ("--num-steps=22", "--data.eval-batch-size=1")
+    process = runs.start(tmp_path, *options)
+    printed = runs.signal_at(process, 20, signal.SIGTERM)  # the evaluation of step 20 begins now
+    assert process.returncode == EXIT_STOPPED
+    assert "stopped at step 20 of 22" in printed
+    assert "top-1" not in printed
+    process = runs.start(tmp_path, *options)
+    printed = runs.finish(process)
+    assert process.returncode == EXIT_DONE
+    assert "step 20: top-1" in printed
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == list(range(1, 23))
+    assert [row["step"] for row in found if "eval_ema/top1" in row] == [20, 22]
+    assert sorted(step for step, _ in scalars(tmp_path)["eval/top1"]) == [20, 22]

@@ -70,13 +70,13 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
 
 def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Event) -> TrainResult:
     recipe, num_steps = setup.recipe, setup.num_steps
-    state, notes = _restore_or_create(setup, newest, workdir)
+    state, restored = _restore_or_create(setup, newest, workdir)
     step = int(state.step)
-    evaluated, eval_metrics = notes["evaluated"], notes["metrics"]
+    evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics)
 
-    log = MetricsLog(workdir, resume_step=step)
+    log = MetricsLog(workdir, resume_step=step, evaluated=evaluated)
     progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
     window = _Window(setup, log, progress, step)
     saved_step = step if step > 0 else None
@@ -105,9 +105,10 @@ def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Ev
             # 2. Save.
             stopping = stop.is_set()
             save_due = step > 0 and (step % recipe.checkpoint.every_steps == 0 or step == num_steps or stopping)
-            if save_due and (step != saved_step or (evaluated and not notes["evaluated"])):
+            if save_due and step != saved_step:
                 window.drain(step)
                 log.flush()
+                # Told to stop during the evaluation, the checkpoint says so, and it is done after the resume.
                 notes = {"evaluated": evaluated or not eval_due, "metrics": eval_metrics}
                 checkpoint.save(newest, state, step, notes)
                 saved_step = step

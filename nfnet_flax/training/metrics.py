@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ from typing import Any
 class MetricsLog:
     """Writes one JSON object per step, and the same numbers as TensorBoard scalars.
 
-    Opening it at `resume_step` removes what an earlier process wrote for later steps: those are about to be repeated.
+    Opening it at `resume_step` removes what an earlier process wrote for later steps, and the evaluation of this step
+    unless it was `evaluated` before the checkpoint: those are about to be repeated.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int) -> None:
+    def __init__(self, workdir: Path, *, resume_step: int, evaluated: bool) -> None:
         self._path = workdir / "metrics.jsonl"
-        rows = [row for row in read_rows(self._path) if row["step"] <= resume_step]
+
+        def stands(step: int, name: str) -> bool:
+            return step < resume_step or (step == resume_step and (evaluated or not name.startswith("eval")))
+
+        rows = [
+            {name: value for name, value in row.items() if stands(row["step"], name)}
+            for row in read_rows(self._path)
+            if row["step"] <= resume_step
+        ]
         # An object of the very step may still be completed, by the evaluation that is due there.
         self._row: dict[str, Any] = rows.pop() if rows and rows[-1]["step"] == resume_step else {"step": resume_step}
         partial = self._path.with_suffix(".partial")
@@ -27,7 +37,7 @@ class MetricsLog:
         # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        drop_events_after(folder, resume_step)
+        drop_events(folder, stands)
         self._writer = _open_tensorboard(folder)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -87,8 +97,8 @@ def _open_tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def drop_events_after(folder: Path, step: int) -> None:
-    """Rewrites the event files of a folder without the events of later steps; wall times stay as they were."""
+def drop_events(folder: Path, stands: Callable[[int, str], bool]) -> None:
+    """Rewrites the event files of a folder, keeping the scalars whose (step, tag) `stands`; wall times stay as well."""
     files = sorted(folder.glob("events.out.tfevents.*")) if folder.is_dir() else []
     if not files:
         return
@@ -100,7 +110,12 @@ def drop_events_after(folder: Path, step: int) -> None:
         print(f"TensorBoard files may show repeated steps: {error}", file=sys.stderr)
         return
     for path in files:
-        kept = [record for record in RawEventFileLoader(str(path)).Load() if Event.FromString(record).step <= step]
+        kept = []
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            tags = [value.tag for value in event.summary.value]  # CLU writes one scalar an event
+            if all(stands(event.step, tag) for tag in tags):
+                kept.append(record)
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
             writer = RecordWriter(file)
