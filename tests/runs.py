@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,18 @@ def finish(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=300)[0]
 
 
-def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals) -> str:
-    """Sends a signal to the whole process group as soon as the run reports `step`; returns all that it printed."""
+def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals, saved: Path | None = None) -> str:
+    """Sends a signal to the whole process group once the run reports `step`; returns all that it printed.
+
+    Where `saved` is given, it waits for that checkpoint, too: it is written in the background, beside the steps.
+    """
     assert process.stdout is not None
     printed = []
     for line in process.stdout:
         printed.append(line)
         if line.startswith(f"step {step:>2}/"):
+            while saved is not None and not saved.exists() and process.poll() is None:
+                time.sleep(0.001)
             os.killpg(process.pid, number)
             break
     return "".join(printed) + finish(process)

@@ -90,11 +90,11 @@ def test_keys_are_needed_only_where_something_is_drawn() -> None:
     model = NFNet(config, num_classes=3, rngs=nnx.Rngs(0))
     images = jnp.ones((2, 32, 32, 3))
     with pytest.raises(ValueError, match=r"keys=.*model\.eval\(\)"):
-        model(images)
+        jax.eval_shape(lambda: model(images))
     keys = example_keys(jax.random.key(0), jnp.arange(2))
-    assert model(images, keys).shape == (2, 3)
+    assert jax.eval_shape(lambda: model(images, keys)).shape == (2, 3)
     model.eval()
-    assert model(images).shape == (2, 3)
+    assert jax.eval_shape(lambda: model(images)).shape == (2, 3)
 
 
 def test_what_is_drawn_belongs_to_the_example() -> None:
