@@ -39,10 +39,8 @@ class TrainResult:
     metrics: dict[str, float]
     """Of the newest evaluation; empty if there was none."""
 
-    @property
-    def finished(self) -> bool:
-        """False if the run was told to stop; the same call goes on from there."""
-        return self.step == self.num_steps
+    finished: bool
+    """False if the run was told to stop, be it during the last evaluation; the same call goes on from there."""
 
 
 def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
@@ -74,7 +72,7 @@ def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Ev
     step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
     if step == num_steps and evaluated:
-        return TrainResult(step, num_steps, eval_metrics)
+        return TrainResult(step, num_steps, eval_metrics, finished=True)
 
     log = MetricsLog(workdir, resume_step=step, evaluated=evaluated)
     progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
@@ -114,7 +112,7 @@ def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Ev
                 saved_step = step
             if step == num_steps or stopping:
                 window.drain(step)
-                return TrainResult(step, num_steps, eval_metrics)
+                return TrainResult(step, num_steps, eval_metrics, finished=step == num_steps and evaluated)
             # 3. Next batch.
             started = time.perf_counter()
             rows = next(batches)
