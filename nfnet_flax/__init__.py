@@ -5,28 +5,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nfnet_flax import models as models
-    from nfnet_flax.models import create_model as create_model
+    from nfnet_flax import weights as weights
     from nfnet_flax.models import list_models as list_models
     from nfnet_flax.recipe import load_recipe as load_recipe
     from nfnet_flax.training.loop import train as train
     from nfnet_flax.training.run import evaluate as evaluate
+    from nfnet_flax.weights import create_model as create_model
 
 __version__ = "0.1.0"
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _EXPORTS = {
-    "create_model": "nfnet_flax.models",
+    "create_model": "nfnet_flax.weights",
     "list_models": "nfnet_flax.models",
     "load_recipe": "nfnet_flax.recipe",
     "train": "nfnet_flax.training.loop",
     "evaluate": "nfnet_flax.training.run",
 }
-__all__ = ["create_model", "evaluate", "list_models", "load_recipe", "models", "train"]
+__all__ = ["create_model", "evaluate", "list_models", "load_recipe", "models", "train", "weights"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":
-        return importlib.import_module("nfnet_flax.models")
+    if name in ("models", "weights"):
+        return importlib.import_module(f"nfnet_flax.{name}")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'nfnet_flax' has no attribute {name!r}")

@@ -1,16 +1,17 @@
 """The `nfnet` command."""
 
 import dataclasses
+import fnmatch
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from absl import logging
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, unknown_name
 
 EXIT_DONE = 0
 """The run reached its last step."""
@@ -26,7 +27,10 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
-  nfnet models                                              the named networks
+  nfnet models [PATTERN]                                    the named networks, such as 'nf_*'
+  nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
+  nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
+  nfnet convert run DIR --out DIR                           the newest checkpoint of a run -> weights.safetensors
 
 exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped and saved (run the same command again)
 """
@@ -35,7 +39,12 @@ exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped and saved (run the same 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "models": _models}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "models": _models,
+        "convert": _convert,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return EXIT_DONE if argv else EXIT_BAD_INPUT
@@ -69,8 +78,10 @@ def _train(argv: list[str]) -> int:
     load_recipe(recipe_path)  # its errors before those of the options
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
+    from nfnet_flax.training.compilation import use_compilation_cache
     from nfnet_flax.training.loop import TrainingDiverged, train
 
+    use_compilation_cache()
     try:
         result = train(chosen.recipe, chosen.workdir)
     except TrainingDiverged as error:
@@ -95,8 +106,10 @@ def _eval(argv: list[str]) -> int:
     options = tyro.cli(
         EvalOptions, args=argv, prog="nfnet eval", description="Evaluate the newest checkpoint of a run."
     )
+    from nfnet_flax.training.compilation import use_compilation_cache
     from nfnet_flax.training.run import evaluate
 
+    use_compilation_cache()
     metrics = evaluate(options.workdir)
     print(f"step {metrics['step']:.0f}")
     _print_accuracy(metrics)
@@ -111,25 +124,97 @@ def _print_accuracy(metrics: dict[str, float]) -> None:
 
 
 def _models(argv: list[str]) -> int:
-    if argv:
-        helped = argv in (["-h"], ["--help"])
-        print(
-            _USAGE if helped else f"nfnet models takes no options, got {argv}",
-            file=sys.stdout if helped else sys.stderr,
-        )
-        return EXIT_DONE if helped else EXIT_BAD_INPUT
+    @dataclasses.dataclass(frozen=True)
+    class ModelsOptions:
+        pattern: tyro.conf.Positional[str] = "*"
+        """Shell-style pattern of names."""
+
+    options = tyro.cli(ModelsOptions, args=argv, prog="nfnet models", description="List the named networks.")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only: leave the accelerators to whoever uses them
-    import jax
     from flax import nnx
 
-    from nfnet_flax.models import create_model, list_models
+    from nfnet_flax.models import build_model, list_models, model_config
+    from nfnet_flax.models.flops import forward_flops
     from nfnet_flax.models.params import split
+    from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT
 
-    print(f"{'name':<16}{'parameters':>14}{'train px':>10}{'test px':>9}")
-    for name in list_models():
-        model = nnx.eval_shape(lambda name=name: create_model(name, rngs=nnx.Rngs(0)))
-        count = sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
-        print(f"{name:<16}{count:>14,}{model.config.train_image_size:>10}{model.config.test_image_size:>9}")
+    names = fnmatch.filter(list_models(), options.pattern)
+    if not names:
+        raise unknown_name("model", options.pattern, list_models())
+    print("GFLOPs: multiply-adds of one image at train px, forward. Top-1: published, ImageNet, at test px.")
+    print(f"{'name':<16}{'parameters':>14}{'GFLOPs':>9}{'train px':>10}{'test px':>9}{'top-1':>8}")
+    for name in names:
+        config = model_config(name)
+        model = nnx.eval_shape(lambda config=config: build_model(config, num_classes=1000, rngs=nnx.Rngs(0)))
+        count = sum(leaf.size for leaf in split(model)[1].values())
+        gflops = forward_flops(model, config.train_image_size) / 1e9
+        top1 = f"{PUBLISHED_TOP1_PERCENT[name]:.1f}%" if name in PUBLISHED_TOP1_PERCENT else "-"
+        print(
+            f"{name:<16}{count:>14,}{gflops:>9.2f}{config.train_image_size:>10}{config.test_image_size:>9}{top1:>8}",
+            flush=True,
+        )
+    return EXIT_DONE
+
+
+def _convert(argv: list[str]) -> int:
+    @dataclasses.dataclass(frozen=True)
+    class Haiku:
+        file: tyro.conf.Positional[Path]
+        """A published file, such as F0_haiku.npz. Nothing in it is executed."""
+        model: str
+        """Name of the network (`nfnet models`)."""
+        out: Path
+        """Folder of the result."""
+        parameters: Literal["raw", "ema", "unknown"] = "unknown"
+        """What the file holds; recorded."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Timm:
+        file: tyro.conf.Positional[Path]
+        """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6."""
+        model: str
+        """Name of the network (`nfnet models`)."""
+        out: Path
+        """Folder of the result."""
+        parameters: Literal["raw", "ema", "unknown"] = "unknown"
+        """What the file holds; recorded."""
+        timm_form: bool = False
+        """The weights were trained with timm: record its exact gelu and its standardization."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        workdir: tyro.conf.Positional[Path]
+        """Folder of a run; its newest checkpoint is read."""
+        out: Path
+        """Folder of the result."""
+        parameters: Literal["raw", "ema"] = "ema"
+        """Which of the two to write."""
+
+    kinds: dict[str, type[Haiku | Timm | Run]] = {"haiku": Haiku, "timm": Timm, "run": Run}
+    if not argv or argv[0] not in kinds:
+        helped = bool(argv) and argv[0] in ("-h", "--help")
+        print(_USAGE, end="", file=sys.stdout if helped else sys.stderr)
+        return EXIT_DONE if helped else EXIT_BAD_INPUT
+    options = tyro.cli(kinds[argv[0]], args=argv[1:], prog=f"nfnet convert {argv[0]}", description="Convert weights.")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    from nfnet_flax.weights.convert import convert_haiku, convert_timm
+
+    match options:
+        case Haiku():
+            path = convert_haiku(options.file, options.model, options.out, parameters=options.parameters)
+        case Timm():
+            path = convert_timm(
+                options.file,
+                options.model,
+                options.out,
+                parameters=options.parameters,
+                timm_form=options.timm_form,
+            )
+        case Run():
+            from nfnet_flax.training.run import export_weights
+
+            path = export_weights(options.workdir, options.out, parameters=options.parameters)
+    print(f"weights: {path}")
     return EXIT_DONE
 
 

@@ -45,6 +45,10 @@ class Recipe:
     """Optimizer, clipping, learning rate, EMA."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    init_from: str | None = None
+    """Weight file (`nfnet convert`) that the run starts from, raw and EMA alike; None: random parameters."""
+    init_from_skip: tuple[str, ...] = ()
+    """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
     seed: int = 0
     """Of everything random."""
     num_epochs: float = 1.0
@@ -61,6 +65,12 @@ class Recipe:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.num_classes >= 2, "num_classes", self.num_classes, "must be at least 2")
+        require(
+            self.init_from is not None or not self.init_from_skip,
+            "init_from_skip",
+            self.init_from_skip,
+            "give init_from, or leave this empty",
+        )
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         require(

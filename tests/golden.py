@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nfnet_flax.models import NFNetConfig, build_model
-from nfnet_flax.models.params import GraphDef, Params, split
-from nfnet_flax.weights.haiku import haiku_name
+from nfnet_flax.models import ModelConfig, NFNetConfig, build_model
+from nfnet_flax.models.params import BatchStats, GraphDef, Params, split
+from nfnet_flax.weights.haiku import haiku_entries
 
 FOLDER = Path(__file__).parent / "goldens"
 TINY = NFNetConfig(widths=(32, 64, 128, 128), depths=(1, 2, 2, 1), group_width=8, stochdepth_rate=0.0)
@@ -39,12 +39,30 @@ def fill(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(n, np.float32)
 
 
-def filled(config: NFNetConfig, num_classes: int) -> tuple[GraphDef, Params, dict[str, tuple[int, ...]]]:
-    """Structure, filled parameters, and the published name and shape of each."""
-    graphdef, shapes = split(nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0))))
-    published = {name: haiku_name(name, config.depths) for name in shapes}
-    params = {name: jax.numpy.asarray(fill(published[name], leaf.shape)) for name, leaf in shapes.items()}
-    return graphdef, params, {published[name]: leaf.shape for name, leaf in shapes.items()}
+def filled(config: ModelConfig, num_classes: int) -> tuple[GraphDef, Params, BatchStats, dict[str, tuple[int, ...]]]:
+    """Structure, filled parameters, running statistics as they begin, and the published name and shape of each
+    parameter."""
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
+    graphdef, shapes, statistics = split(model)
+    published = {entry.ours: entry for entry in haiku_entries(model)}
+    params = {
+        name: jax.numpy.asarray(published[name].to_ours(fill(published[name].theirs, published[name].shape)))
+        for name in shapes
+    }
+    return (
+        graphdef,
+        params,
+        initial_statistics(statistics),
+        {published[name].theirs: published[name].shape for name in shapes},
+    )
+
+
+def initial_statistics(shapes: BatchStats) -> BatchStats:
+    """Running statistics as they begin."""
+    return {
+        name: (jax.numpy.ones if name.endswith(".variance") else jax.numpy.zeros)(leaf.shape, leaf.dtype)
+        for name, leaf in shapes.items()
+    }
 
 
 def images(meta: dict[str, Any]) -> np.ndarray:

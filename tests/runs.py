@@ -1,6 +1,7 @@
 """Real `nfnet train` processes on the digits recipe."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,28 +14,40 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "recipes" / "digits.py"
 STEPS = 60
 OPTIONS = [
     f"--num-steps={STEPS}",
     "--log-every-steps=1",
     "--eval-every-steps=20",
     "--checkpoint.every-steps=20",
-    "--model.widths=16 16 32 32",
-    "--model.depths=1 1 1 1",
 ]
+SMALL = ["--model.widths=16 16 32 32", "--model.depths=1 1 1 1"]
+"""The recipe's NFNet, smaller."""
 
 
-def command(workdir: Path, *options: str) -> list[str]:
+def recipe_with(model: str, folder: Path) -> Path:
+    """The digits recipe with another network, given in one line."""
+    text = DIGITS.read_text()
+    start = text.index("        model=NFNetConfig(")
+    end = text.index("        num_classes=")
+    path = folder / "mine.py"
+    text = text[:start] + f"        model={model},\n" + text[end:]
+    path.write_text(text.replace("import NFNetConfig\n", "import *\n"))
+    return path
+
+
+def command(workdir: Path, *options: str, recipe: Path = DIGITS) -> list[str]:
     """The command line of a short run."""
-    words = [word for option in [*OPTIONS, *options] for word in option.replace("=", " ").split(" ")]
-    recipe = str(ROOT / "recipes" / "digits.py")
-    return [sys.executable, "-m", "nfnet_flax.cli", "train", recipe, "--workdir", str(workdir), *words]
+    small = SMALL if recipe == DIGITS else []
+    words = [word for option in [*OPTIONS, *small, *options] for word in option.replace("=", " ").split(" ")]
+    return [sys.executable, "-m", "nfnet_flax.cli", "train", str(recipe), "--workdir", str(workdir), *words]
 
 
-def start(workdir: Path, *options: str) -> subprocess.Popen[str]:
+def start(workdir: Path, *options: str, recipe: Path = DIGITS) -> subprocess.Popen[str]:
     """Starts a run in a process group of its own."""
     return subprocess.Popen(
-        command(workdir, *options),
+        command(workdir, *options, recipe=recipe),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,7 +70,7 @@ def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals,
     printed = []
     for line in process.stdout:
         printed.append(line)
-        if line.startswith(f"step {step:>2}/"):
+        if re.match(rf"step +{step}/", line):
             while saved is not None and not saved.exists() and process.poll() is None:
                 time.sleep(0.001)
             os.killpg(process.pid, number)

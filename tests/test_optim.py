@@ -69,7 +69,7 @@ def test_agc_needs_parameters_and_chains_with_any_optimizer() -> None:
 
 @pytest.mark.parametrize("num_classes", [10, 3])
 def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
-    _, params, _ = golden.filled(golden.TINY, num_classes)
+    _, params, _, _ = golden.filled(golden.TINY, num_classes)
     config = OptimConfig(clipping=0.01, weight_decay=0.0, momentum=0.0)
     tx = make_optimizer(config, lambda step: 1.0, tuple(params))
     gradient = jax.tree.map(lambda weight: jnp.full(weight.shape, 1e3), params)
@@ -79,7 +79,7 @@ def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
 
 
 def test_decay_spares_biases_and_gains() -> None:
-    _, params, _ = golden.filled(golden.TINY, 10)
+    _, params, _, _ = golden.filled(golden.TINY, 10)
     tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, tuple(params))
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decayed = {name for name, update in updates.items() if np.any(np.asarray(update))}
@@ -104,7 +104,7 @@ def test_published_trajectory() -> None:
     mix_labels = rng.integers(0, 10, (steps, batch))
     weights = rng.random((steps, batch))
 
-    graphdef, params, _ = golden.filled(golden.TINY, 10)
+    graphdef, params, _, _ = golden.filled(golden.TINY, 10)
     schedule = learning_rate_schedule(
         want["lr"] * batch / 256, warmup_steps=want["warmup_steps"], num_steps=want["steps"]
     )
@@ -121,7 +121,7 @@ def test_published_trajectory() -> None:
     @jax.jit
     def step(i: jax.Array, params: dict, ema: dict, opt_state: optax.OptState, batch: dict) -> tuple:
         def loss_fn(params: dict) -> jax.Array:
-            model = merge(graphdef, params)
+            model = merge(graphdef, params, {})
             model.eval()
             targets = soft_targets(batch, 10, want["label_smoothing"])
             return jnp.mean(cross_entropy(model(batch["image"]), targets))

@@ -15,7 +15,7 @@ ALLOWED = {
     **{leaf: {"config"} for leaf in LEAVES},
     "recipe": LEAVES | BASE,
     "weights": {"models"} | BASE,
-    "training": LEAVES | BASE | {"recipe"},
+    "training": LEAVES | BASE | {"recipe", "weights"},
     "cli": LEAVES | BASE | {"recipe", "training", "weights", "export"},
 }
 
@@ -62,7 +62,7 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
-assert len(nfnet_flax.list_models()) == 16
+assert len(nfnet_flax.list_models()) == 44
 config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5)
 graphdef, names = model_structure(config, 3)
 schedule = lambda step: 0.1

@@ -1,15 +1,28 @@
-"""Networks of the NFNet papers as Flax NNX modules."""
+"""Networks of the NFNet papers, and the baselines they compare with, as Flax NNX modules."""
 
+from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
 from nfnet_flax.models.layers import example_keys
+from nfnet_flax.models.nf_regnet import NFRegNet, NFRegNetConfig
+from nfnet_flax.models.nf_resnet import NFResNet, NFResNetConfig
 from nfnet_flax.models.nfnet import NFNet, NFNetConfig
-from nfnet_flax.models.registry import ModelConfig, build_model, create_model, list_models, model_config
+from nfnet_flax.models.registry import ModelConfig, build_model, list_models, model_config
+from nfnet_flax.models.resnet import ResNet, ResNetConfig
 
 __all__ = [
+    "Classifier",
+    "EfficientNet",
+    "EfficientNetConfig",
     "ModelConfig",
     "NFNet",
     "NFNetConfig",
+    "NFRegNet",
+    "NFRegNetConfig",
+    "NFResNet",
+    "NFResNetConfig",
+    "ResNet",
+    "ResNetConfig",
     "build_model",
-    "create_model",
     "example_keys",
     "list_models",
     "model_config",

@@ -1,9 +1,10 @@
 """How a convolution is computed on each kind of device: the only file that decides it.
 
 All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is.
-XLA's CPU compiler has three weaknesses that are worth factors of 10 to 400 (measured with tools/bench_convolution.py):
+XLA's CPU compiler has four weaknesses that are worth factors of 2 to 400 (`python tools/bench_convolution.py`):
 
 - the gradient of a grouped convolution runs naive code, so groups are computed as separate plain convolutions;
+- a depthwise convolution runs naive code both ways, so it is computed as a sum of shifted products;
 - inside a loop it cannot rewrite the layouts of any convolution's gradient, so both gradients are stated here as
   ordinary NHWC/HWIO convolutions with explicit transposes;
 - a 1x1 convolution is slower than the matrix product it is.
@@ -12,6 +13,7 @@ XLA's CPU compiler has three weaknesses that are worth factors of 10 to 400 (mea
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -48,12 +50,28 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
         return lax.conv_general_dilated(
             x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=groups
         )
+    if groups > 1 and groups == x.shape[3] == kernel.shape[3]:
+        return _depthwise_by_shifts(x, kernel, stride)
     if groups > 1:
         parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
         return jnp.concatenate([_conv_loop_safe(part, k, stride) for part, k in parts], axis=3)
     if kernel.shape[:2] == (1, 1):
         return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
     return _conv_loop_safe(x, kernel, stride)
+
+
+def _depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    window = kernel.shape[:2]
+    padding = [_same_padding(size, extent, stride) for size, extent in zip(x.shape[1:3], window, strict=True)]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    spans = [(size - extent) // stride * stride + 1 for size, extent in zip(x.shape[1:3], window, strict=True)]
+    total: jax.Array | None = None
+    for row, column in itertools.product(range(window[0]), range(window[1])):
+        shifted = x[:, row : row + spans[0] : stride, column : column + spans[1] : stride]
+        term = shifted * kernel[row, column, 0]
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
 def _same_padding(size: int, window: int, stride: int) -> tuple[int, int]:

@@ -1,10 +1,12 @@
-"""Building blocks shared by the normalizer-free families.
+"""Building blocks shared by the families.
 
-Parameters are float32; `compute_dtype` is what images, activations and standardized kernels are computed in. Statistics
-of weight standardization are always float32. Layers hold no random state: whatever is drawn at random is drawn from one
-key per example, which the caller gives (see `example_keys`), so no way of cutting a batch changes what is drawn.
+Parameters are float32; `compute_dtype` is what images, activations and kernels are computed in. Statistics of weight
+standardization and of BatchNorm are never less than float32. Layers hold no random state: whatever is drawn at random
+is drawn from one key per example, which the caller gives (see `example_keys`), so no way of cutting a batch changes
+what is drawn.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,15 +18,18 @@ from jax import lax
 from nfnet_flax.models.convolution import conv2d
 
 ActivationName = Literal[
-    "gelu", "relu", "silu", "leaky_relu", "elu", "celu", "selu", "relu6", "tanh",
+    "gelu", "gelu_erf", "relu", "silu", "leaky_relu", "elu", "celu", "selu", "relu6", "tanh",
     "sigmoid", "softplus", "soft_sign", "log_sigmoid", "identity",
 ]  # fmt: skip
-ComputeDtype = Literal["float32", "bfloat16"]
-DTYPES: dict[ComputeDtype, jnp.dtype] = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
+"""float64 is for verification; it needs `jax.enable_x64(True)`."""
+StandardizationName = Literal["published", "timm"]
+DTYPES: dict[ComputeDtype, jnp.dtype] = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 # Function and gamma, which restores unit variance for a standard normal input (arXiv 2101.08692, section 3).
 ACTIVATIONS: dict[ActivationName, tuple[Callable[[jax.Array], jax.Array], float]] = {
     "gelu": (jax.nn.gelu, 1.7015043497085571),
+    "gelu_erf": (functools.partial(jax.nn.gelu, approximate=False), 1.7015043497085571),  # timm's form
     "relu": (jax.nn.relu, 1.7139588594436646),
     "silu": (jax.nn.silu, 1.7881293296813965),
     "leaky_relu": (jax.nn.leaky_relu, 1.70590341091156),
@@ -61,19 +66,38 @@ class InitRngs:
 AnyRngs = nnx.Rngs | InitRngs
 
 
+def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Of statistics, means and logits under a compute type: float32, or float64 under float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def activate(name: ActivationName, x: jax.Array) -> jax.Array:
     """Activation times its gamma, in the dtype of `x`."""
     function, gamma = ACTIVATIONS[name]
     return function(x) * jnp.asarray(gamma, x.dtype)
 
 
-def standardize(kernel: jax.Array, gain: jax.Array) -> jax.Array:
-    """Scaled weight standardization over the fan-in axes of an HWIO kernel (arXiv 2101.08692, equation 3)."""
+def standardize(kernel: jax.Array, gain: jax.Array, form: StandardizationName = "published") -> jax.Array:
+    """Scaled weight standardization over the fan-in axes of an HWIO kernel (arXiv 2101.08692, equation 3).
+
+    The two forms differ in what keeps a constant kernel finite: the published code bounds `variance * fan_in` from
+    below by 1e-4, timm adds 1e-5 to the variance.
+    """
     fan_in = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
     mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
     variance = jnp.var(kernel, axis=(0, 1, 2), keepdims=True)
-    scale = lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4)) * gain
-    return (kernel - mean) * scale
+    spread = jnp.maximum(variance * fan_in, 1e-4) if form == "published" else (variance + 1e-5) * fan_in
+    return (kernel - mean) * (lax.rsqrt(spread) * gain)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _initial(init: nnx.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # Under `jit`, so that equal shapes of a deep network are traced and compiled once.
+    return init(key, shape, jnp.float32)
+
+
+FAN_IN_NORMAL = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+FAN_IN_TRUNCATED = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 class WSConv(nnx.Module):
@@ -87,14 +111,45 @@ class WSConv(nnx.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        standardization: StandardizationName = "published",
         compute_dtype: ComputeDtype,
         rngs: AnyRngs,
     ) -> None:
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
-        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(_initial(FAN_IN_NORMAL, rngs.params(), shape))
         self.gain = nnx.Param(jnp.ones((out_channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
+        self.stride = stride
+        self.groups = groups
+        self.standardization: StandardizationName = standardization
+        self.compute_dtype: ComputeDtype = compute_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
+        dtype = DTYPES[self.compute_dtype]
+        kernel = self.kernel[...].astype(statistics_dtype(dtype))
+        kernel = standardize(kernel, self.gain[...], self.standardization).astype(dtype)
+        y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups)
+        return y + self.bias[...].astype(dtype)
+
+
+class Conv(nnx.Module):
+    """Plain convolution without bias, SAME padding: of the BatchNorm networks."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        kernel_init: nnx.Initializer = FAN_IN_TRUNCATED,
+        compute_dtype: ComputeDtype,
+        rngs: AnyRngs,
+    ) -> None:
+        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        self.kernel = nnx.Param(_initial(kernel_init, rngs.params(), shape))
         self.stride = stride
         self.groups = groups
         self.compute_dtype: ComputeDtype = compute_dtype
@@ -102,9 +157,41 @@ class WSConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
         dtype = DTYPES[self.compute_dtype]
-        kernel = standardize(self.kernel[...], self.gain[...]).astype(dtype)
-        y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups)
-        return y + self.bias[...].astype(dtype)
+        return conv2d(x.astype(dtype), self.kernel[...].astype(dtype), stride=self.stride, groups=self.groups)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization over N, H and W (Ioffe and Szegedy 2015), the published baselines' form.
+
+    In training mode it normalises with the statistics of the batch it is given (a microbatch, where the step cuts the
+    batch) and moves the running ones; in evaluation mode it uses the running ones. Their average is free of the bias of
+    its start: after n batches the newest weighs `(1 - decay) / (1 - decay ** n)`.
+    """
+
+    def __init__(self, channels: int, *, decay: float, epsilon: float) -> None:
+        self.gain = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.decay = decay
+        self.epsilon = epsilon
+        self.deterministic = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) -> the same shape and dtype; the arithmetic is at least float32."""
+        h = x.astype(statistics_dtype(x.dtype))
+        if self.deterministic:
+            mean, variance = self.mean[...], self.variance[...]
+        else:
+            mean, variance = jnp.mean(h, axis=(0, 1, 2)), jnp.var(h, axis=(0, 1, 2))
+            count = self.count[...] + 1
+            share = (1.0 - self.decay) / (1.0 - self.decay ** count.astype(jnp.float32))
+            for running, seen in ((self.mean, mean), (self.variance, variance)):
+                running[...] += share * (lax.stop_gradient(seen).astype(jnp.float32) - running[...])
+            self.count[...] = count
+        scale = lax.rsqrt(variance + self.epsilon) * self.gain[...]
+        return ((h - mean) * scale + self.bias[...]).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -119,7 +206,7 @@ class Dense(nnx.Module):
         compute_dtype: ComputeDtype,
         rngs: AnyRngs,
     ) -> None:
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
+        self.kernel = nnx.Param(_initial(kernel_init, rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.compute_dtype: ComputeDtype = compute_dtype
 
@@ -130,18 +217,31 @@ class Dense(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """Channel gate in (0, 1): mean over H and W, dense, relu, dense, sigmoid."""
+    """Channel gate in (0, 1): mean over H and W, dense, activation, dense, sigmoid (Hu et al. 2018)."""
 
-    def __init__(self, channels: int, ratio: float, *, compute_dtype: ComputeDtype, rngs: AnyRngs) -> None:
-        hidden = max(1, int(channels * ratio))
-        init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        compute_dtype: ComputeDtype,
+        rngs: AnyRngs,
+    ) -> None:
+        init = FAN_IN_TRUNCATED
         self.reduce = Dense(channels, hidden, kernel_init=init, compute_dtype=compute_dtype, rngs=rngs)
         self.expand = Dense(hidden, channels, kernel_init=init, compute_dtype=compute_dtype, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) -> (N, 1, 1, C)."""
         pooled = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return jax.nn.sigmoid(self.expand(jax.nn.relu(self.reduce(pooled))))
+        return jax.nn.sigmoid(self.expand(self.activation(self.reduce(pooled))))
+
+
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and SAME padding."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
 
 
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
@@ -181,10 +281,15 @@ def layer_keys(keys: jax.Array | None, layer: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
 
 
-def drop_path(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """Stochastic depth: zeroes a whole example with probability `rate`; what is kept is *not* rescaled (published)."""
+def drop_path(x: jax.Array, rate: float, keys: jax.Array, *, rescale: bool = False) -> jax.Array:
+    """Stochastic depth: zeroes a whole example with probability `rate`.
+
+    What is kept is divided by `1 - rate` if `rescale` (EfficientNet's drop-connect), and stays as it is otherwise (the
+    normalizer-free networks).
+    """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate))(keys)
-    return x * keep.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    scale = jnp.where(keep, 1.0 / (1.0 - rate) if rescale else 1.0, 0.0).astype(x.dtype)
+    return x * scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:

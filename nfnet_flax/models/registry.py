@@ -1,15 +1,50 @@
-"""Names of networks: one table, and the functions that read it."""
+"""Names of networks: one table over all families, and the functions that read it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from nfnet_flax.config import ConfigError, unknown_name
-from nfnet_flax.models import nfnet
+from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet
+from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
+from nfnet_flax.models.nf_regnet import NFRegNet, NFRegNetConfig
+from nfnet_flax.models.nf_resnet import NFResNet, NFResNetConfig
+from nfnet_flax.models.nfnet import NFNet, NFNetConfig
+from nfnet_flax.models.resnet import ResNet, ResNetConfig
 
-ModelConfig = nfnet.NFNetConfig
-VARIANTS: dict[str, ModelConfig] = dict(nfnet.VARIANTS)
+ModelConfig = NFNetConfig | NFResNetConfig | NFRegNetConfig | ResNetConfig | EfficientNetConfig
+VARIANTS: Mapping[str, ModelConfig] = {
+    **nfnet.VARIANTS,
+    **nf_resnet.VARIANTS,
+    **nf_regnet.VARIANTS,
+    **resnet.VARIANTS,
+    **efficientnet.VARIANTS,
+}
+
+PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {
+    # arXiv 2102.06171, table 3; F6 with SAM.
+    "nfnet_f0": 83.6,
+    "nfnet_f1": 84.7,
+    "nfnet_f2": 85.1,
+    "nfnet_f3": 85.7,
+    "nfnet_f4": 85.9,
+    "nfnet_f5": 86.0,
+    "nfnet_f6": 86.5,
+    # arXiv 1905.11946, table 2.
+    "efficientnet_b0": 77.1,
+    "efficientnet_b1": 79.1,
+    "efficientnet_b2": 80.1,
+    "efficientnet_b3": 81.6,
+    "efficientnet_b4": 82.9,
+    "efficientnet_b5": 83.6,
+    "efficientnet_b6": 84.0,
+    "efficientnet_b7": 84.3,
+}
+"""ImageNet top-1 of the papers, where one is given for the very network."""
 
 
 def list_models() -> list[str]:
@@ -33,23 +68,20 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> nfnet.NFNet:
+def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Classifier:
     """The network of a configuration, with random parameters, in training mode."""
     if num_classes < 1:
         raise ConfigError(f"num_classes = {num_classes}: must be at least 1")
-    return nfnet.NFNet(config, num_classes=num_classes, rngs=rngs)
-
-
-def create_model(name: str, *, num_classes: int = 1000, rngs: nnx.Rngs, **overrides: Any) -> nfnet.NFNet:
-    """A named network with random parameters, in training mode.
-
-    Args:
-      name: one of `list_models()`.
-      num_classes: outputs of the head.
-      rngs: source of the initial parameters.
-      **overrides: fields of the network's configuration, such as `drop_rate=0.0`.
-
-    Raises:
-      ConfigError: the name or a field is unknown, or a value is invalid.
-    """
-    return build_model(model_config(name, **overrides), num_classes=num_classes, rngs=rngs)
+    if config.compute_dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise ConfigError("model.compute_dtype = 'float64': call jax.enable_x64(True) first, or use float32")
+    match config:
+        case NFNetConfig():
+            return NFNet(config, num_classes=num_classes, rngs=rngs)
+        case NFResNetConfig():
+            return NFResNet(config, num_classes=num_classes, rngs=rngs)
+        case NFRegNetConfig():
+            return NFRegNet(config, num_classes=num_classes, rngs=rngs)
+        case ResNetConfig():
+            return ResNet(config, num_classes=num_classes, rngs=rngs)
+        case EfficientNetConfig():
+            return EfficientNet(config, num_classes=num_classes, rngs=rngs)

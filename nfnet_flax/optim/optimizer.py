@@ -96,7 +96,13 @@ def make_optimizer(
 def update_ema(
     ema: dict[str, jax.Array], params: dict[str, jax.Array], step: jax.Array, decay: float
 ) -> dict[str, jax.Array]:
-    """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay."""
+    """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay.
+
+    Whole numbers (BatchNorm's counts) are copied.
+    """
     count = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
-    return {name: rate * ema[name] + (1.0 - rate) * params[name] for name in ema}
+    return {
+        name: rate * ema[name] + (1.0 - rate) * value if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for name, value in params.items()
+    }

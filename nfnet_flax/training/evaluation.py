@@ -10,22 +10,25 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.models import convolution
-from nfnet_flax.models.params import GraphDef, Params, merge
+from nfnet_flax.models.params import BatchStats, GraphDef, Params, merge
 from nfnet_flax.parallel.mesh import DATA_AXIS, batch_sharding, to_global
+from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.step import Batch, cross_entropy, normalise
 
-EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
+Weights = tuple[Params, BatchStats]
+"""What a network computes with."""
+EvalStep = Callable[[Weights, Batch], dict[str, jax.Array]]
 
 
 def make_eval_step(
     graphdef: GraphDef, mesh: Mesh, *, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> EvalStep:
-    """Builds `step(params, batch) -> sums` over the rows whose `mask` is 1: `loss`, `top1`, `top5` and `count`."""
+    """Builds `step(weights, batch) -> sums` over the rows whose `mask` is 1: `loss`, `top1`, `top5` and `count`."""
     platform = mesh.devices.flat[0].platform
     num_candidates = min(5, num_classes)
 
-    def local_sums(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        model = merge(graphdef, params)
+    def local_sums(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
+        model = merge(graphdef, *weights)
         model.eval()
         with convolution.for_platform(platform):
             logits = model(normalise(batch["image"], mean, std))
@@ -51,18 +54,26 @@ def make_eval_step(
     )
 
 
+def weights_to_evaluate(state: TrainState) -> dict[str, Weights]:
+    """Raw and EMA weights of a state, under the prefixes of their metrics."""
+    return {
+        "eval": (state.params, state.batch_stats),
+        "eval_ema": (state.ema_params, state.ema_batch_stats),
+    }
+
+
 def run_evaluation(
     eval_step: EvalStep,
-    params_of: dict[str, Params],
+    weights_of: dict[str, Weights],
     batches: Iterable[dict[str, Any]],
     mesh: Mesh,
     stop: threading.Event | None = None,
 ) -> dict[str, float] | None:
-    """Metrics of several sets of parameters over the same batches.
+    """Metrics of several sets of weights over the same batches.
 
     Args:
       eval_step: from `make_eval_step`.
-      params_of: prefix of the metrics (`eval`, `eval_ema`) -> parameters.
+      weights_of: prefix of the metrics (`eval`, `eval_ema`) -> parameters and running statistics.
       batches: this process's rows, with `mask`.
       mesh: of the step.
       stop: ends the evaluation early when set.
@@ -75,8 +86,8 @@ def run_evaluation(
         if stop is not None and stop.is_set():
             return None
         batch = to_global(rows, batch_sharding(mesh))
-        for prefix, params in params_of.items():
-            sums = eval_step(params, batch)
+        for prefix, weights in weights_of.items():
+            sums = eval_step(weights, batch)
             totals[prefix] = jax.tree.map(jnp.add, totals[prefix], sums) if prefix in totals else sums
     metrics: dict[str, float] = {}
     for prefix, sums in jax.device_get(totals).items():

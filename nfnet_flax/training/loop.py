@@ -13,13 +13,14 @@ from nfnet_flax.data.pipeline import train_batches
 from nfnet_flax.parallel.mesh import batch_sharding, to_global
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training import checkpoint
-from nfnet_flax.training.evaluation import run_evaluation
+from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.metrics import MetricsLog
 from nfnet_flax.training.preemption import stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.run import Setup, assemble, claim_workdir
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.step import Metrics
+from nfnet_flax.weights.entries import Arrays
 
 _MAX_STEPS_IN_FLIGHT = 2
 
@@ -55,20 +56,21 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
     """
     workdir = Path(workdir)
     setup = assemble(recipe)
+    weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
     claim_workdir(workdir, recipe)
     newest = checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last)
     best = checkpoint.open_manager(workdir, "best", keep=1)
     try:
         with stop_requests() as stop:
-            return _run(setup, workdir, newest, best, stop)
+            return _run(setup, workdir, weights, newest, best, stop)
     finally:  # waits for what is still being written
         newest.close()
         best.close()
 
 
-def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Event) -> TrainResult:
+def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, stop: threading.Event) -> TrainResult:
     recipe, num_steps = setup.recipe, setup.num_steps
-    state, restored = _restore_or_create(setup, newest, workdir)
+    state, restored = _restore_or_create(setup, newest, workdir, weights)
     step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
     if step == num_steps and evaluated:
@@ -128,17 +130,18 @@ def _run(setup: Setup, workdir: Path, newest: Any, best: Any, stop: threading.Ev
         batches.close()  # type: ignore[attr-defined]  # Grain's iterator
 
 
-def _restore_or_create(setup: Setup, newest: Any, workdir: Path) -> tuple[TrainState, checkpoint.Notes]:
+def _restore_or_create(
+    setup: Setup, newest: Any, workdir: Path, weights: Arrays
+) -> tuple[TrainState, checkpoint.Notes]:
     step = checkpoint.latest_step(workdir)
     if step is None:
-        return setup.create_state(), {"evaluated": False, "metrics": {}}
+        return setup.create_state(weights), {"evaluated": False, "metrics": {}}
     print(f"continuing from step {step} in {workdir}", flush=True)
     return checkpoint.restore(newest, step, setup.abstract_state())
 
 
 def _evaluate(setup: Setup, state: TrainState, stop: threading.Event) -> dict[str, float] | None:
-    params_of = {"eval": state.params, "eval_ema": state.ema_params}
-    return run_evaluation(setup.eval_step, params_of, setup.eval_batches(), setup.mesh, stop)
+    return run_evaluation(setup.eval_step, weights_to_evaluate(state), setup.eval_batches(), setup.mesh, stop)
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
@@ -178,11 +181,12 @@ class _Window:
         if step == self._first_step:
             jax.block_until_ready(metrics)
             self._progress.say(f"first step after {time.perf_counter() - self._started:.1f} s (compilation included)")
-            self._progress.restart_clock(step)
         elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # bounds the batches held, and how late a stop is noticed
             jax.block_until_ready(self._pending[-1 - _MAX_STEPS_IN_FLIGHT][1])
         if step % self._setup.recipe.log_every_steps == 0:
             self.drain(step)
+        elif step == self._first_step:
+            self._progress.restart_clock(step)
 
     def drain(self, step: int) -> None:
         """Fetches what is pending, stops the run if any of it is not finite, and writes the log steps."""

@@ -7,22 +7,28 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
+import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.pipeline import Rows, eval_batches, open_source
 from nfnet_flax.data.sources import ArraySource
+from nfnet_flax.models import build_model
 from nfnet_flax.models.params import GraphDef
 from nfnet_flax.optim import learning_rate_schedule, make_optimizer
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
-from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation
-from nfnet_flax.training.state import TrainState, abstract_state, create_state, model_structure
+from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
+from nfnet_flax.training.state import TrainState, abstract_state, create_state, model_structure, with_weights
 from nfnet_flax.training.step import Batch, Metrics, make_train_step
+from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.portable import WeightsInfo, stored_arrays, write_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +46,23 @@ class Setup:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: EvalStep
 
-    def create_state(self) -> TrainState:
-        """The state before the first update."""
+    def initial_weights(self) -> Arrays:
+        """What `init_from` gives; nothing without it.
+
+        Raises:
+          ConfigError: the file cannot be read or does not fit the network.
+        """
         recipe = self.recipe
-        return create_state(recipe.model, recipe.num_classes, recipe.seed, self.optimizer, self.mesh)
+        if recipe.init_from is None:
+            return {}
+        model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
+        return stored_arrays(recipe.init_from, model, skip=recipe.init_from_skip)
+
+    def create_state(self, weights: Arrays) -> TrainState:
+        """The state before the first update: random, but for the weights that are given."""
+        recipe = self.recipe
+        state = create_state(recipe.model, recipe.num_classes, recipe.seed, self.optimizer, self.mesh)
+        return with_weights(state, weights)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state."""
@@ -130,6 +149,21 @@ def claim_workdir(workdir: Path, recipe: Recipe) -> None:
         )
 
 
+def read_run(workdir: Path) -> tuple[Setup, TrainState]:
+    """Parts and newest state of a run; changes nothing in its folder.
+
+    Raises:
+      ConfigError: the folder holds no run or no checkpoint.
+    """
+    recipe = read_recipe(workdir / "recipe.json")
+    step = checkpoint.latest_step(workdir)
+    if step is None:
+        raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
+    setup = assemble(recipe)
+    state, _ = checkpoint.read(workdir, step, setup.abstract_state())
+    return setup, state
+
+
 def evaluate(workdir: str | Path) -> dict[str, float]:
     """Evaluates the newest checkpoint of a run on its held-out set; writes nothing.
 
@@ -139,14 +173,24 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
     Raises:
       ConfigError: the folder holds no run or no checkpoint.
     """
-    workdir = Path(workdir)
-    recipe = read_recipe(workdir / "recipe.json")
-    step = checkpoint.latest_step(workdir)
-    if step is None:
-        raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
-    setup = assemble(recipe)
-    state, _ = checkpoint.read(workdir, step, setup.abstract_state())
-    params_of = {"eval": state.params, "eval_ema": state.ema_params}
-    metrics = run_evaluation(setup.eval_step, params_of, setup.eval_batches(), setup.mesh)
+    setup, state = read_run(Path(workdir))
+    metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), setup.eval_batches(), setup.mesh)
     assert metrics is not None  # nothing was there to stop it
-    return {"step": step, **metrics}
+    return {"step": int(state.step), **metrics}
+
+
+def export_weights(workdir: Path, out: Path, *, parameters: Literal["raw", "ema"]) -> Path:
+    """Writes the weights of a run's newest checkpoint as `out/weights.safetensors`, and returns that path.
+
+    Raises:
+      ConfigError: the folder holds no run or no checkpoint, or the file cannot be written.
+    """
+    setup, state = read_run(workdir)
+    recipe = setup.recipe
+    chosen = weights_to_evaluate(state)["eval" if parameters == "raw" else "eval_ema"]
+    arrays = {name: np.asarray(value) for part in chosen for name, value in part.items()}
+    source = f"run {recipe.name!r}, step {int(state.step)}, seed {recipe.seed}"
+    info = WeightsInfo(model=recipe.model, num_classes=recipe.num_classes, source=source, parameters=parameters)
+    path = out / "weights.safetensors"
+    write_weights(path, info, arrays)
+    return path

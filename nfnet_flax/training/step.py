@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.models import convolution, example_keys
-from nfnet_flax.models.params import GraphDef, Params, merge
+from nfnet_flax.models.params import BatchStats, GraphDef, Params, batch_stats_of, merge
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.parallel.mesh import DATA_AXIS
 from nfnet_flax.training.state import TrainState
@@ -79,41 +79,53 @@ def make_train_step(
     """
     platform = mesh.devices.flat[0].platform
 
-    def local_gradient(params: Params, step: jax.Array, batch: Batch) -> tuple[Params, Metrics]:
+    def local_gradient(
+        params: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
+    ) -> tuple[Params, BatchStats, Metrics]:
         num_rows = batch["label"].shape[0]
         rows = lax.axis_index(DATA_AXIS) * num_rows + jnp.arange(num_rows)
         keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, BatchStats]]:
+            model = merge(graphdef, params, batch_stats)
             with convolution.for_platform(platform):
-                logits = merge(graphdef, params)(normalise(batch["image"], mean, std), keys)
+                logits = model(normalise(batch["image"], mean, std), keys)
             targets = soft_targets(batch, num_classes, label_smoothing)
-            return jnp.mean(cross_entropy(logits, targets)), logits
+            return jnp.mean(cross_entropy(logits, targets)), (logits, batch_stats_of(model))
 
-        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, (logits, moved)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        return lax.pmean((gradient, {"train/loss": loss, "train/top1": top1}), DATA_AXIS)
+        gradient, metrics = lax.pmean((gradient, {"train/loss": loss, "train/top1": top1}), DATA_AXIS)
+        # Counts are whole numbers, and the same on all devices.
+        moved = {n: lax.pmean(v, DATA_AXIS) if jnp.issubdtype(v.dtype, jnp.floating) else v for n, v in moved.items()}
+        return gradient, moved, metrics
 
     sharded_gradient = jax.shard_map(
         local_gradient,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
-        out_specs=(PartitionSpec(), PartitionSpec()),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        out_specs=PartitionSpec(),
         check_vma=False,
     )
 
-    def update(state: TrainState, gradient: Params) -> TrainState:
+    def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
+            ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradient, metrics = sharded_gradient(state.params, state.step, batch)
+        gradient, batch_stats, metrics = sharded_gradient(state.params, state.batch_stats, state.step, batch)
         metrics["train/grad_norm"] = optax.tree.norm(gradient)
         metrics["train/learning_rate"] = schedule(state.step)
         finite = jnp.isfinite(metrics["train/loss"]) & jnp.isfinite(metrics["train/grad_norm"])
-        state = lax.cond(finite, update, lambda state, _: state, state, gradient)
+        state = lax.cond(finite, update, lambda state, *_: state, state, gradient, batch_stats)
         clipped_fraction = optax.tree.get(state.opt_state, "clipped_fraction")
         if clipped_fraction is not None:
             metrics["agc/clipped_fraction"] = clipped_fraction

@@ -1,0 +1,195 @@
+"""Baseline: EfficientNet B0-B7 (Tan and Le 2019, arXiv 1905.11946), the family that NFNets are measured against."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from flax import nnx
+
+from nfnet_flax.config import check_types, require
+from nfnet_flax.models import layers
+from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
+
+# Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
+_STAGES = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
+_STEM_WIDTH = 32
+_FINAL_WIDTH = 1280
+_CONV_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# HWIO depthwise kernels are (k, k, 1, C): the fan-out of one filter is k * k.
+_DEPTHWISE_INIT = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+_HEAD_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientNetConfig:
+    """Shape and regularization of one EfficientNet, as multiples of B0."""
+
+    width_multiplier: float = 1.0
+    """Multiplies channels; the products are rounded to multiples of 8."""
+    depth_multiplier: float = 1.0
+    """Multiplies the blocks of each stage; the products are rounded up."""
+    se_ratio: float = 0.25
+    """Hidden channels of squeeze-excite as a share of the block's input channels."""
+    drop_rate: float = 0.2
+    """Dropout before the head."""
+    stochdepth_rate: float = 0.2
+    """Drop-connect: block k of n is dropped with probability `stochdepth_rate * k / n`; what is kept is rescaled."""
+    batch_norm_decay: float = 0.99
+    """Of the running statistics."""
+    batch_norm_epsilon: float = 1e-3
+    """Added to a variance."""
+    compute_dtype: ComputeDtype = "float32"
+    """Of activations and kernels; parameters and statistics are float32."""
+    train_image_size: int = 224
+    """Published training resolution, in pixels."""
+    test_image_size: int = 224
+    """Published evaluation resolution, in pixels."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("drop_rate", "stochdepth_rate", "batch_norm_decay"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("width_multiplier", "depth_multiplier", "se_ratio", "batch_norm_epsilon"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        for name in ("train_image_size", "test_image_size"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+
+    def channels(self, base: int) -> int:
+        """Channels for `base` channels of B0: the nearest multiple of 8 that is at least 90% of the product."""
+        scaled = base * self.width_multiplier
+        rounded = max(8, int(scaled + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+    def depth(self, base: int) -> int:
+        """Blocks for `base` blocks of B0."""
+        return math.ceil(base * self.depth_multiplier)
+
+
+class EfficientNetBlock(nnx.Module):
+    """Inverted bottleneck: 1x1 expansion, depthwise, squeeze-excite, 1x1 projection, each with BatchNorm."""
+
+    def __init__(
+        self,
+        config: EfficientNetConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        expansion: int,
+        window: int,
+        stride: int,
+        index: int,
+        drop_path_rate: float,
+        rngs: AnyRngs,
+    ) -> None:
+        width = in_channels * expansion
+        dtype = config.compute_dtype
+        conv = functools.partial(Conv, compute_dtype=dtype, rngs=rngs)
+        norm = functools.partial(BatchNorm, decay=config.batch_norm_decay, epsilon=config.batch_norm_epsilon)
+        self.expands = expansion > 1
+        if self.expands:
+            self.expand = conv(in_channels, width, 1, kernel_init=_CONV_INIT)
+            self.expand_norm = norm(width)
+        self.depthwise = conv(width, width, window, stride=stride, groups=width, kernel_init=_DEPTHWISE_INIT)
+        self.depthwise_norm = norm(width)
+        hidden = max(1, int(in_channels * config.se_ratio))
+        self.squeeze_excite = SqueezeExcite(width, hidden, activation=jax.nn.silu, compute_dtype=dtype, rngs=rngs)
+        self.project = conv(width, out_channels, 1, kernel_init=_CONV_INIT)
+        self.project_norm = norm(out_channels)
+        self.has_shortcut = stride == 1 and in_channels == out_channels
+        self.index = index
+        self.drop_path_rate = drop_path_rate
+        self.deterministic = False
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch before it is dropped."""
+        h = jax.nn.silu(self.expand_norm(self.expand(x))) if self.expands else x
+        h = jax.nn.silu(self.depthwise_norm(self.depthwise(h)))
+        h = self.squeeze_excite(h) * h
+        branch = self.project_norm(self.project(h))
+        if not self.has_shortcut:
+            return branch, branch
+        kept = branch
+        if self.drop_path_rate > 0 and not self.deterministic:
+            kept = layers.drop_path(branch, self.drop_path_rate, layers.layer_keys(keys, self.index), rescale=True)
+        return kept + x, branch
+
+
+class EfficientNet(Classifier):
+    """The network: 3x3 convolution, seven stages, a final 1x1 convolution, mean pool, dropout, head."""
+
+    def __init__(self, config: EfficientNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+        init_rngs = InitRngs(rngs)
+        dtype = config.compute_dtype
+        conv = functools.partial(Conv, kernel_init=_CONV_INIT, compute_dtype=dtype, rngs=init_rngs)
+        norm = functools.partial(BatchNorm, decay=config.batch_norm_decay, epsilon=config.batch_norm_epsilon)
+        channels = config.channels(_STEM_WIDTH)
+        self.stem = conv(3, channels, 3, stride=2)
+        self.stem_norm = norm(channels)
+        num_blocks = sum(config.depth(repeats) for *_, repeats in _STAGES)
+        stages, index = [], 0
+        for expansion, window, stage_stride, base, repeats in _STAGES:
+            blocks = []
+            for position in range(config.depth(repeats)):
+                blocks.append(
+                    EfficientNetBlock(
+                        config,
+                        channels,
+                        config.channels(base),
+                        expansion=expansion,
+                        window=window,
+                        stride=stage_stride if position == 0 else 1,
+                        index=index,
+                        drop_path_rate=config.stochdepth_rate * index / num_blocks,
+                        rngs=init_rngs,
+                    )
+                )
+                channels, index = config.channels(base), index + 1
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        num_features = config.channels(_FINAL_WIDTH)
+        self.final_conv = conv(channels, num_features, 1)
+        self.final_norm = norm(num_features)
+        self.config = config
+        self._add_head(
+            num_features,
+            num_classes,
+            kernel_init=_HEAD_INIT,
+            drop_rate=config.drop_rate,
+            compute_dtype=dtype,
+            rngs=init_rngs,
+        )
+
+    def _stem(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(self.stem_norm(self.stem(x)))
+
+    def _final(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(self.final_norm(self.final_conv(x)))
+
+
+# Width, depth, resolution, dropout (the published code's table).
+_TABLE = (
+    (1.0, 1.0, 224, 0.2),
+    (1.0, 1.1, 240, 0.2),
+    (1.1, 1.2, 260, 0.3),
+    (1.2, 1.4, 300, 0.3),
+    (1.4, 1.8, 380, 0.4),
+    (1.6, 2.2, 456, 0.4),
+    (1.8, 2.6, 528, 0.5),
+    (2.0, 3.1, 600, 0.5),
+)
+VARIANTS: dict[str, EfficientNetConfig] = {
+    f"efficientnet_b{level}": EfficientNetConfig(
+        width_multiplier=width, depth_multiplier=depth, drop_rate=drop_rate, train_image_size=size, test_image_size=size
+    )
+    for level, (width, depth, size, drop_rate) in enumerate(_TABLE)
+}

@@ -1,0 +1,51 @@
+"""Counting multiply-adds of a network from its traced program."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nfnet_flax.models import convolution
+from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.params import merge, split
+
+
+def forward_flops(model: Classifier, image_size: int) -> int:
+    """Multiply-adds of one image's forward pass in evaluation mode, as the papers count FLOPs.
+
+    Convolutions and matrix products count; additions of biases, activations and pools do not. Nothing is computed: the
+    network may be abstract (`nnx.eval_shape`).
+    """
+    graphdef, params, batch_stats = split(model)
+
+    def forward(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        network = merge(graphdef, params, batch_stats)
+        network.eval()
+        with convolution.for_platform("tpu"):  # whole convolutions, not the pieces that suit a CPU
+            return network(images)
+
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return sum(map(_multiply_adds, _equations(jax.make_jaxpr(forward)(params, batch_stats, images).jaxpr)))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        inner = [value for value in equation.params.values() if hasattr(value, "jaxpr")]
+        if not inner:
+            yield equation
+        for closed in inner:
+            yield from _equations(closed.jaxpr)
+
+
+def _multiply_adds(equation: Any) -> int:
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        lhs = equation.invars[0].aval.shape
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
+    return 0

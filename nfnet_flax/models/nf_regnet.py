@@ -1,0 +1,148 @@
+"""NF-RegNet: normalizer-free networks of EfficientNet's cost, built of grouped bottlenecks (arXiv 2101.08692)."""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+
+from nfnet_flax.config import require
+from nfnet_flax.models.classifier import Classifier, check_network
+from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.nf_block import BlockPlan, NFBlock, plan_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NFRegNetConfig:
+    """Shape and regularization of one NF-RegNet."""
+
+    widths: tuple[int, ...]
+    """Output channels of each stage, before `width_multiplier`."""
+    depths: tuple[int, ...]
+    """Residual blocks of each stage."""
+    width_multiplier: float = 0.75
+    """Multiplies the widths; the products are rounded down."""
+    expansion: float = 2.25
+    """Bottleneck channels as a multiple of a block's *input* channels; the very first block has 1."""
+    group_width: int = 8
+    """Channels of one group of the grouped 3x3 convolutions."""
+    se_ratio: float = 0.5
+    """Hidden share of squeeze-excite."""
+    alpha: float = 0.2
+    """Scale of a residual branch."""
+    activation: ActivationName = "silu"
+    """Scaled to unit variance."""
+    drop_rate: float = 0.0
+    """Dropout before the head."""
+    stochdepth_rate: float = 0.1
+    """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
+    compute_dtype: ComputeDtype = "float32"
+    """Of activations and standardized kernels; parameters are float32."""
+    train_image_size: int = 192
+    """Published training resolution, in pixels."""
+    test_image_size: int = 224
+    """Published evaluation resolution, in pixels."""
+
+    def __post_init__(self) -> None:
+        check_network(self)
+        require(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "must be positive")
+        require(
+            min(self.channels) * min(1.0, self.expansion) >= self.group_width,
+            "model.widths",
+            self.widths,
+            f"a bottleneck is less than one group of {self.group_width} channels",
+        )
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Output channels of each stage."""
+        return tuple(int(width * self.width_multiplier) for width in self.widths)
+
+
+class NFRegNetBlock(NFBlock):
+    """Pre-activation bottleneck: 1x1, grouped 3x3, squeeze-excite times 2, 1x1."""
+
+    def __init__(
+        self, config: NFRegNetConfig, plan: BlockPlan, in_channels: int, out_channels: int, rngs: AnyRngs
+    ) -> None:
+        groups = int(in_channels * (config.expansion if plan.index else 1)) // config.group_width
+        width = groups * config.group_width
+        stride = 2 if plan.is_first else 1
+        dtype = config.compute_dtype
+        conv = functools.partial(WSConv, compute_dtype=dtype, rngs=rngs)
+        self.conv0 = conv(in_channels, width, 1)
+        self.conv1 = conv(width, width, 3, stride=stride, groups=groups)
+        self.conv2 = conv(width, out_channels, 1)
+        projects = stride > 1 or in_channels != out_channels
+        super().__init__(
+            plan,
+            activation=config.activation,
+            alpha=config.alpha,
+            conv_shortcut=conv(in_channels, out_channels, 1) if projects else None,
+            pools=stride > 1,
+        )
+        hidden = max(1, int(width * config.se_ratio))
+        self.squeeze_excite = SqueezeExcite(width, hidden, compute_dtype=dtype, rngs=rngs)
+
+    def _branch(self, h: jax.Array) -> jax.Array:
+        h = self.conv0(h)
+        h = self.conv1(activate(self.activation, h))
+        h = 2 * self.squeeze_excite(h) * h
+        return self.conv2(activate(self.activation, h))
+
+
+class NFRegNet(Classifier):
+    """The network: 3x3 convolution, four stages, a final 1x1 convolution, mean pool, dropout, head."""
+
+    def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+        init_rngs = InitRngs(rngs)
+        dtype = config.compute_dtype
+        conv = functools.partial(WSConv, compute_dtype=dtype, rngs=init_rngs)
+        channels = config.channels[0]
+        self.stem = conv(3, channels, 3, stride=2)
+        plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
+        stages = []
+        for out_channels, stage in zip(config.channels, plans, strict=True):
+            blocks = []
+            for plan in stage:
+                blocks.append(NFRegNetBlock(config, plan, channels, out_channels, init_rngs))
+                channels = out_channels
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        num_features = 1280 * channels // 440
+        self.final_conv = conv(channels, num_features, 1)
+        self.config = config
+        self._add_head(
+            num_features,
+            num_classes,
+            kernel_init=nnx.initializers.zeros,
+            drop_rate=config.drop_rate,
+            compute_dtype=dtype,
+            rngs=init_rngs,
+        )
+
+    def _stem(self, x: jax.Array) -> jax.Array:
+        return self.stem(x)
+
+    def _final(self, x: jax.Array) -> jax.Array:
+        return activate(self.config.activation, self.final_conv(x))
+
+
+# Widths, depths, dropout, training and test resolution (the published code's table).
+_TABLE = (
+    ((48, 104, 208, 440), (1, 3, 6, 6), 0.2, 192, 224),
+    ((48, 104, 208, 440), (2, 4, 7, 7), 0.2, 224, 256),
+    ((56, 112, 232, 488), (2, 4, 8, 8), 0.3, 240, 272),
+    ((56, 128, 248, 528), (2, 5, 9, 9), 0.3, 288, 320),
+    ((64, 144, 288, 616), (2, 6, 11, 11), 0.4, 320, 384),
+    ((80, 168, 336, 704), (3, 7, 14, 14), 0.4, 384, 456),
+    ((88, 184, 376, 792), (3, 8, 16, 16), 0.5, 448, 528),
+    ((96, 208, 416, 880), (4, 10, 19, 19), 0.5, 512, 600),
+    ((104, 232, 456, 968), (4, 11, 22, 22), 0.5, 600, 672),
+)
+VARIANTS: dict[str, NFRegNetConfig] = {
+    f"nf_regnet_b{level}": NFRegNetConfig(
+        widths=widths, depths=depths, drop_rate=drop_rate, train_image_size=train, test_image_size=test
+    )
+    for level, (widths, depths, drop_rate, train, test) in enumerate(_TABLE)
+}

@@ -1,0 +1,130 @@
+"""NF-ResNet: a pre-activation ResNet whose signal is kept by scaled weight standardization (arXiv 2101.08692)."""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+
+from nfnet_flax.config import require
+from nfnet_flax.models import layers
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network
+from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.nf_block import BlockPlan, NFBlock, plan_blocks
+
+_STAGE_STRIDES = (1, 2, 2, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NFResNetConfig:
+    """Shape and regularization of one NF-ResNet."""
+
+    depths: tuple[int, ...]
+    """Residual blocks of each stage."""
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    """Output channels of each stage."""
+    stem_width: int = 64
+    """Channels of the 7x7 convolution."""
+    expansion: float = 0.25
+    """Bottleneck channels as a share of a block's output channels."""
+    se_ratio: float | None = None
+    """Hidden share of squeeze-excite after a block's last convolution (published: 0.25); None: without."""
+    alpha: float = 0.2
+    """Scale of a residual branch."""
+    activation: ActivationName = "relu"
+    """Scaled to unit variance."""
+    drop_rate: float = 0.0
+    """Dropout before the head."""
+    stochdepth_rate: float = 0.1
+    """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
+    compute_dtype: ComputeDtype = "float32"
+    """Of activations and standardized kernels; parameters are float32."""
+    train_image_size: int = 224
+    """Published training resolution, in pixels."""
+    test_image_size: int = 224
+    """Published evaluation resolution, in pixels."""
+
+    def __post_init__(self) -> None:
+        check_network(self)
+        require(self.stem_width >= 1, "model.stem_width", self.stem_width, "must be at least 1")
+        require(int(min(self.widths) * self.expansion) >= 1, "model.widths", self.widths, "a bottleneck has no channel")
+
+
+class NFResNetBlock(NFBlock):
+    """Pre-activation bottleneck: 1x1, 3x3, 1x1, optionally squeeze-excite times 2."""
+
+    def __init__(
+        self, config: NFResNetConfig, plan: BlockPlan, in_channels: int, out_channels: int, stride: int, rngs: AnyRngs
+    ) -> None:
+        width = int(out_channels * config.expansion)
+        dtype = config.compute_dtype
+        conv = functools.partial(WSConv, compute_dtype=dtype, rngs=rngs)
+        self.conv0 = conv(in_channels, width, 1)
+        self.conv1 = conv(width, width, 3, stride=stride)
+        self.conv2 = conv(width, out_channels, 1)
+        projects = stride > 1 or in_channels != out_channels
+        super().__init__(
+            plan,
+            activation=config.activation,
+            alpha=config.alpha,
+            conv_shortcut=conv(in_channels, out_channels, 1, stride=stride) if projects else None,
+            pools=False,
+        )
+        self.has_squeeze_excite = config.se_ratio is not None
+        if config.se_ratio is not None:
+            hidden = max(1, int(out_channels * config.se_ratio))
+            self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
+
+    def _branch(self, h: jax.Array) -> jax.Array:
+        h = self.conv0(h)
+        h = self.conv1(activate(self.activation, h))
+        h = self.conv2(activate(self.activation, h))
+        return 2 * self.squeeze_excite(h) * h if self.has_squeeze_excite else h
+
+
+class NFResNet(Classifier):
+    """The network: 7x7 convolution, maximum pool, four stages, activation, mean pool, dropout, head."""
+
+    def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+        init_rngs = InitRngs(rngs)
+        dtype = config.compute_dtype
+        channels = config.stem_width
+        self.stem = WSConv(3, channels, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
+        plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
+        stages = []
+        for width, stage_stride, stage in zip(config.widths, _STAGE_STRIDES, plans, strict=True):
+            blocks = []
+            for plan in stage:
+                stride = stage_stride if plan.is_first else 1
+                blocks.append(NFResNetBlock(config, plan, channels, width, stride, init_rngs))
+                channels = width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        self.config = config
+        self._add_head(
+            channels,
+            num_classes,
+            kernel_init=HEAD_NORMAL,
+            drop_rate=config.drop_rate,
+            compute_dtype=dtype,
+            rngs=init_rngs,
+        )
+
+    def _stem(self, x: jax.Array) -> jax.Array:
+        return layers.max_pool_3x3(self.stem(x))
+
+    def _final(self, x: jax.Array) -> jax.Array:
+        return activate(self.config.activation, x)
+
+
+VARIANTS: dict[str, NFResNetConfig] = {
+    f"nf_resnet{depth}": NFResNetConfig(depths=depths)
+    for depth, depths in (
+        (50, (3, 4, 6, 3)),
+        (101, (3, 4, 23, 3)),
+        (152, (3, 8, 36, 3)),
+        (200, (3, 24, 36, 3)),
+        (288, (24, 24, 24, 24)),
+        (600, (50, 50, 50, 50)),
+    )
+}

@@ -1,0 +1,169 @@
+"""Baselines with BatchNorm: pre-activation ResNet (He et al. 2016), and SE-ResNeXt-D, from which NFNets descend.
+
+The D form (He et al. 2019, arXiv 1812.01187) has a stem of three 3x3 convolutions and pools before it projects a
+shortcut; ResNeXt groups the 3x3 convolutions; squeeze-excite (Hu et al. 2018) gates a block's output.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+
+from nfnet_flax.config import require
+from nfnet_flax.models import layers
+from nfnet_flax.models.classifier import Classifier, check_network
+from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
+
+_STAGE_STRIDES = (1, 2, 2, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """Shape of one ResNet."""
+
+    depths: tuple[int, ...]
+    """Residual blocks of each stage."""
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    """Output channels of each stage."""
+    stem_width: int = 64
+    """Channels after the stem."""
+    expansion: float = 0.25
+    """Bottleneck channels as a share of a block's output channels."""
+    num_groups: int = 1
+    """Groups of the 3x3 convolutions, the same in all stages (ResNeXt: 32)."""
+    se_ratio: float | None = None
+    """Hidden share of squeeze-excite after a block's last convolution; None: without."""
+    is_d: bool = False
+    """Three 3x3 convolutions instead of the 7x7, and an average pool before a strided shortcut's projection."""
+    drop_rate: float = 0.0
+    """Dropout before the head."""
+    batch_norm_decay: float = 0.9
+    """Of the running statistics."""
+    batch_norm_epsilon: float = 1e-5
+    """Added to a variance."""
+    compute_dtype: ComputeDtype = "float32"
+    """Of activations and kernels; parameters and statistics are float32."""
+    train_image_size: int = 224
+    """Published training resolution, in pixels."""
+    test_image_size: int = 224
+    """Published evaluation resolution, in pixels."""
+
+    def __post_init__(self) -> None:
+        check_network(self)
+        require(self.stem_width >= 2, "model.stem_width", self.stem_width, "must be at least 2")
+        require(0 <= self.batch_norm_decay < 1, "model.batch_norm_decay", self.batch_norm_decay, "must lie in [0, 1)")
+        require(self.batch_norm_epsilon > 0, "model.batch_norm_epsilon", self.batch_norm_epsilon, "must be positive")
+        require(self.num_groups >= 1, "model.num_groups", self.num_groups, "must be at least 1")
+        for width in self.widths:
+            bottleneck = int(width * self.expansion)
+            require(
+                bottleneck >= 1 and bottleneck % self.num_groups == 0,
+                "model.widths",
+                self.widths,
+                f"a bottleneck of {bottleneck} channels does not divide into {self.num_groups} groups",
+            )
+
+
+class ResNetBlock(nnx.Module):
+    """Pre-activation bottleneck: 1x1, 3x3, 1x1, each after BatchNorm and relu; optionally squeeze-excite."""
+
+    def __init__(
+        self,
+        config: ResNetConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        has_projection: bool,
+        rngs: AnyRngs,
+    ) -> None:
+        width = int(out_channels * config.expansion)
+        dtype = config.compute_dtype
+        conv = functools.partial(Conv, compute_dtype=dtype, rngs=rngs)
+        norm = functools.partial(BatchNorm, decay=config.batch_norm_decay, epsilon=config.batch_norm_epsilon)
+        self.bn0 = norm(in_channels)
+        self.conv0 = conv(in_channels, width, 1)
+        self.bn1 = norm(width)
+        self.conv1 = conv(width, width, 3, stride=stride, groups=config.num_groups)
+        self.bn2 = norm(width)
+        self.conv2 = conv(width, out_channels, 1)
+        self.has_projection = has_projection
+        self.pools = config.is_d and stride > 1
+        if has_projection:
+            self.conv_shortcut = conv(in_channels, out_channels, 1, stride=1 if self.pools else stride)
+        self.has_squeeze_excite = config.se_ratio is not None
+        if config.se_ratio is not None:
+            hidden = max(1, int(out_channels * config.se_ratio))
+            self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch; draws nothing."""
+        del keys
+        h = jax.nn.relu(self.bn0(x))
+        shortcut = x
+        if self.has_projection:
+            shortcut = self.conv_shortcut(layers.avg_pool_2x2(h) if self.pools else h)
+        h = self.conv0(h)
+        h = self.conv1(jax.nn.relu(self.bn1(h)))
+        h = self.conv2(jax.nn.relu(self.bn2(h)))
+        if self.has_squeeze_excite:
+            h = self.squeeze_excite(h) * h
+        return h + shortcut, h
+
+
+class ResNet(Classifier):
+    """The network: stem, maximum pool, four stages, BatchNorm, relu, mean pool, dropout, head."""
+
+    def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+        init_rngs = InitRngs(rngs)
+        dtype = config.compute_dtype
+        conv = functools.partial(Conv, compute_dtype=dtype, rngs=init_rngs)
+        norm = functools.partial(BatchNorm, decay=config.batch_norm_decay, epsilon=config.batch_norm_epsilon)
+        channels = config.stem_width
+        if config.is_d:
+            half = channels // 2
+            self.stem = nnx.List([conv(3, half, 3, stride=2), conv(half, half, 3), conv(half, channels, 3)])
+            self.stem_norms = nnx.List([norm(half), norm(half)])
+        else:
+            self.stem = nnx.List([conv(3, channels, 7, stride=2)])
+            self.stem_norms = nnx.List([])
+        stages = []
+        for width, depth, stage_stride in zip(config.widths, config.depths, _STAGE_STRIDES, strict=True):
+            blocks = []
+            for position in range(depth):
+                first = position == 0
+                stride = stage_stride if first else 1
+                blocks.append(ResNetBlock(config, channels, width, stride=stride, has_projection=first, rngs=init_rngs))
+                channels = width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        self.final_bn = norm(channels)
+        self.config = config
+        self._add_head(
+            channels,
+            num_classes,
+            kernel_init=nnx.initializers.zeros,
+            drop_rate=config.drop_rate,
+            compute_dtype=dtype,
+            rngs=init_rngs,
+        )
+
+    def _stem(self, x: jax.Array) -> jax.Array:
+        x = self.stem[0](x)
+        for norm, conv in zip(self.stem_norms, list(self.stem)[1:], strict=True):
+            x = conv(jax.nn.relu(norm(x)))
+        return layers.max_pool_3x3(x)
+
+    def _final(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.final_bn(x))
+
+
+VARIANTS: dict[str, ResNetConfig] = {
+    "resnet50": ResNetConfig(depths=(3, 4, 6, 3)),
+    "resnet101": ResNetConfig(depths=(3, 4, 23, 3)),
+    "resnet152": ResNetConfig(depths=(3, 8, 36, 3)),
+    "resnet200": ResNetConfig(depths=(3, 24, 36, 3)),
+    # 32 groups of 4 to 32 channels, reduction 16: as ResNeXt-50 32x4d and SENet have them.
+    "se_resnext_d50": ResNetConfig(depths=(3, 4, 6, 3), expansion=0.5, num_groups=32, se_ratio=1 / 16, is_d=True),
+}

@@ -1,0 +1,36 @@
+"""The persistent compilation cache: a run that comes back compiles nothing that it compiled before."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+
+def use_compilation_cache() -> Path | None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told another place.
+
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A folder
+    that cannot be used is said once on stderr and costs nothing but time.
+
+    Returns:
+      The folder; None where there is no cache.
+    """
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"]:
+        return None
+    if settings["jax_compilation_cache_dir"] is not None:
+        return Path(settings["jax_compilation_cache_dir"])
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "nfnet_flax" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        print(f"no compilation cache ({error}): set JAX_COMPILATION_CACHE_DIR to a writable folder", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder

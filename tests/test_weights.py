@@ -1,0 +1,292 @@
+"""Weights in and out: round trips to the bit, one error that lists everything, and files that try to run code."""
+
+import collections
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+import nfnet_flax
+from nfnet_flax import cli, weights
+from nfnet_flax.config import ConfigError
+from nfnet_flax.models import Classifier, ModelConfig, build_model, model_config
+from nfnet_flax.models.params import merge, split, update
+from nfnet_flax.weights.entries import Arrays, arrays_of, shapes_of
+from nfnet_flax.weights.haiku import Tree
+from nfnet_flax.weights.timm import timm_arrays
+from tests import golden
+from tests.test_models import FAST_COMPILE, SMALL, relative
+from tools import make_timm_golden
+
+
+def with_random_arrays(config: ModelConfig, num_classes: int) -> Classifier:
+    """A network whose arrays are all different, running statistics included."""
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    arrays = {
+        name: jnp.asarray(7 if dtype == np.int32 else rng.standard_normal(shape), dtype)
+        for name, (shape, dtype) in shapes_of(model).items()
+    }
+    made: Classifier = merge(split(model)[0], arrays, {})
+    return made
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Classifier]:
+    """One small network of every family."""
+    return {family: with_random_arrays(SMALL[family], 3) for family in SMALL}
+
+
+def same(a: Arrays, b: Arrays) -> bool:
+    return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def fresh(model: Classifier) -> Classifier:
+    """The same network with other arrays."""
+    copy: Classifier = nnx.clone(model)
+    update(copy, {name: np.zeros_like(value) for name, value in arrays_of(copy).items()})
+    return copy
+
+
+def flat(tree: Tree) -> Arrays:
+    return {f"{module}/{name}": value for module, leaves in tree.items() for name, value in leaves.items()}
+
+
+@pytest.mark.parametrize("family", ["nfnet", "nf_resnet", "nf_regnet", "resnet"])
+def test_haiku_round_trip(models: dict[str, Classifier], family: str) -> None:
+    tree = weights.to_haiku(models[family])
+    copy = fresh(models[family])
+    weights.from_haiku(copy, tree)
+    assert same(arrays_of(copy), arrays_of(models[family]))
+    assert same(flat(weights.to_haiku(copy)), flat(tree))
+
+
+@pytest.mark.parametrize("family", ["se_resnext_d", "efficientnet"])
+def test_haiku_has_no_names_for_the_rest(models: dict[str, Classifier], family: str) -> None:
+    with pytest.raises(ConfigError, match="plain ResNet only"):
+        weights.to_haiku(models[family])
+    with pytest.raises(ConfigError, match="for NFNet only"):
+        weights.to_timm(models[family])
+
+
+def test_haiku_state_of_batch_norm_is_checked(models: dict[str, Classifier]) -> None:
+    model = fresh(models["resnet"])
+    tree = weights.to_haiku(models["resnet"])
+    hidden = tree["ResNet/~/final_bn/~/mean_ema"]["hidden"]
+    np.testing.assert_allclose(hidden.ravel(), arrays_of(models["resnet"])["final_bn.mean"] * (1 - 0.9**7), rtol=1e-6)
+    tree["ResNet/~/final_bn/~/mean_ema"]["hidden"] = hidden * 2
+    with pytest.raises(ConfigError, match="batch_norm_decay"):
+        weights.from_haiku(model, tree)
+    params_only = {module: leaves for module, leaves in tree.items() if not module.endswith("_ema")}
+    with pytest.raises(ConfigError, match=r"missing: ResNet/~/final_bn/~/mean_ema/average"):
+        weights.from_haiku(model, params_only)
+    weights.from_haiku(model, params_only, skip=("*.mean", "*.variance", "*.count"))
+    assert np.array_equal(arrays_of(model)["head.kernel"], tree["ResNet/~/linear"]["w"])
+
+
+def test_timm_round_trip(models: dict[str, Classifier]) -> None:
+    tensors = weights.to_timm(models["nfnet"])
+    copy = fresh(models["nfnet"])
+    weights.from_timm(copy, tensors)
+    assert same(arrays_of(copy), arrays_of(models["nfnet"]))
+    assert same(weights.to_timm(copy), tensors)
+
+
+def test_timm_computes_the_same() -> None:
+    stored = np.load(golden.FOLDER / "timm_nfnet_f0.npz")
+    tensors = {name: make_timm_golden.fill(name, tuple(shape)) for name, shape in json.loads(str(stored["params"]))}
+    config = model_config("nfnet_f0", **weights.TIMM_FORM)
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=1000, rngs=nnx.Rngs(0)))
+    params = {name: jnp.asarray(value) for name, value in timm_arrays(model, tensors).items()}
+
+    def run(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        network = merge(split(model)[0], params, {})
+        network.eval()
+        return network(images)
+
+    logits = jax.jit(run, compiler_options=FAST_COMPILE)(params, make_timm_golden.images())
+    assert relative(logits, stored["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_portable_round_trip(models: dict[str, Classifier], family: str, tmp_path: Path) -> None:
+    path = tmp_path / "some" / "weights.safetensors"
+    weights.save_weights(path, models[family], source="a test", parameters="ema")
+    info, _ = weights.read_weights(path)
+    assert (info.model, info.num_classes, info.source, info.parameters) == (SMALL[family], 3, "a test", "ema")
+    copy = fresh(models[family])
+    weights.load_weights(copy, path)
+    assert same(arrays_of(copy), arrays_of(models[family]))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_another_head_is_left_out_by_name(models: dict[str, Classifier], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights.save_weights(path, models["nfnet"], source="a test", parameters="raw")
+    model = with_random_arrays(SMALL["nfnet"], 7)
+    head = arrays_of(model)["head.kernel"]
+    with pytest.raises(ConfigError, match=r"misshaped: head\.kernel is \(256, 3\), expected \(256, 7\)"):
+        weights.load_weights(model, path)
+    with pytest.raises(ConfigError, match=r"'haed\.\*' matches no parameter"):
+        weights.load_weights(model, path, skip=("haed.*",))
+    weights.load_weights(model, path, skip=("head.*",))
+    assert np.array_equal(arrays_of(model)["head.kernel"], head)
+    assert np.array_equal(arrays_of(model)["stem.0.kernel"], arrays_of(models["nfnet"])["stem.0.kernel"])
+
+
+def test_every_problem_is_listed_and_nothing_is_loaded(models: dict[str, Classifier]) -> None:
+    model = fresh(models["nfnet"])
+    tree = weights.to_haiku(models["nfnet"])
+    del tree["NFNet/~/stem_conv0"]["gain"]
+    tree["NFNet/~/extra"] = {"w": np.zeros(3, np.float32)}
+    tree["NFNet/~/linear"]["b"] = np.zeros(4, np.float32)
+    tree["NFNet/~/stem_conv1"]["w"] = tree["NFNet/~/stem_conv1"]["w"].copy()
+    tree["NFNet/~/stem_conv1"]["w"][0, 0, 0, 0] = np.nan
+    tree["NFNet/~/stem_conv2"]["bias"] = np.asarray(["a"] * 64)
+    tree["NFNet/~/stem_conv3"]["bias"] = tree["NFNet/~/stem_conv3"]["bias"].astype(np.float64) + 1e-12
+    with pytest.raises(ConfigError) as refused:
+        weights.from_haiku(model, tree)
+    for problem in (
+        "missing: NFNet/~/stem_conv0/gain",
+        "unexpected: NFNet/~/extra/w (3,)",
+        "misshaped: NFNet/~/linear/b is (4,), expected (3,)",
+        "not finite: NFNet/~/stem_conv1/w holds 1 NaN",
+        "not a number: NFNet/~/stem_conv2/bias",
+        "not exact: NFNet/~/stem_conv3/bias",
+    ):
+        assert problem in str(refused.value)
+    assert not any(np.any(value) for value in arrays_of(model).values())
+
+
+def test_weights_of_another_network_are_refused(models: dict[str, Classifier], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights.save_weights(path, models["nfnet"], source="a test", parameters="raw")
+    with pytest.raises(ConfigError, match=r"widths.*\n.*depths"):
+        weights.create_model("nfnet_f0", rngs=nnx.Rngs(0), num_classes=3, weights=path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        weights.read_weights(path)
+    save_file({"a": np.zeros(3)}, path)
+    with pytest.raises(ConfigError, match="nfnet convert"):
+        weights.read_weights(path)
+
+
+def test_create_model_starts_from_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    stored = with_random_arrays(model_config("efficientnet_b0"), 3)
+    weights.save_weights(path, stored, source="a test", parameters="raw")
+    model = nfnet_flax.create_model("efficientnet_b0", num_classes=3, rngs=nnx.Rngs(0), weights=path, drop_rate=0.0)
+    assert same(arrays_of(model), arrays_of(stored))
+    assert model.drop_rate == 0.0
+
+
+class RunsCode:
+    """What a malicious file holds: reading it with a plain unpickler makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
+    """A file like the published ones, of the smallest named NFNet-like network, and what it holds."""
+    config = model_config("nf_regnet_b0")
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=5, rngs=nnx.Rngs(0)))
+    tree: Tree = {}
+    for entry in weights.haiku.haiku_entries(model):
+        module, name = entry.theirs.rsplit("/", 1)
+        tree.setdefault(module, {})[name] = golden.fill(entry.theirs, entry.shape)
+    path = tmp_path_factory.mktemp("published") / "B0_haiku.npz"
+    path.write_bytes(pickle.dumps(collections.OrderedDict(tree)))
+    return path, tree
+
+
+def convert(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = cli.main(["convert", *argv])
+    return code, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_published_file_is_converted(
+    published: tuple[Path, Tree], protocol: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "B0_haiku.npz"
+    path.write_bytes(pickle.dumps(published[1], protocol=protocol))
+    out = tmp_path / "out"
+    code, printed = convert(
+        "haiku", str(path), "--model", "nf_regnet_b0", "--out", str(out), "--parameters", "ema", capsys=capsys
+    )
+    assert code == 0, printed
+    info, arrays = weights.read_weights(out / "nf_regnet_b0.safetensors")
+    assert (info.model, info.num_classes, info.parameters) == (model_config("nf_regnet_b0"), 5, "ema")
+    assert info.source.startswith("B0_haiku.npz, SHA-256 ")
+    assert np.array_equal(arrays["head.kernel"], published[1]["NF_RegNet/~/linear"]["w"])
+    assert len(arrays) == len(flat(published[1]))
+
+
+def test_files_that_are_not_weights_are_refused(
+    published: tuple[Path, Tree], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, tree = published
+    victim = tmp_path / "was_executed"
+    with_nan = {**tree, "NF_RegNet/~/linear": {**tree["NF_RegNet/~/linear"], "b": np.full(5, np.nan, np.float32)}}
+    an_archive = tmp_path / "archive.npz"
+    np.savez(an_archive, a=np.zeros(3))
+    cases = {
+        pickle.dumps({**tree, "NF_RegNet/~/extra": RunsCode(victim)}): "asks for posix.mkdir",
+        pickle.dumps({**tree, "NF_RegNet/~/extra": {"w": Path("x")}}): "asks for pathlib",
+        pickle.dumps(np.load): "asks for numpy.load",
+        path.read_bytes()[:-100]: "damaged or not a pickle",
+        b"": "damaged or not a pickle",
+        b"hello": "damaged or not a pickle",
+        an_archive.read_bytes(): "a real .npz archive",
+        pickle.dumps([1, 2]): "something else than {module: {name: array}}",
+        pickle.dumps(with_nan): "not finite: NF_RegNet/~/linear/b holds 5 NaN",
+        pickle.dumps({"NFNet/~/linear": tree["NF_RegNet/~/linear"]}): "unexpected: NFNet/~/linear/w",
+    }
+    for number, (content, reason) in enumerate(cases.items()):
+        bad = tmp_path / f"bad{number}.npz"
+        bad.write_bytes(content)
+        code, printed = convert(
+            "haiku", str(bad), "--model", "nf_regnet_b0", "--out", str(tmp_path / "out"), capsys=capsys
+        )
+        assert code == cli.EXIT_BAD_INPUT
+        assert reason in printed
+    assert not victim.exists()
+    assert not (tmp_path / "out").exists()
+    code, printed = convert("haiku", str(path), "--model", "nf_regnet_b1", "--out", str(tmp_path), capsys=capsys)
+    assert code == cli.EXIT_BAD_INPUT
+    assert "another variant?" in printed
+    # The payload is real: a plain unpickler runs it.
+    pickle.loads(pickle.dumps(RunsCode(victim)))
+    assert victim.exists()
+
+
+def test_a_timm_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nnx.eval_shape(lambda: build_model(model_config("nfnet_f0"), num_classes=5, rngs=nnx.Rngs(0)))
+    tensors = {
+        entry.theirs: make_timm_golden.fill(entry.theirs, entry.shape) for entry in weights.timm.timm_entries(model)
+    }
+    path = tmp_path / "dm_nfnet_f0.safetensors"
+    save_file(tensors, path)
+    code, printed = convert(
+        "timm", str(path), "--model", "nfnet_f0", "--out", str(tmp_path), "--timm-form", capsys=capsys
+    )
+    assert code == 0, printed
+    info, arrays = weights.read_weights(tmp_path / "nfnet_f0.safetensors")
+    assert info.model == model_config("nfnet_f0", **weights.TIMM_FORM)
+    assert np.array_equal(arrays["head.kernel"], tensors["head.fc.weight"].T)
+    code, printed = convert("timm", str(path), "--model", "nfnet_f1", "--out", str(tmp_path), capsys=capsys)
+    assert code == cli.EXIT_BAD_INPUT
+    assert "missing: stages.0.1.conv1.weight" in printed
