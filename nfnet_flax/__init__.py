@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from nfnet_flax import models as models
     from nfnet_flax import weights as weights
     from nfnet_flax.models import list_models as list_models
+    from nfnet_flax.models.folding import fold as fold
     from nfnet_flax.recipe import load_recipe as load_recipe
     from nfnet_flax.training.loop import train as train
     from nfnet_flax.training.run import evaluate as evaluate
@@ -17,12 +18,13 @@ __version__ = "0.1.0"
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _EXPORTS = {
     "create_model": "nfnet_flax.weights",
+    "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
     "load_recipe": "nfnet_flax.recipe",
     "train": "nfnet_flax.training.loop",
     "evaluate": "nfnet_flax.training.run",
 }
-__all__ = ["create_model", "evaluate", "list_models", "load_recipe", "models", "train", "weights"]
+__all__ = ["create_model", "evaluate", "fold", "list_models", "load_recipe", "models", "train", "weights"]
 
 
 def __getattr__(name: str) -> Any:

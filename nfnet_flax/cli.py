@@ -27,6 +27,7 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
+  nfnet plan RECIPE.py --topology v5e:2x4 [--search]        compile the step for a TPU: memory, cost; needs no TPU
   nfnet models [PATTERN]                                    the named networks, such as 'nf_*'
   nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "models": _models,
         "convert": _convert,
+        "plan": _plan,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -153,6 +155,32 @@ def _models(argv: list[str]) -> int:
             f"{name:<16}{count:>14,}{gflops:>9.2f}{config.train_image_size:>10}{config.test_image_size:>9}{top1:>8}",
             flush=True,
         )
+    return EXIT_DONE
+
+
+def _plan(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
+        return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
+    from nfnet_flax.plan import describe, plan, search, set_environment
+
+    set_environment()  # before JAX looks for devices
+    from nfnet_flax.recipe import Recipe, load_recipe
+
+    recipe_path, *options = argv
+    loaded = load_recipe(recipe_path)
+
+    @dataclasses.dataclass(frozen=True)
+    class PlanOptions:
+        topology: str
+        """Such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
+        search: bool = False
+        """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
+
+    chosen = tyro.cli(PlanOptions, args=options, prog=f"nfnet plan {recipe_path}", description="Plan a run on TPUs.")
+    result = search(chosen.recipe, chosen.topology)[-1] if chosen.search else plan(chosen.recipe, chosen.topology)
+    print(describe(result))
     return EXIT_DONE
 
 

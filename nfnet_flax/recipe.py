@@ -8,7 +8,7 @@ from typing import Literal
 
 from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
 from nfnet_flax.data.config import DataConfig
-from nfnet_flax.models import ModelConfig
+from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.optim import OptimConfig
 
 
@@ -43,6 +43,8 @@ class Recipe:
     """Input."""
     optim: OptimConfig
     """Optimizer, clipping, learning rate, EMA."""
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    """Memory, speed and compile time of the step."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Checkpoints."""
     init_from: str | None = None

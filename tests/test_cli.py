@@ -136,3 +136,12 @@ def test_models_lists_what_a_pattern_names(capsys: pytest.CaptureFixture[str]) -
     assert lines[2].split() == ["nfnet_f0", "71,489,284", "6.98", "192", "256", "83.6%"]
     assert lines[4].split() == ["efficientnet_b0", "5,288,548", "0.39", "224", "224", "77.1%"]
     assert "unknown model 'nfnet_x*'" in fails(capsys, "models", "nfnet_x*")
+
+
+def test_a_plan_says_what_it_takes() -> None:
+    words = [sys.executable, "-m", "nfnet_flax.cli", "plan", RECIPE, "--topology", "v99:1x1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == cli.EXIT_BAD_INPUT
+    assert "topology 'v99:1x1'" in done.stderr
+    assert "pip install 'nfnet_flax[tpu]'" in done.stderr
+    assert "Traceback" not in done.stderr

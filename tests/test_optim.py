@@ -71,7 +71,7 @@ def test_agc_needs_parameters_and_chains_with_any_optimizer() -> None:
 def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
     _, params, _, _ = golden.filled(golden.TINY, num_classes)
     config = OptimConfig(clipping=0.01, weight_decay=0.0, momentum=0.0)
-    tx = make_optimizer(config, lambda step: 1.0, tuple(params))
+    tx = make_optimizer(config, lambda step: 1.0, {name: name for name in params})
     gradient = jax.tree.map(lambda weight: jnp.full(weight.shape, 1e3), params)
     updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     unclipped = [name for name, update in updates.items() if np.array_equal(update, -gradient[name])]
@@ -80,7 +80,7 @@ def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
 
 def test_decay_spares_biases_and_gains() -> None:
     _, params, _, _ = golden.filled(golden.TINY, 10)
-    tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, tuple(params))
+    tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, {name: name for name in params})
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decayed = {name for name, update in updates.items() if np.any(np.asarray(update))}
     assert decayed == {name for name in params if name.endswith(".kernel")}
@@ -116,7 +116,7 @@ def test_published_trajectory() -> None:
         momentum=want["momentum"],
         ema_decay=want["ema_decay"],
     )
-    tx = make_optimizer(config, schedule, tuple(params))
+    tx = make_optimizer(config, schedule, {name: name for name in params})
 
     @jax.jit
     def step(i: jax.Array, params: dict, ema: dict, opt_state: optax.OptState, batch: dict) -> tuple:

@@ -1,13 +1,17 @@
-"""The compiled step on eight forced host devices against one."""
+"""The compiled step on eight forced host devices against one, whole and in microbatches."""
 
 import os
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
 SCRIPT = """
 import re, sys
 import jax, numpy as np
-from nfnet_flax.models import NFNetConfig
+from nfnet_flax.hlo import collective_bytes, parse
+from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from nfnet_flax.parallel.mesh import batch_sharding, make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
@@ -15,12 +19,13 @@ from nfnet_flax.training.step import make_train_step
 
 assert jax.device_count() == int(sys.argv[1])
 config = NFNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
-graphdef, names = model_structure(config, 10)
+execution = ExecutionConfig(num_microbatches=int(sys.argv[2]) if len(sys.argv) > 2 else None)
+structure = model_structure(config, 10, execution)
 schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-tx = make_optimizer(OptimConfig(), schedule, names)
+tx = make_optimizer(OptimConfig(), schedule, structure.members)
 mesh = make_mesh()
-state = create_state(config, 10, 0, tx, mesh)
-step = make_train_step(graphdef, tx, schedule, mesh, seed=0, num_classes=10, label_smoothing=0.1, ema_decay=0.9,
+state = create_state(structure, 0, tx, mesh)
+step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
                        mean=(128.0, 128.0, 128.0), std=(64.0, 64.0, 64.0))
 rng = np.random.default_rng(0)
 def batch():
@@ -29,6 +34,8 @@ def batch():
 first = batch()
 compiled = step.lower(state, first).compile()
 text = compiled.as_text()
+program = parse(text)
+print("payload", sum(collective_bytes(program).values()) / (4 * sum(leaf.size for leaf in state.params.values())))
 print("gathers", len(re.findall(r"all-gather|all-to-all|collective-permute", text)))
 print("flops", compiled.cost_analysis()["flops"])
 losses = []
@@ -44,23 +51,34 @@ assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(kept), jax.tree.
 """
 
 
-def run(num_devices: int) -> dict[str, list[float]]:
+def run(num_devices: int, *num_microbatches: int) -> dict[str, list[float]]:
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
         "JAX_PLATFORMS": "cpu",
     }
-    words = [sys.executable, "-c", SCRIPT, str(num_devices)]
+    words = [sys.executable, "-c", SCRIPT, str(num_devices), *map(str, num_microbatches)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {line.split()[0]: [float(word) for word in line.split()[1:]] for line in done.stdout.splitlines()}
 
 
-def test_eight_devices_give_the_losses_of_one_and_gather_nothing() -> None:
-    one, eight = run(1), run(8)
+@pytest.fixture(scope="module")
+def one() -> dict[str, list[float]]:
+    """The step of one device."""
+    return run(1)
+
+
+def test_microbatches_give_the_losses_of_the_whole_batch(one: dict[str, list[float]]) -> None:
+    np.testing.assert_allclose(run(1, 4)["losses"], one["losses"], rtol=1e-5)
+
+
+def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, list[float]]) -> None:
+    eight = run(8)
     for a, b in zip(one["losses"], eight["losses"], strict=True):
         assert abs(a - b) <= 1e-5 * abs(a)
     assert one["losses"][0] != one["losses"][-1]
     assert eight["gathers"] == [0]
+    assert 1.0 <= eight["payload"][0] < 1.1  # one sum of the gradient, and little else
     # Everything but the update and the standardization is divided by eight; a gathered batch would not be.
     assert eight["flops"][0] < one["flops"][0] / 4

@@ -16,7 +16,9 @@ ALLOWED = {
     "recipe": LEAVES | BASE,
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"recipe", "weights"},
-    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export"},
+    "hlo": set[str](),
+    "plan": LEAVES | BASE | {"hlo", "recipe", "training"},
+    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan"},
 }
 
 
@@ -64,12 +66,12 @@ from nfnet_flax.training.step import make_train_step
 
 assert len(nfnet_flax.list_models()) == 44
 config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5)
-graphdef, names = model_structure(config, 3)
+structure = model_structure(config, 3)
 schedule = lambda step: 0.1
-tx = make_optimizer(OptimConfig(), schedule, names)
+tx = make_optimizer(OptimConfig(), schedule, structure.members)
 mesh = make_mesh()
-state = create_state(config, 3, 0, tx, mesh)
-step = make_train_step(graphdef, tx, schedule, mesh, seed=0, num_classes=3, label_smoothing=0.1, ema_decay=0.9,
+state = create_state(structure, 0, tx, mesh)
+step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
                        mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 before = np.asarray(state.params["head.bias"])
 images = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3)).astype(np.uint8)

@@ -1,6 +1,6 @@
 """Networks of the NFNet papers, and the baselines they compare with, as Flax NNX modules."""
 
-from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.classifier import Classifier, ExecutionConfig
 from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
 from nfnet_flax.models.layers import example_keys
 from nfnet_flax.models.nf_regnet import NFRegNet, NFRegNetConfig
@@ -13,6 +13,7 @@ __all__ = [
     "Classifier",
     "EfficientNet",
     "EfficientNetConfig",
+    "ExecutionConfig",
     "ModelConfig",
     "NFNet",
     "NFNetConfig",

@@ -1,6 +1,8 @@
-"""What every network shares: features, pool, dropout, dense head, and the statistics of its signal."""
+"""What every network shares: blocks and how they are run, features, pool, dropout, dense head, signal statistics."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +11,91 @@ from flax import nnx
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
+from nfnet_flax.models.stages import run_stage
 
 HEAD_NORMAL = nnx.initializers.normal(0.01)
+
+
+class BlockPlan(NamedTuple):
+    """What a residual block needs to know of its place in the network; arrays over blocks in a scanned stage."""
+
+    index: Any
+    """Of all blocks, from 0."""
+    beta: Any
+    """1 / expected standard deviation of the block's input; 1 in networks with BatchNorm."""
+    drop_path_rate: Any
+    """Stochastic depth: probability that the branch is dropped for an example."""
+
+
+def plan_blocks(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) -> tuple[tuple[BlockPlan, ...], ...]:
+    """The blocks of each stage, with variance-preserving constants for branches of unit variance times `alpha`."""
+    plans: list[tuple[BlockPlan, ...]] = []
+    expected_std, index = 1.0, 0
+    for depth in depths:
+        stage = []
+        for position in range(depth):
+            stage.append(BlockPlan(index, 1.0 / expected_std, stochdepth_rate * index / sum(depths)))
+            # A stage's first block normalises its shortcut, too, so the variance starts anew there.
+            expected_std = ((1.0 if position == 0 else expected_std**2) + alpha**2) ** 0.5
+            index += 1
+        plans.append(tuple(stage))
+    return tuple(plans)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a network is computed in training: memory, speed and compile time, but not which function it is."""
+
+    rematerialization: Literal["none", "blocks", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing; the inside of each block; of each stage."""
+    scan_min_blocks: int | None = 6
+    """A stage with at least so many identical blocks is a compiled loop over them, which compiles in the time of one
+    block; None: every block is compiled by itself."""
+    num_microbatches: int | None = None
+    """Parts of the global batch whose gradients are computed one after the other and added (gradient accumulation);
+    None: one for each device."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("scan_min_blocks", "num_microbatches"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"execution.{name}", value, "must be at least 1, or None")
 
 
 class Classifier(nnx.Module):
     """Stem, residual blocks, a last transformation, mean pool, dropout, dense head.
 
     Call it in training mode (`model.train()`, the state after construction) or evaluation mode (`model.eval()`). A
-    family sets `stages` (lists of blocks that map `(x, keys)` to `(y, residual branch)`), calls `_add_head`, and says
-    what comes before and after the blocks in `_stem` and `_final`.
+    family sets `stages` (lists of blocks that map `(x, keys, plan)` to `(y, residual branch)`), calls `_add_head`, and
+    says what comes before and after the blocks in `_stem` and `_final`.
+
+    All blocks of a stage but its first are alike. A *compact* network has one module for them, whose arrays have a
+    leading axis over blocks (`params.compact`); it is what the training step computes with.
     """
 
     stages: nnx.List
     config: Any
+
+    def _add_blocks(
+        self,
+        make_block: Callable[[int, int], nnx.Module],
+        plans: tuple[tuple[BlockPlan, ...], ...],
+        *,
+        is_compact: bool,
+    ) -> None:
+        """Builds `make_block(stage, position)` for every block, or for two of each stage if compact."""
+        self.stages = nnx.List(
+            [
+                nnx.List(
+                    [make_block(stage, position) for position in range(min(len(row), 2) if is_compact else len(row))]
+                )
+                for stage, row in enumerate(plans)
+            ]
+        )
+        self.plans = plans
+        self.is_compact = is_compact
+        self.is_folded = False
+        self.execution = ExecutionConfig()
 
     def _add_head(
         self,
@@ -37,10 +110,14 @@ class Classifier(nnx.Module):
         self.head = Dense(num_features, num_classes, kernel_init=kernel_init, compute_dtype=compute_dtype, rngs=rngs)
         self.num_features = num_features
         self.num_classes = num_classes
-        self.num_blocks = sum(len(stage) for stage in self.stages)
+        self.num_blocks = sum(map(len, self.plans))
         self.drop_rate = drop_rate
         self.compute_dtype: ComputeDtype = compute_dtype
         self.deterministic = False
+
+    def convolutions_after_activations(self) -> list[nnx.Module]:
+        """Convolutions outside of the blocks whose input is a scaled activation (`fold` takes the scale into them)."""
+        return []
 
     def _stem(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
@@ -59,9 +136,12 @@ class Classifier(nnx.Module):
           (N, num_features) float32 (float64 under float64 compute).
         """
         x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
-        for stage in self.stages:
-            for block in stage:
-                x, _ = block(x, keys)
+        for stage, plans in zip(self.stages, self.plans, strict=True):
+            if self.is_compact:
+                x = run_stage(list(stage), x, keys, plans, self.execution)
+            else:
+                for block, plan in zip(stage, plans, strict=True):
+                    x, _ = block(x, keys, plan)
         x = self._final(x)
         return jnp.mean(x, axis=(1, 2), dtype=layers.statistics_dtype(x.dtype))
 
@@ -98,9 +178,9 @@ class Classifier(nnx.Module):
         """
         x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
         outputs, branches = [x], []
-        for stage in self.stages:
-            for block in stage:
-                x, branch = block(x, keys)
+        for stage, plans in zip(self.stages, self.plans, strict=True):
+            for block, plan in zip(stage, plans, strict=True):
+                x, branch = block(x, keys, plan)
                 outputs.append(x)
                 branches.append(branch)
         wide = layers.statistics_dtype(x.dtype)

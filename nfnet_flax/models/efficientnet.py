@@ -9,7 +9,7 @@ from flax import nnx
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
 
 # Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
@@ -87,8 +87,6 @@ class EfficientNetBlock(nnx.Module):
         expansion: int,
         window: int,
         stride: int,
-        index: int,
-        drop_path_rate: float,
         rngs: AnyRngs,
     ) -> None:
         width = in_channels * expansion
@@ -106,11 +104,10 @@ class EfficientNetBlock(nnx.Module):
         self.project = conv(width, out_channels, 1, kernel_init=_CONV_INIT)
         self.project_norm = norm(out_channels)
         self.has_shortcut = stride == 1 and in_channels == out_channels
-        self.index = index
-        self.drop_path_rate = drop_path_rate
+        self.drops = config.stochdepth_rate > 0
         self.deterministic = False
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array | None, plan: BlockPlan) -> tuple[jax.Array, jax.Array]:
         """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch before it is dropped."""
         h = jax.nn.silu(self.expand_norm(self.expand(x))) if self.expands else x
         h = jax.nn.silu(self.depthwise_norm(self.depthwise(h)))
@@ -119,15 +116,17 @@ class EfficientNetBlock(nnx.Module):
         if not self.has_shortcut:
             return branch, branch
         kept = branch
-        if self.drop_path_rate > 0 and not self.deterministic:
-            kept = layers.drop_path(branch, self.drop_path_rate, layers.layer_keys(keys, self.index), rescale=True)
+        if self.drops and not self.deterministic:
+            kept = layers.drop_path(branch, plan.drop_path_rate, layers.layer_keys(keys, plan.index), rescale=True)
         return kept + x, branch
 
 
 class EfficientNet(Classifier):
     """The network: 3x3 convolution, seven stages, a final 1x1 convolution, mean pool, dropout, head."""
 
-    def __init__(self, config: EfficientNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: EfficientNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False
+    ) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(Conv, kernel_init=_CONV_INIT, compute_dtype=dtype, rngs=init_rngs)
@@ -135,29 +134,26 @@ class EfficientNet(Classifier):
         channels = config.channels(_STEM_WIDTH)
         self.stem = conv(3, channels, 3, stride=2)
         self.stem_norm = norm(channels)
-        num_blocks = sum(config.depth(repeats) for *_, repeats in _STAGES)
-        stages, index = [], 0
-        for expansion, window, stage_stride, base, repeats in _STAGES:
-            blocks = []
-            for position in range(config.depth(repeats)):
-                blocks.append(
-                    EfficientNetBlock(
-                        config,
-                        channels,
-                        config.channels(base),
-                        expansion=expansion,
-                        window=window,
-                        stride=stage_stride if position == 0 else 1,
-                        index=index,
-                        drop_path_rate=config.stochdepth_rate * index / num_blocks,
-                        rngs=init_rngs,
-                    )
-                )
-                channels, index = config.channels(base), index + 1
-            stages.append(nnx.List(blocks))
-        self.stages = nnx.List(stages)
+        outputs = [config.channels(base) for *_, base, _ in _STAGES]
+        stage_inputs = (channels, *outputs[:-1])
+
+        def make_block(stage: int, position: int) -> EfficientNetBlock:
+            expansion, window, stage_stride, _, _ = _STAGES[stage]
+            return EfficientNetBlock(
+                config,
+                stage_inputs[stage] if position == 0 else outputs[stage],
+                outputs[stage],
+                expansion=expansion,
+                window=window,
+                stride=stage_stride if position == 0 else 1,
+                rngs=init_rngs,
+            )
+
+        depths = [config.depth(repeats) for *_, repeats in _STAGES]
+        plans = plan_blocks(depths, alpha=0.0, stochdepth_rate=config.stochdepth_rate)
+        self._add_blocks(make_block, plans, is_compact=is_compact)
         num_features = config.channels(_FINAL_WIDTH)
-        self.final_conv = conv(channels, num_features, 1)
+        self.final_conv = conv(outputs[-1], num_features, 1)
         self.final_norm = norm(num_features)
         self.config = config
         self._add_head(

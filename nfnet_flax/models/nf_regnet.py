@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import Classifier, check_network
+from nfnet_flax.models.classifier import Classifier, check_network, plan_blocks
 from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
-from nfnet_flax.models.nf_block import BlockPlan, NFBlock, plan_blocks
+from nfnet_flax.models.nf_block import NFBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,17 @@ class NFRegNetBlock(NFBlock):
     """Pre-activation bottleneck: 1x1, grouped 3x3, squeeze-excite times 2, 1x1."""
 
     def __init__(
-        self, config: NFRegNetConfig, plan: BlockPlan, in_channels: int, out_channels: int, rngs: AnyRngs
+        self,
+        config: NFRegNetConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        expansion: float,
+        stride: int,
+        rngs: AnyRngs,
     ) -> None:
-        groups = int(in_channels * (config.expansion if plan.index else 1)) // config.group_width
+        groups = int(in_channels * expansion) // config.group_width
         width = groups * config.group_width
-        stride = 2 if plan.is_first else 1
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, compute_dtype=dtype, rngs=rngs)
         self.conv0 = conv(in_channels, width, 1)
@@ -75,9 +81,9 @@ class NFRegNetBlock(NFBlock):
         self.conv2 = conv(width, out_channels, 1)
         projects = stride > 1 or in_channels != out_channels
         super().__init__(
-            plan,
             activation=config.activation,
             alpha=config.alpha,
+            drops=config.stochdepth_rate > 0,
             conv_shortcut=conv(in_channels, out_channels, 1) if projects else None,
             pools=stride > 1,
         )
@@ -86,31 +92,37 @@ class NFRegNetBlock(NFBlock):
 
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
-        h = self.conv1(activate(self.activation, h))
+        h = self.conv1(self._activate(h))
         h = 2 * self.squeeze_excite(h) * h
-        return self.conv2(activate(self.activation, h))
+        return self.conv2(self._activate(h))
 
 
 class NFRegNet(Classifier):
     """The network: 3x3 convolution, four stages, a final 1x1 convolution, mean pool, dropout, head."""
 
-    def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, compute_dtype=dtype, rngs=init_rngs)
-        channels = config.channels[0]
-        self.stem = conv(3, channels, 3, stride=2)
+        channels = config.channels
+        self.stem = conv(3, channels[0], 3, stride=2)
+        stage_inputs = (channels[0], *channels[:-1])
+
+        def make_block(stage: int, position: int) -> NFRegNetBlock:
+            first = position == 0
+            return NFRegNetBlock(
+                config,
+                stage_inputs[stage] if first else channels[stage],
+                channels[stage],
+                expansion=1.0 if stage == 0 and first else config.expansion,
+                stride=2 if first else 1,
+                rngs=init_rngs,
+            )
+
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        stages = []
-        for out_channels, stage in zip(config.channels, plans, strict=True):
-            blocks = []
-            for plan in stage:
-                blocks.append(NFRegNetBlock(config, plan, channels, out_channels, init_rngs))
-                channels = out_channels
-            stages.append(nnx.List(blocks))
-        self.stages = nnx.List(stages)
-        num_features = 1280 * channels // 440
-        self.final_conv = conv(channels, num_features, 1)
+        self._add_blocks(make_block, plans, is_compact=is_compact)
+        num_features = 1280 * channels[-1] // 440
+        self.final_conv = conv(channels[-1], num_features, 1)
         self.config = config
         self._add_head(
             num_features,

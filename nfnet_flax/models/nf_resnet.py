@@ -8,9 +8,9 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network, plan_blocks
 from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
-from nfnet_flax.models.nf_block import BlockPlan, NFBlock, plan_blocks
+from nfnet_flax.models.nf_block import NFBlock
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 
@@ -53,9 +53,7 @@ class NFResNetConfig:
 class NFResNetBlock(NFBlock):
     """Pre-activation bottleneck: 1x1, 3x3, 1x1, optionally squeeze-excite times 2."""
 
-    def __init__(
-        self, config: NFResNetConfig, plan: BlockPlan, in_channels: int, out_channels: int, stride: int, rngs: AnyRngs
-    ) -> None:
+    def __init__(self, config: NFResNetConfig, in_channels: int, out_channels: int, stride: int, rngs: AnyRngs) -> None:
         width = int(out_channels * config.expansion)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, compute_dtype=dtype, rngs=rngs)
@@ -64,9 +62,9 @@ class NFResNetBlock(NFBlock):
         self.conv2 = conv(width, out_channels, 1)
         projects = stride > 1 or in_channels != out_channels
         super().__init__(
-            plan,
             activation=config.activation,
             alpha=config.alpha,
+            drops=config.stochdepth_rate > 0,
             conv_shortcut=conv(in_channels, out_channels, 1, stride=stride) if projects else None,
             pools=False,
         )
@@ -77,32 +75,31 @@ class NFResNetBlock(NFBlock):
 
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
-        h = self.conv1(activate(self.activation, h))
-        h = self.conv2(activate(self.activation, h))
+        h = self.conv1(self._activate(h))
+        h = self.conv2(self._activate(h))
         return 2 * self.squeeze_excite(h) * h if self.has_squeeze_excite else h
 
 
 class NFResNet(Classifier):
     """The network: 7x7 convolution, maximum pool, four stages, activation, mean pool, dropout, head."""
 
-    def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
-        channels = config.stem_width
-        self.stem = WSConv(3, channels, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
+        self.stem = WSConv(3, config.stem_width, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
+        stage_inputs = (config.stem_width, *config.widths[:-1])
+
+        def make_block(stage: int, position: int) -> NFResNetBlock:
+            width = config.widths[stage]
+            if position > 0:
+                return NFResNetBlock(config, width, width, 1, init_rngs)
+            return NFResNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
+
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        stages = []
-        for width, stage_stride, stage in zip(config.widths, _STAGE_STRIDES, plans, strict=True):
-            blocks = []
-            for plan in stage:
-                stride = stage_stride if plan.is_first else 1
-                blocks.append(NFResNetBlock(config, plan, channels, width, stride, init_rngs))
-                channels = width
-            stages.append(nnx.List(blocks))
-        self.stages = nnx.List(stages)
+        self._add_blocks(make_block, plans, is_compact=is_compact)
         self.config = config
         self._add_head(
-            channels,
+            config.widths[-1],
             num_classes,
             kernel_init=HEAD_NORMAL,
             drop_rate=config.drop_rate,

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network, plan_blocks
 from nfnet_flax.models.layers import (
     ActivationName,
     AnyRngs,
@@ -22,7 +22,7 @@ from nfnet_flax.models.layers import (
     WSConv,
     activate,
 )
-from nfnet_flax.models.nf_block import BlockPlan, NFBlock, plan_blocks
+from nfnet_flax.models.nf_block import NFBlock
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 _STEM_CHANNELS = (16, 32, 64)
@@ -75,9 +75,7 @@ class NFNetConfig:
 class NFNetBlock(NFBlock):
     """Pre-activation bottleneck: 1x1, two grouped 3x3, 1x1, squeeze-excite times 2."""
 
-    def __init__(
-        self, config: NFNetConfig, plan: BlockPlan, in_channels: int, out_channels: int, stride: int, rngs: AnyRngs
-    ) -> None:
+    def __init__(self, config: NFNetConfig, in_channels: int, out_channels: int, stride: int, rngs: AnyRngs) -> None:
         groups = int(out_channels * config.expansion) // config.group_width
         width = groups * config.group_width
         dtype = config.compute_dtype
@@ -88,9 +86,9 @@ class NFNetBlock(NFBlock):
         self.conv2 = conv(width, out_channels, 1)
         projects = stride > 1 or in_channels != out_channels
         super().__init__(
-            plan,
             activation=config.activation,
             alpha=config.alpha,
+            drops=config.stochdepth_rate > 0,
             conv_shortcut=conv(in_channels, out_channels, 1) if projects else None,
             pools=stride > 1,
         )
@@ -98,18 +96,17 @@ class NFNetBlock(NFBlock):
         self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
 
     def _branch(self, h: jax.Array) -> jax.Array:
-        act = self.activation
         h = self.conv0(h)
-        h = self.conv1(activate(act, h))
-        h = self.conv1b(activate(act, h))
-        h = self.conv2(activate(act, h))
+        h = self.conv1(self._activate(h))
+        h = self.conv1b(self._activate(h))
+        h = self.conv2(self._activate(h))
         return 2 * self.squeeze_excite(h) * h
 
 
 class NFNet(Classifier):
     """The network: a stem of four 3x3 convolutions, four stages, a final 1x1 convolution, pool, dropout, head."""
 
-    def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, standardization=config.standardization, compute_dtype=dtype, rngs=init_rngs)
@@ -119,19 +116,19 @@ class NFNet(Classifier):
             channels = out
         self.stem = nnx.List(stem)
 
+        stage_inputs = (channels, *config.widths[:-1])
+
+        def make_block(stage: int, position: int) -> NFNetBlock:
+            width = config.widths[stage]
+            if position > 0:
+                return NFNetBlock(config, width, width, 1, init_rngs)
+            return NFNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
+
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        stages = []
-        for width, stage_stride, stage in zip(config.widths, _STAGE_STRIDES, plans, strict=True):
-            blocks = []
-            for plan in stage:
-                stride = stage_stride if plan.is_first else 1
-                blocks.append(NFNetBlock(config, plan, channels, width, stride, init_rngs))
-                channels = width
-            stages.append(nnx.List(blocks))
-        self.stages = nnx.List(stages)
+        self._add_blocks(make_block, plans, is_compact=is_compact)
 
         num_features = 2 * config.widths[-1]
-        self.final_conv = conv(channels, num_features, 1)
+        self.final_conv = conv(config.widths[-1], num_features, 1)
         self.config = config
         self._add_head(
             num_features,
@@ -142,9 +139,12 @@ class NFNet(Classifier):
             rngs=init_rngs,
         )
 
+    def convolutions_after_activations(self) -> list[nnx.Module]:
+        return [conv for position, conv in enumerate(self.stem) if position > 0]
+
     def _stem(self, x: jax.Array) -> jax.Array:
         for position, conv in enumerate(self.stem):
-            x = conv(x if position == 0 else activate(self.config.activation, x))
+            x = conv(x if position == 0 else activate(self.config.activation, x, scaled=not self.is_folded))
         return x
 
     def _final(self, x: jax.Array) -> jax.Array:

@@ -3,10 +3,15 @@
 The training state, parameter groups, converters and checkpoints all speak these names.
 """
 
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from nfnet_flax.models.layers import StandardizationName, WSConv, standardize
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -35,6 +40,80 @@ def merge(graphdef: GraphDef, params: Params, batch_stats: BatchStats) -> Any:
 def update(model: nnx.Module, arrays: dict[str, Any]) -> None:
     """Replaces named parameters and statistics of a network in place."""
     nnx.update(model, _nested(arrays))
+
+
+def compact(arrays: dict[str, Any], stack: Callable[[list[Any]], Any] = jnp.stack) -> dict[str, Any]:
+    """Arrays of a network -> arrays of its compact form: those of all blocks of a stage but the first are stacked.
+
+    `stages.2.1.conv0.kernel` (H, W, I, O), `stages.2.2.conv0.kernel`, ... become `stages.2.1.conv0.kernel`
+    (blocks, H, W, I, O). All other arrays are passed on.
+    """
+    stacks: dict[str, dict[int, Any]] = {}
+    result: dict[str, Any] = {}
+    for name, value in arrays.items():
+        if (place := _repeated(name)) is None:
+            result[name] = value
+        else:
+            stage, block, rest = place
+            stacks.setdefault(f"stages.{stage}.1.{rest}", {})[block] = value
+    return result | {name: stack([blocks[i] for i in sorted(blocks)]) for name, blocks in stacks.items()}
+
+
+def expand(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `compact`."""
+    result: dict[str, Any] = {}
+    for name, value in arrays.items():
+        if (place := _repeated(name)) is None:
+            result[name] = value
+        else:
+            stage, _, rest = place
+            result |= {f"stages.{stage}.{1 + i}.{rest}": value[i] for i in range(value.shape[0])}
+    return result
+
+
+def members(names: Iterable[str]) -> dict[str, str | tuple[str, ...]]:
+    """For each array of a compact network, the names in the whole network: one, or a tuple of those it stacks."""
+    return compact({name: name for name in names}, stack=tuple)
+
+
+def _repeated(name: str) -> tuple[int, int, str] | None:
+    match = re.match(r"stages\.(\d+)\.(\d+)\.(.+)", name)
+    return (int(match[1]), int(match[2]), match[3]) if match and int(match[2]) > 0 else None
+
+
+def prepare(params: Params, form: StandardizationName) -> Params:
+    """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
+
+    Args:
+      params: of a network or of its compact form.
+      form: of the weight standardization.
+    """
+    prepared = dict(params)
+    for name, kernel in params.items():
+        if not name.endswith(".kernel"):
+            continue
+        module = name.removesuffix(".kernel")
+        if f"{module}.gain" in params:
+            apply = jax.vmap(standardize, in_axes=(0, 0, None)) if kernel.ndim == 5 else standardize
+            prepared[name] = apply(kernel, params[f"{module}.gain"], form)
+    return prepared
+
+
+def cast(params: Params, compute_dtype: jnp.dtype) -> Params:
+    """All kernels and their biases in the type that a network computes in; everything else as it is."""
+    return {
+        name: value.astype(compute_dtype)
+        if name.endswith(".kernel") or (name.endswith(".bias") and f"{name.removesuffix('bias')}kernel" in params)
+        else value
+        for name, value in params.items()
+    }
+
+
+def mark_prepared(model: nnx.Module) -> None:
+    """Tells a network's convolutions that their kernels are standardized already."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, WSConv):
+            module.is_prepared = True
 
 
 def _flat(state: Any) -> dict[str, jax.Array]:

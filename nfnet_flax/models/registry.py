@@ -17,6 +17,13 @@ from nfnet_flax.models.nfnet import NFNet, NFNetConfig
 from nfnet_flax.models.resnet import ResNet, ResNetConfig
 
 ModelConfig = NFNetConfig | NFResNetConfig | NFRegNetConfig | ResNetConfig | EfficientNetConfig
+_FAMILIES: Mapping[type, type[Classifier]] = {
+    NFNetConfig: NFNet,
+    NFResNetConfig: NFResNet,
+    NFRegNetConfig: NFRegNet,
+    ResNetConfig: ResNet,
+    EfficientNetConfig: EfficientNet,
+}
 VARIANTS: Mapping[str, ModelConfig] = {
     **nfnet.VARIANTS,
     **nf_resnet.VARIANTS,
@@ -68,20 +75,22 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Classifier:
-    """The network of a configuration, with random parameters, in training mode."""
+def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> Classifier:
+    """The network of a configuration, with random parameters, in training mode.
+
+    Args:
+      config: of any family.
+      num_classes: outputs of the head.
+      rngs: source of the initial parameters.
+      is_compact: build one module for all blocks of a stage but its first; see `Classifier`.
+
+    Raises:
+      ConfigError: a value is invalid.
+    """
     if num_classes < 1:
         raise ConfigError(f"num_classes = {num_classes}: must be at least 1")
     if config.compute_dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError("model.compute_dtype = 'float64': call jax.enable_x64(True) first, or use float32")
-    match config:
-        case NFNetConfig():
-            return NFNet(config, num_classes=num_classes, rngs=rngs)
-        case NFResNetConfig():
-            return NFResNet(config, num_classes=num_classes, rngs=rngs)
-        case NFRegNetConfig():
-            return NFRegNet(config, num_classes=num_classes, rngs=rngs)
-        case ResNetConfig():
-            return ResNet(config, num_classes=num_classes, rngs=rngs)
-        case EfficientNetConfig():
-            return EfficientNet(config, num_classes=num_classes, rngs=rngs)
+    family: Any = _FAMILIES[type(config)]
+    model: Classifier = family(config, num_classes=num_classes, rngs=rngs, is_compact=is_compact)
+    return model

@@ -12,7 +12,7 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import Classifier, check_network
+from nfnet_flax.models.classifier import BlockPlan, Classifier, check_network, plan_blocks
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
 
 _STAGE_STRIDES = (1, 2, 2, 2)
@@ -97,9 +97,9 @@ class ResNetBlock(nnx.Module):
             hidden = max(1, int(out_channels * config.se_ratio))
             self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array | None, plan: BlockPlan) -> tuple[jax.Array, jax.Array]:
         """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch; draws nothing."""
-        del keys
+        del keys, plan
         h = jax.nn.relu(self.bn0(x))
         shortcut = x
         if self.has_projection:
@@ -115,7 +115,7 @@ class ResNetBlock(nnx.Module):
 class ResNet(Classifier):
     """The network: stem, maximum pool, four stages, BatchNorm, relu, mean pool, dropout, head."""
 
-    def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(Conv, compute_dtype=dtype, rngs=init_rngs)
@@ -128,16 +128,22 @@ class ResNet(Classifier):
         else:
             self.stem = nnx.List([conv(3, channels, 7, stride=2)])
             self.stem_norms = nnx.List([])
-        stages = []
-        for width, depth, stage_stride in zip(config.widths, config.depths, _STAGE_STRIDES, strict=True):
-            blocks = []
-            for position in range(depth):
-                first = position == 0
-                stride = stage_stride if first else 1
-                blocks.append(ResNetBlock(config, channels, width, stride=stride, has_projection=first, rngs=init_rngs))
-                channels = width
-            stages.append(nnx.List(blocks))
-        self.stages = nnx.List(stages)
+        stage_inputs = (channels, *config.widths[:-1])
+
+        def make_block(stage: int, position: int) -> ResNetBlock:
+            first, width = position == 0, config.widths[stage]
+            return ResNetBlock(
+                config,
+                stage_inputs[stage] if first else width,
+                width,
+                stride=_STAGE_STRIDES[stage] if first else 1,
+                has_projection=first,
+                rngs=init_rngs,
+            )
+
+        plans = plan_blocks(config.depths, alpha=0.0, stochdepth_rate=0.0)
+        self._add_blocks(make_block, plans, is_compact=is_compact)
+        channels = config.widths[-1]
         self.final_bn = norm(channels)
         self.config = config
         self._add_head(

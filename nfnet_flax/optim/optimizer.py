@@ -1,9 +1,12 @@
 """The published optimizer: AGC, weight decay, Nesterov momentum, warm-up and cosine; and the parameters' EMA."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nfnet_flax.config import check_types, require
@@ -65,32 +68,55 @@ def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int) ->
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, names: tuple[str, ...]
+    config: OptimConfig, schedule: optax.Schedule, members: Mapping[str, str | tuple[str, ...]]
 ) -> optax.GradientTransformation:
     """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
 
     Args:
       config: the numbers.
       schedule: learning rate of a step counted from 0.
-      names: of all parameters; the transformation takes `{name: array}` dicts.
+      members: name of each array that the transformation takes -> the name of the parameter in the network, or a tuple
+        of the parameters that it stacks along a leading axis. Groups are decided for parameters, not for stacks.
 
     Raises:
       ConfigError: a group of the configuration matches no parameter or leaves one out.
     """
+    names = [name for value in members.values() for name in ([value] if isinstance(value, str) else value)]
+
+    def by_array(values: dict[str, float]) -> dict[str, Any]:
+        return {
+            name: values[value] if isinstance(value, str) else _one_or_all([values[member] for member in value])
+            for name, value in members.items()
+        }
+
     parts = []
     if config.clipping is not None:
-        clipped = assign("optim.clipping_groups", config.clipping_groups, names)
-        mask = {name: value == 1 for name, value in clipped.items()}
-        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask))
-    decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
+        clipped = by_array(assign("optim.clipping_groups", config.clipping_groups, names))
+        mask = {name: np.asarray(value) == 1 for name, value in clipped.items()}
+        is_stacked = {name: not isinstance(value, str) for name, value in members.items()}
+        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask, is_stacked=is_stacked))
+    decay = by_array(assign("optim.weight_decay_groups", config.weight_decay_groups, names))
 
     def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        return {n: g + config.weight_decay * decay[n] * params[n] if decay[n] else g for n, g in updates.items()}
+        return {
+            name: gradient + config.weight_decay * _over_blocks(decay[name], gradient.ndim) * params[name]
+            if np.any(decay[name])
+            else gradient
+            for name, gradient in updates.items()
+        }
 
     parts.append(optax.stateless(add_decay))
     parts.append(optax.trace(decay=config.momentum, nesterov=True))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts)
+
+
+def _one_or_all(values: list[float]) -> float | np.ndarray:
+    return values[0] if len(set(values)) == 1 else np.asarray(values, np.float32)
+
+
+def _over_blocks(value: float | np.ndarray, ndim: int) -> float | np.ndarray:
+    return value if np.ndim(value) == 0 else np.reshape(value, (-1,) + (1,) * (ndim - 1))
 
 
 def update_ema(

@@ -1,5 +1,6 @@
 """The device mesh, its axis names, and the shardings of what lives on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ DATA_AXIS = "data"
 """Mesh axis over which the rows of a batch are divided."""
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along the data axis, in process order (the input pipeline relies on it)."""
-    return Mesh(np.asarray(jax.devices()), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices along the data axis; by default all of all processes, in process order (the input relies on it)."""
+    chosen = jax.devices() if devices is None else list(devices)
+    return Mesh(np.asarray(chosen), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -31,6 +33,18 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
     """Raises `ConfigError` if the rows of a batch cannot be divided evenly over the data axis."""
     devices = mesh.shape[DATA_AXIS]
     require(batch_size % devices == 0, field, batch_size, f"must be divisible by the {devices} devices of this run")
+
+
+def check_microbatches(num_microbatches: int | None, batch_size: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless every device has equally many equal parts of the batch."""
+    if num_microbatches is not None:
+        devices = mesh.shape[DATA_AXIS]
+        require(
+            num_microbatches % devices == 0 and batch_size % num_microbatches == 0,
+            "execution.num_microbatches",
+            num_microbatches,
+            f"must be a multiple of the {devices} devices of this run and divide the batch of {batch_size}",
+        )
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any]:

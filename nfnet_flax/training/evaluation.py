@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.models import convolution
-from nfnet_flax.models.params import BatchStats, GraphDef, Params, merge
+from nfnet_flax.models.params import BatchStats, Params, merge
 from nfnet_flax.parallel.mesh import DATA_AXIS, batch_sharding, to_global
-from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.state import Structure, TrainState
 from nfnet_flax.training.step import Batch, cross_entropy, normalise
 
 Weights = tuple[Params, BatchStats]
@@ -20,15 +20,14 @@ Weights = tuple[Params, BatchStats]
 EvalStep = Callable[[Weights, Batch], dict[str, jax.Array]]
 
 
-def make_eval_step(
-    graphdef: GraphDef, mesh: Mesh, *, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> EvalStep:
+def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> EvalStep:
     """Builds `step(weights, batch) -> sums` over the rows whose `mask` is 1: `loss`, `top1`, `top5` and `count`."""
     platform = mesh.devices.flat[0].platform
+    num_classes = structure.num_classes
     num_candidates = min(5, num_classes)
 
     def local_sums(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
-        model = merge(graphdef, *weights)
+        model = merge(structure.graphdef, *weights)
         model.eval()
         with convolution.for_platform(platform):
             logits = model(normalise(batch["image"], mean, std))

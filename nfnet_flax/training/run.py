@@ -19,13 +19,20 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.pipeline import Rows, eval_batches, open_source
 from nfnet_flax.data.sources import ArraySource
 from nfnet_flax.models import build_model
-from nfnet_flax.models.params import GraphDef
+from nfnet_flax.models.params import expand
 from nfnet_flax.optim import learning_rate_schedule, make_optimizer
-from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
+from nfnet_flax.parallel.mesh import check_batch_size, check_microbatches, make_mesh
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
-from nfnet_flax.training.state import TrainState, abstract_state, create_state, model_structure, with_weights
+from nfnet_flax.training.state import (
+    Structure,
+    TrainState,
+    abstract_state,
+    create_state,
+    model_structure,
+    with_weights,
+)
 from nfnet_flax.training.step import Batch, Metrics, make_train_step
 from nfnet_flax.weights.entries import Arrays
 from nfnet_flax.weights.portable import WeightsInfo, stored_arrays, write_weights
@@ -37,7 +44,7 @@ class Setup:
 
     recipe: Recipe
     mesh: Mesh
-    graphdef: GraphDef
+    structure: Structure
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     num_steps: int
@@ -61,12 +68,12 @@ class Setup:
     def create_state(self, weights: Arrays) -> TrainState:
         """The state before the first update: random, but for the weights that are given."""
         recipe = self.recipe
-        state = create_state(recipe.model, recipe.num_classes, recipe.seed, self.optimizer, self.mesh)
+        state = create_state(self.structure, recipe.seed, self.optimizer, self.mesh)
         return with_weights(state, weights)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state."""
-        return abstract_state(self.recipe.model, self.recipe.num_classes, self.optimizer, self.mesh)
+        return abstract_state(self.structure, self.optimizer, self.mesh)
 
     def eval_batches(self) -> Iterator[Rows]:
         """This process's rows of the held-out set."""
@@ -87,7 +94,8 @@ def assemble(recipe: Recipe) -> Setup:
     mesh = make_mesh()
     check_batch_size("data.batch_size", recipe.data.batch_size, mesh)
     check_batch_size("data.eval_batch_size", recipe.data.eval_batch_size, mesh)
-    graphdef, names = model_structure(recipe.model, recipe.num_classes)
+    check_microbatches(recipe.execution.num_microbatches, recipe.data.batch_size, mesh)
+    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
     train_source = open_source(recipe.data, "train")
     num_steps = recipe.total_steps(len(train_source))
     schedule = learning_rate_schedule(
@@ -95,31 +103,28 @@ def assemble(recipe: Recipe) -> Setup:
         warmup_steps=min(recipe.warmup_steps(len(train_source)), num_steps),
         num_steps=num_steps,
     )
-    optimizer = make_optimizer(recipe.optim, schedule, names)
+    optimizer = make_optimizer(recipe.optim, schedule, structure.members)
     return Setup(
         recipe=recipe,
         mesh=mesh,
-        graphdef=graphdef,
+        structure=structure,
         optimizer=optimizer,
         schedule=schedule,
         num_steps=num_steps,
         train_source=train_source,
         eval_source=open_source(recipe.data, "eval"),
         train_step=make_train_step(
-            graphdef,
+            structure,
             optimizer,
             schedule,
             mesh,
             seed=recipe.seed,
             label_smoothing=recipe.label_smoothing,
             ema_decay=recipe.optim.ema_decay,
-            num_classes=recipe.num_classes,
             mean=recipe.data.mean,
             std=recipe.data.std,
         ),
-        eval_step=make_eval_step(
-            graphdef, mesh, num_classes=recipe.num_classes, mean=recipe.data.mean, std=recipe.data.std
-        ),
+        eval_step=make_eval_step(structure, mesh, mean=recipe.data.mean, std=recipe.data.std),
     )
 
 
@@ -188,7 +193,7 @@ def export_weights(workdir: Path, out: Path, *, parameters: Literal["raw", "ema"
     setup, state = read_run(workdir)
     recipe = setup.recipe
     chosen = weights_to_evaluate(state)["eval" if parameters == "raw" else "eval_ema"]
-    arrays = {name: np.asarray(value) for part in chosen for name, value in part.items()}
+    arrays = expand({name: np.asarray(value) for part in chosen for name, value in part.items()})
     source = f"run {recipe.name!r}, step {int(state.step)}, seed {recipe.seed}"
     info = WeightsInfo(model=recipe.model, num_classes=recipe.num_classes, source=source, parameters=parameters)
     path = out / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""The one value that holds all that must survive a restart."""
+"""The one value that holds all that must survive a restart, and the structure of the network that it belongs to."""
 
 import dataclasses
 from typing import Any
@@ -10,15 +10,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnet_flax.models import ModelConfig, build_model
-from nfnet_flax.models.params import BatchStats, GraphDef, Params, split
+from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
+from nfnet_flax.models.params import BatchStats, GraphDef, Params, compact, mark_prepared, members, split
 from nfnet_flax.parallel.mesh import replicated
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides."""
+    """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides.
+
+    Parameters and running statistics are those of the compact network, in which equal blocks of a stage are stacked:
+    a few hundred arrays even for the deepest network, so that handing them to a step costs the host next to nothing.
+    """
 
     step: jax.Array
     """int32 scalar."""
@@ -30,18 +34,49 @@ class TrainState:
     ema_batch_stats: BatchStats
 
 
-def model_structure(config: ModelConfig, num_classes: int) -> tuple[GraphDef, tuple[str, ...]]:
-    """Structure and parameter names of a network; allocates nothing."""
-    model = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
-    graphdef, params, _ = split(model)
-    return graphdef, tuple(params)
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A network without its arrays."""
+
+    config: ModelConfig
+    num_classes: int
+    execution: ExecutionConfig
+    graphdef: GraphDef
+    """Of the compact network, in training mode."""
+    prepared: GraphDef
+    """The same for parameters whose kernels are standardized already (`params.prepare`)."""
+    members: dict[str, str | tuple[str, ...]]
+    """Array of the compact network -> parameter of the network, or the parameters that it stacks."""
 
 
-def _initial_state(
-    config: ModelConfig, num_classes: int, seed: int, optimizer: optax.GradientTransformation
-) -> TrainState:
+def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionConfig | None = None) -> Structure:
+    """Structure of a network and names of its parameters; allocates nothing."""
+    execution = execution or ExecutionConfig()
+
+    def build(is_compact: bool) -> Any:
+        return nnx.eval_shape(
+            lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0), is_compact=is_compact)
+        )
+
+    model = build(is_compact=True)
+    model.execution = execution
+    graphdef, _, _ = split(model)
+    mark_prepared(model)
+    prepared, _, _ = split(model)
+    return Structure(
+        config=config,
+        num_classes=num_classes,
+        execution=execution,
+        graphdef=graphdef,
+        prepared=prepared,
+        members=members(split(build(is_compact=False))[1]),
+    )
+
+
+def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation) -> TrainState:
     rngs = nnx.Rngs(params=jax.random.key(seed))
-    _, params, batch_stats = split(build_model(config, num_classes=num_classes, rngs=rngs))
+    _, *arrays = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
+    params, batch_stats = map(compact, arrays)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -53,10 +88,27 @@ def _initial_state(
 
 
 def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
-    """A state whose raw and EMA weights are replaced where `arrays` names them, with the shardings that it has."""
+    """A state whose raw and EMA weights are replaced where `arrays` names them, with the shardings that it has.
+
+    Args:
+      state: as `create_state` made it.
+      arrays: by the names of the whole network, not of its compact form.
+    """
+    names = members(arrays)
+
+    def replace(name: str, value: jax.Array) -> jax.Array:
+        given = names.get(name, ())
+        if isinstance(given, str):
+            return jax.device_put(arrays[given], value.sharding)
+        if not given:
+            return value
+        whole = np.array(value)
+        for member in given:
+            whole[int(member.split(".")[2]) - 1] = arrays[member]
+        return jax.device_put(whole, value.sharding)
 
     def placed(current: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {n: jax.device_put(arrays[n], v.sharding) if n in arrays else v for n, v in current.items()}
+        return {name: replace(name, value) for name, value in current.items()}
 
     return dataclasses.replace(
         state,
@@ -67,18 +119,14 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState
     )
 
 
-def abstract_state(
-    config: ModelConfig, num_classes: int, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
-    shapes = jax.eval_shape(lambda: _initial_state(config, num_classes, 0, optimizer))
+    shapes = jax.eval_shape(lambda: _initial_state(structure, 0, optimizer))
     sharding = replicated(mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def create_state(
-    config: ModelConfig, num_classes: int, seed: int, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def create_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update, born with its shardings."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, num_classes, optimizer, mesh))
-    return jax.jit(lambda: _initial_state(config, num_classes, seed, optimizer), out_shardings=shardings)()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
+    return jax.jit(lambda: _initial_state(structure, seed, optimizer), out_shardings=shardings)()

@@ -13,11 +13,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfnet_flax.models import convolution, example_keys
-from nfnet_flax.models.params import BatchStats, GraphDef, Params, batch_stats_of, merge
+from nfnet_flax.models import NFNetConfig, convolution, example_keys
+from nfnet_flax.models.layers import DTYPES
+from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge, prepare
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.parallel.mesh import DATA_AXIS
-from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.state import Structure, TrainState
 
 Batch = dict[str, Any]
 """`image` (N, H, W, 3) uint8 or already normalised float; `label` (N,) int32; optionally `mix_label` (N,) int32 and
@@ -48,27 +49,25 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    graphdef: GraphDef,
+    structure: Structure,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
     *,
     seed: int,
-    num_classes: int,
     label_smoothing: float,
     ema_decay: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Builds `step(state, batch) -> (state, metrics)`; `state` is donated, metrics stay on the device.
 
     Args:
-      graphdef: structure of the network, in training mode.
-      optimizer: over `{name: array}` parameters.
+      structure: of the network, and how it is computed.
+      optimizer: over the parameters of the compact network.
       schedule: the optimizer's learning rate, for the metrics.
       mesh: with a data axis that divides the batch.
       seed: of dropout and stochastic depth.
-      num_classes: of the head.
       label_smoothing: share of the target that is spread over all classes.
       ema_decay: of the moving average.
       mean: per channel, in grey levels, subtracted from uint8 images.
@@ -77,28 +76,40 @@ def make_train_step(
     Returns:
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
     """
+    config = structure.config
     platform = mesh.devices.flat[0].platform
+    num_devices = mesh.shape[DATA_AXIS]
+    parts = (structure.execution.num_microbatches or num_devices) // num_devices
+    form = config.standardization if isinstance(config, NFNetConfig) else "published"
+
+    def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+        model = merge(structure.prepared, weights, batch_stats)
+        with convolution.for_platform(platform):
+            logits = model(normalise(batch["image"], mean, std), keys)
+        targets = soft_targets(batch, structure.num_classes, label_smoothing)
+        loss = jnp.mean(cross_entropy(logits, targets))
+        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+        # Of the mean over all parts: the gradients of the parts need only be added.
+        share = loss / (parts * num_devices)
+        return share, (batch_stats_of(model), {"train/loss": loss, "train/top1": top1})
 
     def local_gradient(
-        params: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
+        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
     ) -> tuple[Params, BatchStats, Metrics]:
         num_rows = batch["label"].shape[0]
         rows = lax.axis_index(DATA_AXIS) * num_rows + jnp.arange(num_rows)
         keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
+        weights = cast(prepared, DTYPES[config.compute_dtype])
 
-        def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, BatchStats]]:
-            model = merge(graphdef, params, batch_stats)
-            with convolution.for_platform(platform):
-                logits = model(normalise(batch["image"], mean, std), keys)
-            targets = soft_targets(batch, num_classes, label_smoothing)
-            return jnp.mean(cross_entropy(logits, targets)), (logits, batch_stats_of(model))
+        def part_gradient(keys: jax.Array, batch: Batch) -> tuple[Params, tuple[BatchStats, Metrics]]:
+            return jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
 
-        (loss, (logits, moved)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        gradient, metrics = lax.pmean((gradient, {"train/loss": loss, "train/top1": top1}), DATA_AXIS)
-        # Counts are whole numbers, and the same on all devices.
-        moved = {n: lax.pmean(v, DATA_AXIS) if jnp.issubdtype(v.dtype, jnp.floating) else v for n, v in moved.items()}
-        return gradient, moved, metrics
+        gradient, (moved, metrics) = _over_parts(part_gradient, parts, keys, batch)
+        # Here, beside the cast, the check costs no pass over the gradient of its own.
+        is_finite = jnp.stack([jnp.all(jnp.isfinite(value)) for value in gradient.values()])
+        metrics["is_finite"] = jnp.all(is_finite).astype(jnp.float32)
+        gradient = {name: value.astype(prepared[name].dtype) for name, value in gradient.items()}
+        return lax.psum(gradient, DATA_AXIS), _mean_statistics(moved), lax.pmean(metrics, DATA_AXIS)
 
     sharded_gradient = jax.shard_map(
         local_gradient,
@@ -108,27 +119,67 @@ def make_train_step(
         check_vma=False,
     )
 
-    def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> TrainState:
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
-            ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
-        )
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradient, batch_stats, metrics = sharded_gradient(state.params, state.batch_stats, state.step, batch)
-        metrics["train/grad_norm"] = optax.tree.norm(gradient)
+        # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
+        # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
+        # pass into passes over the parameters that repeat one another's work.
+        prepared, pull_back = jax.vjp(lambda params: prepare(params, form), state.params)
+        gradient, batch_stats, metrics = sharded_gradient(prepared, state.batch_stats, state.step, batch)
+
+        def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
+            (gradient,) = pull_back(gradient)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            state = TrainState(
+                step=state.step + 1,
+                params=params,
+                batch_stats=batch_stats,
+                opt_state=opt_state,
+                ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
+                ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
+            )
+            return state, optax.tree.norm(gradient)
+
+        def keep(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
+            del batch_stats
+            return state, optax.tree.norm(gradient)
+
         metrics["train/learning_rate"] = schedule(state.step)
-        finite = jnp.isfinite(metrics["train/loss"]) & jnp.isfinite(metrics["train/grad_norm"])
-        state = lax.cond(finite, update, lambda state, *_: state, state, gradient, batch_stats)
+        finite = jnp.isfinite(metrics["train/loss"]) & (metrics.pop("is_finite") == 1.0)
+        state, metrics["train/grad_norm"] = lax.cond(finite, update, keep, state, gradient, batch_stats)
         clipped_fraction = optax.tree.get(state.opt_state, "clipped_fraction")
         if clipped_fraction is not None:
             metrics["agc/clipped_fraction"] = clipped_fraction
         return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _over_parts(
+    part_gradient: Callable[[jax.Array, Batch], Any], parts: int, keys: jax.Array, batch: Batch
+) -> tuple[Params, tuple[BatchStats, Metrics]]:
+    """Gradients of equal parts of the rows, added in float32; statistics and metrics, averaged."""
+    if parts == 1:
+        return part_gradient(keys, batch)
+    split_rows = jax.tree.map(lambda rows: rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:]), (keys, batch))
+    shapes, _ = jax.eval_shape(part_gradient, *jax.tree.map(lambda rows: rows[0], split_rows))
+    zeros = {name: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in shapes.items()}
+
+    def add_part(total: Params, part: Any) -> tuple[Params, Any]:
+        gradient, rest = part_gradient(*part)
+        return {name: total[name] + gradient[name].astype(total[name].dtype) for name in total}, rest
+
+    total, of_parts = lax.scan(add_part, zeros, split_rows)
+    # Counts are whole numbers, and the same in all parts.
+    rest = jax.tree.map(
+        lambda values: jnp.mean(values, axis=0) if jnp.issubdtype(values.dtype, jnp.floating) else values[0], of_parts
+    )
+    return total, rest
+
+
+def _mean_statistics(batch_stats: BatchStats) -> BatchStats:
+    # Counts are whole numbers, and the same on all devices.
+    return {
+        name: lax.pmean(value, DATA_AXIS) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for name, value in batch_stats.items()
+    }

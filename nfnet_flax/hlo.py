@@ -1,0 +1,129 @@
+"""Reading compiled programs: what they move between devices, and what a TPU's compiler expects them to cost."""
+
+import collections
+import dataclasses
+import math
+import re
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction of a compiled program."""
+
+    opcode: str
+    result: str
+    """Its type: `f32[8,128]{1,0}`, or a tuple of them."""
+    cycles: int
+    """The compiler's estimate; 0 where it gives none."""
+    source: str
+    """Where it comes from in the traced program."""
+    called: tuple[str, ...]
+    """Computations that it runs: loop bodies and branches, but not what is fused into it."""
+    trip_count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations of a compiled program."""
+
+    entry: str
+    computations: dict[str, list[Operation]]
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, list[Operation]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)", line)):
+            current.append(_operation(found[1]))
+    return Program(entry, computations)
+
+
+def _operation(text: str) -> Operation:
+    opcode = re.search(r" ([a-z][a-z0-9\-]*)\(", text)
+    assert opcode is not None, text
+    called: tuple[str, ...] = ()
+    if opcode[1] == "while":
+        called = tuple(re.findall(r"(?:condition|body)=%?([\w.\-]+)", text))
+    elif opcode[1] == "conditional":
+        listed = re.search(r"branch_computations=\{([^}]*)\}", text)
+        named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
+        called = tuple(re.findall(r"[\w.\-]+", listed[1])) if listed else tuple(named)
+    elif opcode[1] == "call":
+        called = tuple(re.findall(r"to_apply=%?([\w.\-]+)", text))
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', text)
+    source = re.search(r'op_name="([^"]*)"', text)
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
+    return Operation(
+        opcode=opcode[1],
+        result=text[: opcode.start()],
+        cycles=int(cycles[1]) if cycles else 0,
+        source=source[1] if source else "",
+        called=called,
+        trip_count=int(trips[1]) if trips else 1,
+    )
+
+
+def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
+    """The compiler's estimate of one run, loops multiplied by their trip counts and the dearest branch taken.
+
+    Returns:
+      All cycles, and the cycles of each kind of operation: where it comes from and the shape of its result.
+    """
+    by_source: collections.Counter[str] = collections.Counter()
+
+    def cost(name: str, times: int, into: collections.Counter[str]) -> int:
+        total = 0
+        for operation in program.computations[name]:
+            if operation.opcode == "conditional":
+                branches = []
+                for branch in operation.called:
+                    inside: collections.Counter[str] = collections.Counter()
+                    branches.append((cost(branch, times, inside), inside))
+                cycles, inside = max(branches, key=lambda pair: pair[0])
+                into.update(inside)
+                total += cycles
+            elif operation.called:
+                total += sum(cost(body, times * operation.trip_count, into) for body in operation.called)
+            elif operation.cycles:
+                shape = re.sub(r"\{[^}]*\}", "", operation.result)
+                into[f"{operation.source}  {shape if len(shape) < 60 else shape[:57] + '...'}"] += (
+                    operation.cycles * times
+                )
+                total += operation.cycles * times
+        return total
+
+    return cost(program.entry, 1, by_source), by_source
+
+
+def collective_bytes(program: Program) -> dict[str, int]:
+    """Payload of each kind of collective in one run, per device: the bytes of its results, loops multiplied."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def walk(name: str, times: int) -> None:
+        for operation in program.computations[name]:
+            kind = operation.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                # An asynchronous start of these also returns its operand.
+                halved = operation.opcode != kind and kind in ("all-gather", "collective-permute")
+                found[kind] += times * _size(operation.result) // (2 if halved else 1)
+            for body in operation.called:
+                walk(body, times * operation.trip_count)
+
+    walk(program.entry, 1)
+    return dict(found)
+
+
+def _size(result: str) -> int:
+    return sum(
+        _BYTES[kind] * math.prod(int(size) for size in shape.split(",") if size)
+        for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+        if kind in _BYTES
+    )

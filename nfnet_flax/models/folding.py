@@ -1,0 +1,63 @@
+"""The inference form of a normalizer-free network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.models import layers
+from nfnet_flax.models.classifier import Classifier
+from nfnet_flax.models.layers import WSConv
+from nfnet_flax.models.nf_block import NFBlock
+
+
+def fold(model: Classifier) -> Classifier:
+    """A copy in evaluation mode whose convolutions are plain.
+
+    Kernels are standardized once, with their gains, the activations' gammas and the blocks' constants in them, and kept
+    in the type that the network computes in. Logits, features and signal statistics equal the original's up to
+    rounding; there is nothing left to train.
+
+    Raises:
+      ConfigError: the network has BatchNorm, or is folded already.
+    """
+    blocks = [block for stage in model.stages for block in stage]
+    if not all(isinstance(block, NFBlock) for block in blocks):
+        raise ConfigError(f"fold: {type(model).__name__} has BatchNorm; only normalizer-free networks have this form")
+    if model.is_folded or model.is_compact:
+        raise ConfigError("fold: the network is folded or compact already; give it as create_model makes it")
+    folded: Classifier = nnx.clone(model)
+    folded.eval()
+    _, gamma = layers.ACTIVATIONS[model.config.activation]
+    factors: dict[int, float] = {}
+    for stage, plans in zip(folded.stages, folded.plans, strict=True):
+        for block, plan in zip(stage, plans, strict=True):
+            for _, module in nnx.iter_modules(block):
+                factors[id(module)] = gamma
+            factors[id(block.conv0)] = gamma * plan.beta
+            if block.has_projection:
+                factors[id(block.conv_shortcut)] = gamma * plan.beta
+            block.skip_gain = nnx.Param(block.skip_gain[...] * block.alpha)
+            block.alpha = 1.0
+            block.is_folded = True
+    for conv in folded.convolutions_after_activations():
+        factors[id(conv)] = gamma
+    folded.is_folded = True
+    for _, module in nnx.iter_modules(folded):
+        if isinstance(module, WSConv):
+            _fold_convolution(module, factors.get(id(module), 1.0))
+    return folded
+
+
+def _fold_convolution(conv: WSConv, factor: float) -> None:
+    dtype = layers.DTYPES[conv.compute_dtype]
+
+    @jax.jit
+    def plain(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+        kernel = kernel.astype(layers.statistics_dtype(dtype))
+        return (layers.standardize(kernel, gain, conv.standardization) * factor).astype(dtype)
+
+    conv.kernel = nnx.Param(plain(conv.kernel[...], conv.gain[...]))
+    conv.bias = nnx.Param(conv.bias[...].astype(dtype))
+    conv.gain = nnx.Param(jnp.ones((0,), jnp.float32))  # it is in the kernel
+    conv.is_prepared = True

@@ -1,0 +1,87 @@
+"""How the blocks of a compact network are run: one after the other or as a compiled loop, kept or computed again.
+
+None of it changes what is computed: a loop's body rounds as the unrolled block does up to the compiler's fusions.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, merge, split, update
+
+
+def run_stage(blocks: list[Any], x: jax.Array, keys: jax.Array | None, plans: tuple[Any, ...], execution: Any) -> Any:
+    """One stage of a compact network.
+
+    Args:
+      blocks: its first block, and one module for all others, whose arrays have a leading axis over them.
+      x: (N, H, W, C) input.
+      keys: (N,) PRNG keys, one per example.
+      plans: a `BlockPlan` per block.
+      execution: an `ExecutionConfig`.
+
+    Returns:
+      (N, H', W', C') output. Running statistics of BatchNorm are updated in the modules.
+    """
+    parts = [split(block) for block in blocks]
+    arrays = [(params, batch_stats) for _, params, batch_stats in parts]
+
+    def run(x: jax.Array, arrays: list[tuple[Params, BatchStats]]) -> tuple[jax.Array, list[BatchStats]]:
+        first = _block_function(parts[0][0], keys, execution.rematerialization != "none")
+        x, moved = first(x, *arrays[0], plans[0])
+        if len(arrays) == 1:
+            return x, [moved]
+        rest = _block_function(parts[1][0], keys, execution.rematerialization != "none")
+        run_rest = _scan if _is_scanned(plans, execution) else _unroll
+        x, moved_rest = run_rest(rest, x, *arrays[1], plans[1:])
+        return x, [moved, moved_rest]
+
+    x, moved = (jax.checkpoint(run) if execution.rematerialization == "full" else run)(x, arrays)
+    for block, batch_stats in zip(blocks, moved, strict=True):
+        update(block, dict(batch_stats))
+    return x
+
+
+def _is_scanned(plans: tuple[Any, ...], execution: Any) -> bool:
+    return execution.scan_min_blocks is not None and len(plans) - 1 >= execution.scan_min_blocks
+
+
+def _block_function(graphdef: Any, keys: jax.Array | None, is_rematerialized: bool) -> Any:
+    def run_block(x: jax.Array, params: Params, batch_stats: BatchStats, plan: Any) -> tuple[jax.Array, BatchStats]:
+        block = merge(graphdef, params, batch_stats)
+        y, _ = block(x, keys, plan)
+        return y, batch_stats_of(block)
+
+    return jax.checkpoint(run_block) if is_rematerialized else run_block
+
+
+def _stacked_plans(plans: tuple[Any, ...]) -> Any:
+    return type(plans[0])(
+        *(
+            np.asarray(column, np.int32 if isinstance(column[0], int) else np.float32)
+            for column in zip(*plans, strict=True)
+        )
+    )
+
+
+def _scan(run_block: Any, x: jax.Array, params: Params, batch_stats: BatchStats, plans: tuple[Any, ...]) -> Any:
+    def body(x: jax.Array, block: Any) -> Any:
+        return run_block(x, *block)
+
+    return lax.scan(body, x, (params, batch_stats, _stacked_plans(plans)))
+
+
+def _unroll(run_block: Any, x: jax.Array, params: Params, batch_stats: BatchStats, plans: tuple[Any, ...]) -> Any:
+    stacked = _stacked_plans(plans)
+    # `split`, whose transpose is one concatenation; the transpose of n slices would be n padded sums.
+    pieces = {name: lax.split(value, [1] * len(plans)) for name, value in (params | batch_stats).items()}
+    moved = []
+    for position in range(len(plans)):
+        block_params = {name: pieces[name][position][0] for name in params}
+        block_stats = {name: pieces[name][position][0] for name in batch_stats}
+        x, after = run_block(x, block_params, block_stats, jax.tree.map(lambda v, i=position: v[i], stacked))
+        moved.append(after)
+    return x, {name: jnp.stack([after[name] for after in moved]) for name in batch_stats}

@@ -1,0 +1,231 @@
+"""Compiling a recipe's training step for a TPU that nobody has to own: will it fit, and what will it cost?
+
+libtpu holds the real compiler, which runs on any x86 machine. What it says of memory, collectives and FLOPs is exact;
+its cycles are an estimate, good for ratios within one version of it.
+"""
+
+import collections
+import dataclasses
+import os
+import time
+from typing import Any, Literal
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.hlo import collective_bytes, estimated_cycles, parse
+from nfnet_flax.recipe import Recipe
+
+# Of each device that JAX sees: HBM in GiB, and the clock in GHz where the published peak tells it.
+_DEVICES: dict[str, tuple[float, float | None]] = {
+    "TPU v2": (8, 0.70),
+    "TPU v3": (16, 0.94),
+    "TPU v4": (32, 1.05),
+    "TPU v5 lite": (16, 1.50),
+    "TPU v5": (95, 1.75),
+    "TPU v6 lite": (32, None),
+    "TPU7x": (96, None),
+}
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "JAX_PLATFORMS": "cpu",
+}
+_REMATERIALIZATIONS: tuple[Literal["none", "blocks", "full"], ...] = ("none", "blocks", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says of one training step, per device."""
+
+    topology: str
+    device_kind: str
+    num_devices: int
+    images_per_device: int
+    image_size: int
+    rematerialization: str
+    num_parameters: int
+    parameter_bytes: int
+    """Of the parameters and running statistics."""
+    state_bytes: int
+    """Of parameters, optimizer and EMA together."""
+    temporary_bytes: int
+    """Activations, gradients and what else lives within a step."""
+    peak_bytes: int
+    hbm_bytes: int
+    flops: float
+    """Of one step; the compiler does not multiply loops."""
+    collectives: dict[str, int]
+    """Kind -> payload in bytes."""
+    cycles: int
+    """Estimated."""
+    clock_hz: float | None
+    dearest: list[tuple[str, int]]
+    """Operations by source, and their estimated cycles."""
+    compile_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits into the device's memory."""
+        return self.peak_bytes <= self.hbm_bytes
+
+
+def set_environment() -> None:
+    """Tells libtpu that there is no TPU here; to be called before JAX is imported."""
+    os.environ.update(_ENVIRONMENT)
+
+
+def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
+    """Compiles the training step of a recipe for a topology such as `v5e:2x4`.
+
+    Raises:
+      ConfigError: libtpu is missing or does not know the topology, or the batch does not divide over it.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from nfnet_flax.optim import learning_rate_schedule, make_optimizer
+    from nfnet_flax.parallel.mesh import batch_sharding, check_batch_size, check_microbatches, make_mesh
+    from nfnet_flax.training.state import abstract_state, model_structure
+    from nfnet_flax.training.step import make_train_step
+
+    mesh = make_mesh(_devices(topology))
+    batch_size, size = recipe.data.batch_size, recipe.data.image_size
+    check_batch_size("data.batch_size", batch_size, mesh)
+    check_microbatches(recipe.execution.num_microbatches, batch_size, mesh)
+    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
+    schedule = learning_rate_schedule(0.1, warmup_steps=100, num_steps=1000)
+    optimizer = make_optimizer(recipe.optim, schedule, structure.members)
+    state = abstract_state(structure, optimizer, mesh)
+    step = make_train_step(
+        structure,
+        optimizer,
+        schedule,
+        mesh,
+        seed=recipe.seed,
+        label_smoothing=recipe.label_smoothing,
+        ema_decay=recipe.optim.ema_decay,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+    )
+    rows = batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
+    started = time.perf_counter()
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
+    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)
+
+
+def _report(
+    recipe: Recipe, topology: str, mesh: Any, state: Any, compiled: Any, compile_s: float, num_dearest: int
+) -> Plan:
+    import jax
+
+    memory = compiled.memory_analysis()
+    program = parse(compiled.as_text())
+    cycles, by_source = estimated_cycles(program)
+    device = mesh.devices.flat[0]
+    hbm_gib, clock_ghz = _DEVICES.get(device.device_kind, (0, None))
+
+    def nbytes(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    written = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        topology=topology,
+        device_kind=device.device_kind,
+        num_devices=mesh.size,
+        images_per_device=recipe.data.batch_size // mesh.size,
+        image_size=recipe.data.image_size,
+        rematerialization=recipe.execution.rematerialization,
+        num_parameters=sum(leaf.size for leaf in state.params.values()),
+        parameter_bytes=nbytes((state.params, state.batch_stats)),
+        state_bytes=nbytes(state),
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.argument_size_in_bytes
+        + written
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        hbm_bytes=int(hbm_gib * 2**30),
+        flops=float(compiled.cost_analysis().get("flops", 0.0)),
+        collectives=collective_bytes(program),
+        cycles=cycles,
+        clock_hz=None if clock_ghz is None else 1e9 * clock_ghz,
+        dearest=collections.Counter(by_source).most_common(num_dearest),
+        compile_s=compile_s,
+    )
+
+
+def _devices(topology: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu's own errors have no common class
+        raise ConfigError(
+            f"topology {topology!r}: {str(error).splitlines()[0]}. It takes libtpu (pip install 'nfnet_flax[tpu]') "
+            "and a name such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4"
+        ) from error
+
+
+def describe(found: Plan) -> str:
+    """A plan for people."""
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    lines = [
+        f"{found.topology}: {found.num_devices} x {found.device_kind}, {found.images_per_device} images of "
+        f"{found.image_size} px each; rematerialization {found.rematerialization}; compiled in {found.compile_s:.0f} s",
+        f"memory per device: parameters {gib(found.parameter_bytes)}, optimizer and EMA "
+        f"{gib(found.state_bytes - found.parameter_bytes)}, within the step {gib(found.temporary_bytes)}",
+        f"  peak {gib(found.peak_bytes)} of {gib(found.hbm_bytes)}: {'fits' if found.fits else 'DOES NOT FIT'}",
+        f"FLOPs per device and step: {found.flops / 1e9:.0f} G (a loop counts once)",
+        *(
+            f"{kind}: {size / 1e6:.1f} MB per device and step ({size / (4 * found.num_parameters):.2f} x the gradient)"
+            for kind, size in found.collectives.items()
+        ),
+        f"estimated: {found.cycles / 1e6:.1f} M cycles",
+    ]
+    if found.clock_hz is not None:
+        seconds = found.cycles / found.clock_hz
+        rate = found.num_devices * found.images_per_device / seconds
+        lines[-1] += f" = {1e3 * seconds:.1f} ms at {found.clock_hz / 1e9:.2f} GHz, {rate:.0f} images/s"
+    lines.append("dearest operations (estimated M cycles):")
+    lines += [f"  {cycles / 1e6:8.2f}  {source}" for source, cycles in found.dearest]
+    return "\n".join(lines)
+
+
+def search(recipe: Recipe, topology: str) -> list[Plan]:
+    """The largest power of two of images per device that fits, for each rematerialization; prints as it goes.
+
+    Returns:
+      The plans that were compiled, the one to take last.
+    """
+    num_devices = len(_devices(topology))
+    found: list[Plan] = []
+    best: Plan | None = None
+    for rematerialization in _REMATERIALIZATIONS:
+        images = best.images_per_device * 2 if best else 1
+        while True:
+            tried = dataclasses.replace(
+                recipe,
+                data=dataclasses.replace(recipe.data, batch_size=images * num_devices),
+                execution=dataclasses.replace(recipe.execution, rematerialization=rematerialization),
+            )
+            result = plan(tried, topology)
+            found.append(result)
+            print(
+                f"{rematerialization:>6}, {images} images per device: {result.peak_bytes / 2**30:.2f} GiB, "
+                f"{result.cycles / images / 1e6:.2f} M cycles per image, {'fits' if result.fits else 'does not fit'}",
+                flush=True,
+            )
+            if not result.fits:
+                break
+            best, images = result, images * 2
+    return [*found, best] if best else found
