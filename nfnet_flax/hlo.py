@@ -21,8 +21,11 @@ class Operation:
     source: str
     """Where it comes from in the traced program."""
     called: tuple[str, ...]
-    """Computations that it runs: loop bodies and branches, but not what is fused into it."""
-    trip_count: int
+    """Computations that it runs (of a loop: condition and body), but not what is fused into it."""
+    trip_count: int | None
+    """Of a loop, where the compiler says it."""
+    literal: int | None
+    """Of a whole-number constant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ def _operation(text: str) -> Operation:
     assert opcode is not None, text
     called: tuple[str, ...] = ()
     if opcode[1] == "while":
-        called = tuple(re.findall(r"(?:condition|body)=%?([\w.\-]+)", text))
+        called = tuple(name for key in ("condition", "body") for name in re.findall(rf"{key}=%?([\w.\-]+)", text))
     elif opcode[1] == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", text)
         named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
@@ -60,6 +63,7 @@ def _operation(text: str) -> Operation:
         called = tuple(re.findall(r"to_apply=%?([\w.\-]+)", text))
     cycles = re.search(r'"estimated_cycles":"(\d+)"', text)
     source = re.search(r'op_name="([^"]*)"', text)
+    constant = re.search(r"s32\[\]\S* constant\((\d+)\)", text)
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
     return Operation(
         opcode=opcode[1],
@@ -67,8 +71,21 @@ def _operation(text: str) -> Operation:
         cycles=int(cycles[1]) if cycles else 0,
         source=source[1] if source else "",
         called=called,
-        trip_count=int(trips[1]) if trips else 1,
+        trip_count=int(trips[1]) if trips else None,
+        literal=int(constant[1]) if constant else None,
     )
+
+
+def _trip_count(program: Program, operation: Operation) -> int:
+    """How often the computations of an operation run: the one constant that a loop's counter is compared with."""
+    if operation.opcode != "while":
+        return 1
+    if operation.trip_count is not None:
+        return operation.trip_count
+    literals = [each.literal for each in program.computations[operation.called[0]] if each.literal is not None]
+    if len(literals) != 1:
+        raise ValueError(f"the number of turns of a loop from {operation.source!r} cannot be read")
+    return literals[0]
 
 
 def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
@@ -91,7 +108,8 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
                 into.update(inside)
                 total += cycles
             elif operation.called:
-                total += sum(cost(body, times * operation.trip_count, into) for body in operation.called)
+                turns = times * _trip_count(program, operation)
+                total += sum(cost(body, turns, into) for body in operation.called)
             elif operation.cycles:
                 shape = re.sub(r"\{[^}]*\}", "", operation.result)
                 into[f"{operation.source}  {shape if len(shape) < 60 else shape[:57] + '...'}"] += (
@@ -115,7 +133,7 @@ def collective_bytes(program: Program) -> dict[str, int]:
                 halved = operation.opcode != kind and kind in ("all-gather", "collective-permute")
                 found[kind] += times * _size(operation.result) // (2 if halved else 1)
             for body in operation.called:
-                walk(body, times * operation.trip_count)
+                walk(body, times * _trip_count(program, operation))
 
     walk(program.entry, 1)
     return dict(found)

@@ -2,6 +2,8 @@
 
 # ruff: noqa: E501 - the lines of a program are as long as they are
 
+import pytest
+
 from nfnet_flax.hlo import collective_bytes, estimated_cycles, parse
 
 TEXT = """HloModule step
@@ -46,3 +48,12 @@ def test_loops_are_multiplied_and_the_dearest_branch_counts() -> None:
 
 def test_collectives_count_their_payload() -> None:
     assert collective_bytes(parse(TEXT)) == {"all-reduce": 3 * 32, "collective-permute": (2 * 16 + 8) // 2}
+
+
+def test_a_loop_without_a_stated_length_is_read_from_its_condition() -> None:
+    text = TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', "").replace(
+        "  ROOT %less", "  %turns = s32[]{:T(128)} constant(4)\n  ROOT %less"
+    )
+    assert estimated_cycles(parse(text))[0] == 4 * (7 + 2) + 100 + 50
+    with pytest.raises(ValueError, match="cannot be read"):
+        estimated_cycles(parse(text.replace("constant(4)", "parameter(1)")))

@@ -79,6 +79,7 @@ def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, 
         assert abs(a - b) <= 1e-5 * abs(a)
     assert one["losses"][0] != one["losses"][-1]
     assert eight["gathers"] == [0]
-    assert 1.0 <= eight["payload"][0] < 1.1  # one sum of the gradient, and little else
+    # One sum of the gradient, and little else. Gains are not summed: their gradient follows from the kernels' sum.
+    assert 0.95 < eight["payload"][0] < 1.1
     # Everything but the update and the standardization is divided by eight; a gathered batch would not be.
     assert eight["flops"][0] < one["flops"][0] / 4
