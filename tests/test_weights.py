@@ -23,7 +23,7 @@ from nfnet_flax.weights.entries import Arrays, arrays_of, shapes_of
 from nfnet_flax.weights.haiku import Tree
 from nfnet_flax.weights.timm import timm_arrays
 from tests import golden
-from tests.test_models import FAST_COMPILE, SMALL, relative
+from tests.networks import FAST_COMPILE, SMALL, relative
 from tools import make_timm_golden
 
 

@@ -77,47 +77,8 @@ def make_train_step(
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
     """
     config = structure.config
-    platform = mesh.devices.flat[0].platform
-    num_devices = mesh.shape[DATA_AXIS]
-    parts = (structure.execution.num_microbatches or num_devices) // num_devices
     form = config.standardization if isinstance(config, NFNetConfig) else "published"
-
-    def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
-        model = merge(structure.prepared, weights, batch_stats)
-        with convolution.for_platform(platform):
-            logits = model(normalise(batch["image"], mean, std), keys)
-        targets = soft_targets(batch, structure.num_classes, label_smoothing)
-        loss = jnp.mean(cross_entropy(logits, targets))
-        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        # Of the mean over all parts: the gradients of the parts need only be added.
-        share = loss / (parts * num_devices)
-        return share, (batch_stats_of(model), {"train/loss": loss, "train/top1": top1})
-
-    def local_gradient(
-        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
-    ) -> tuple[Params, BatchStats, Metrics]:
-        num_rows = batch["label"].shape[0]
-        rows = lax.axis_index(DATA_AXIS) * num_rows + jnp.arange(num_rows)
-        keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
-        weights = cast(prepared, DTYPES[config.compute_dtype])
-
-        def part_gradient(keys: jax.Array, batch: Batch) -> tuple[Params, tuple[BatchStats, Metrics]]:
-            return jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
-
-        gradient, (moved, metrics) = _over_parts(part_gradient, parts, keys, batch)
-        # Here, beside the cast, the check costs no pass over the gradient of its own.
-        is_finite = jnp.stack([jnp.all(jnp.isfinite(value)) for value in gradient.values()])
-        metrics["is_finite"] = jnp.all(is_finite).astype(jnp.float32)
-        gradient = {name: value.astype(prepared[name].dtype) for name, value in gradient.items()}
-        return lax.psum(gradient, DATA_AXIS), _mean_statistics(moved), lax.pmean(metrics, DATA_AXIS)
-
-    sharded_gradient = jax.shard_map(
-        local_gradient,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
+    sharded_gradient = _make_gradient(structure, mesh, seed=seed, label_smoothing=label_smoothing, mean=mean, std=std)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
@@ -153,6 +114,59 @@ def make_train_step(
         return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _make_gradient(
+    structure: Structure,
+    mesh: Mesh,
+    *,
+    seed: int,
+    label_smoothing: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Callable[[Params, BatchStats, jax.Array, Batch], tuple[Params, BatchStats, Metrics]]:
+    """Builds `gradient(prepared, batch_stats, step, batch)` over the global batch: per shard, summed over devices."""
+    config = structure.config
+    platform = mesh.devices.flat[0].platform
+    num_devices = mesh.shape[DATA_AXIS]
+    parts = (structure.execution.num_microbatches or num_devices) // num_devices
+
+    def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+        model = merge(structure.prepared, weights, batch_stats)
+        with convolution.for_platform(platform):
+            logits = model(normalise(batch["image"], mean, std), keys)
+        targets = soft_targets(batch, structure.num_classes, label_smoothing)
+        loss = jnp.mean(cross_entropy(logits, targets))
+        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+        # Of the mean over all parts: the gradients of the parts need only be added.
+        share = loss / (parts * num_devices)
+        return share, (batch_stats_of(model), {"train/loss": loss, "train/top1": top1})
+
+    def local_gradient(
+        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
+    ) -> tuple[Params, BatchStats, Metrics]:
+        num_rows = batch["label"].shape[0]
+        rows = lax.axis_index(DATA_AXIS) * num_rows + jnp.arange(num_rows)
+        keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
+        weights = cast(prepared, DTYPES[config.compute_dtype])
+
+        def part_gradient(keys: jax.Array, batch: Batch) -> tuple[Params, tuple[BatchStats, Metrics]]:
+            return jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
+
+        gradient, (moved, metrics) = _over_parts(part_gradient, parts, keys, batch)
+        # Here, beside the cast, the check costs no pass over the gradient of its own.
+        is_finite = jnp.stack([jnp.all(jnp.isfinite(value)) for value in gradient.values()])
+        metrics["is_finite"] = jnp.all(is_finite).astype(jnp.float32)
+        gradient = {name: value.astype(prepared[name].dtype) for name, value in gradient.items()}
+        return lax.psum(gradient, DATA_AXIS), _mean_statistics(moved), lax.pmean(metrics, DATA_AXIS)
+
+    return jax.shard_map(
+        local_gradient,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
 
 
 def _over_parts(

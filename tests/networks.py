@@ -1,0 +1,34 @@
+"""A small member of every family, and how tests compile and compare."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from nfnet_flax.models import EfficientNetConfig, ModelConfig, NFRegNetConfig, NFResNetConfig, ResNetConfig
+from tests import golden
+
+FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": 0}  # type: ignore[dict-item]
+
+# A small member of every family.
+SMALL: dict[str, ModelConfig] = {
+    "nfnet": dataclasses.replace(golden.TINY, depths=(1, 1, 1, 1), stochdepth_rate=0.1, drop_rate=0.1),
+    "nf_resnet": NFResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), stem_width=8, se_ratio=0.25),
+    "nf_regnet": NFRegNetConfig(widths=(24, 24, 32, 32), depths=(1, 2, 1, 1), drop_rate=0.1),
+    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), stem_width=8, se_ratio=0.25),
+    "se_resnext_d": ResNetConfig(
+        widths=(16, 16, 32, 32),
+        depths=(1, 1, 1, 1),
+        stem_width=8,
+        expansion=0.5,
+        num_groups=4,
+        se_ratio=0.25,
+        is_d=True,
+    ),
+    "efficientnet": EfficientNetConfig(width_multiplier=0.25, depth_multiplier=0.3),
+}
+
+
+def relative(got: jax.Array, want: np.ndarray) -> float:
+    """Largest difference as a share of the largest value."""
+    return float(np.max(np.abs(np.asarray(got, np.float64) - want)) / np.max(np.abs(want)))

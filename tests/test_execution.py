@@ -1,0 +1,171 @@
+"""How a network is computed does not change what it computes: compact, scanned, rematerialized, folded, BatchNorm."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nfnet_flax
+from nfnet_flax.config import ConfigError
+from nfnet_flax.models import (
+    Classifier,
+    ExecutionConfig,
+    ModelConfig,
+    ResNetConfig,
+    build_model,
+    convolution,
+    example_keys,
+    layers,
+)
+from nfnet_flax.models.params import batch_stats_of, compact, expand, merge, split
+from tests import golden
+from tests.networks import FAST_COMPILE, SMALL, relative
+
+COMPACT: dict[str, ModelConfig] = {
+    "nfnet": dataclasses.replace(golden.TINY, depths=(1, 3, 1, 2), stochdepth_rate=0.5),
+    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 3, 1, 2), stem_width=8),
+}
+
+
+@pytest.mark.parametrize("family", COMPACT)
+def test_the_compact_network_is_the_network(family: str) -> None:
+    """Scanned or not, rematerialized or not: the same logits, gradients and running statistics."""
+    config = COMPACT[family]
+
+    def abstract(*, is_compact: bool) -> Classifier:
+        return nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0), is_compact=is_compact))
+
+    whole, shapes, statistics = split(abstract(is_compact=False))
+    batch_stats = golden.initial_statistics(statistics)
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
+    assert all(np.array_equal(expand(compact(params))[name], value) for name, value in params.items())
+    images = jnp.asarray(rng.standard_normal((4, 32, 32, 3), np.float32))
+    keys = example_keys(jax.random.key(0), jnp.arange(4))
+
+    def run(graphdef: Any, params: Any, batch_stats: Any) -> Any:
+        def loss(params: Any) -> Any:
+            model = merge(graphdef, params, batch_stats)
+            with convolution.for_platform("gpu"):
+                logits = model(images, keys)
+            return jnp.sum(jnp.square(logits)), batch_stats_of(model)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)(params)
+
+    (want, want_statistics), want_gradient = run(whole, params, batch_stats)
+    for execution in (
+        ExecutionConfig(scan_min_blocks=None),
+        ExecutionConfig(scan_min_blocks=1, rematerialization="blocks"),
+        ExecutionConfig(scan_min_blocks=2, rematerialization="full"),
+    ):
+        model = abstract(is_compact=True)
+        model.execution = execution
+        (got, got_statistics), got_gradient = run(split(model)[0], compact(params), compact(batch_stats))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        for theirs, ours in ((want_gradient, expand(got_gradient)), (want_statistics, expand(got_statistics))):
+            assert theirs.keys() == ours.keys()
+            for name, value in theirs.items():
+                np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(value))))
+
+
+@pytest.mark.parametrize("form", ["published", "timm"])
+def test_the_stated_gradient_of_the_standardization(form: layers.StandardizationName) -> None:
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 4, 5), np.float32)).at[..., 2].set(0.25)  # a constant unit
+    gain = jnp.asarray(rng.standard_normal(5).astype(np.float32))
+    cotangent = jnp.asarray(rng.standard_normal(kernel.shape, np.float32))
+
+    def plainly(kernel: jax.Array, gain: jax.Array) -> jax.Array:
+        centred = kernel - jnp.mean(kernel, axis=(0, 1, 2))
+        variance = jnp.mean(jnp.square(centred), axis=(0, 1, 2))
+        spread = jnp.maximum(36 * variance, 1e-4) if form == "published" else 36 * (variance + 1e-5)
+        return centred / jnp.sqrt(spread) * gain
+
+    want, want_vjp = jax.vjp(plainly, kernel, gain)
+    got, got_vjp = jax.vjp(lambda kernel, gain: layers.standardize(kernel, gain, form), kernel, gain)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(got_vjp(cotangent), want_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
+
+
+@pytest.mark.parametrize("family", ["nfnet", "nf_resnet", "nf_regnet"])
+def test_the_folded_network_computes_the_same(family: str) -> None:
+    config = SMALL[family]
+    graphdef, shapes, _ = split(nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(0.5 + rng.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
+    model = merge(graphdef, params, {})
+    folded = nfnet_flax.fold(model)
+    model.eval()
+    images = jnp.asarray(rng.standard_normal((2, 32, 32, 3), np.float32))
+    for want, got in zip(*(jax.tree.leaves(outputs(network, images)) for network in (model, folded)), strict=True):
+        assert relative(got, np.asarray(want, np.float64)) < 1e-5
+    with pytest.raises(ConfigError, match="folded or compact already"):
+        nfnet_flax.fold(folded)
+
+
+def outputs(network: Classifier, images: jax.Array) -> Any:
+    """Logits, features and signal statistics."""
+    graphdef, params, batch_stats = split(network)
+
+    def run(params: Any) -> Any:
+        network = merge(graphdef, params, batch_stats)
+        return network(images), network.features(images), network.signal_statistics(images)
+
+    return jax.jit(run, compiler_options=FAST_COMPILE)(params)
+
+
+def test_batch_norm_has_no_folded_form() -> None:
+    model = nnx.eval_shape(lambda: build_model(SMALL["resnet"], num_classes=3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ConfigError, match="only normalizer-free"):
+        nfnet_flax.fold(model)
+
+
+def test_batch_norm_keeps_running_statistics_and_evaluates_with_them() -> None:
+    rng = np.random.default_rng(0)
+    norm = layers.BatchNorm(3, decay=0.9, epsilon=1e-5)
+    batches = [rng.normal(2.0, 3.0, (4, 5, 5, 3)).astype(np.float32) for _ in range(10)]
+    total_mean, total_variance, weight = np.zeros(3), np.zeros(3), 0.0
+    for batch in batches:
+        normal = np.asarray(norm(jnp.asarray(batch)))
+        flat = batch.reshape(-1, 3).astype(np.float64)
+        want = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+        np.testing.assert_allclose(normal.reshape(-1, 3), want, rtol=1e-4, atol=1e-5)
+        total_mean = 0.9 * total_mean + 0.1 * flat.mean(0)
+        total_variance = 0.9 * total_variance + 0.1 * flat.var(0)
+        weight = 0.9 * weight + 0.1
+    mean, variance = total_mean / weight, total_variance / weight
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.variance[...], variance, rtol=1e-5)
+    assert int(norm.count[...]) == 10
+    norm.eval()
+    got = norm(jnp.asarray(batches[0]))
+    np.testing.assert_allclose(got, (batches[0] - mean) / np.sqrt(variance + 1e-5), rtol=1e-4, atol=1e-5)
+    assert int(norm.count[...]) == 10
+
+
+def test_a_whole_network_moves_its_statistics_in_training_only() -> None:
+    graphdef, shapes, statistics = split(
+        nnx.eval_shape(lambda: build_model(SMALL["resnet"], num_classes=3, rngs=nnx.Rngs(0)))
+    )
+    before = golden.initial_statistics(statistics)
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
+    images = jnp.asarray(rng.standard_normal((4, 32, 32, 3), np.float32))
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def statistics_after_a_call() -> dict[str, dict[str, jax.Array]]:
+        training, evaluating = (merge(graphdef, params, before) for _ in range(2))
+        evaluating.eval()
+        training(images)
+        evaluating(images)
+        return {"train": batch_stats_of(training), "eval": batch_stats_of(evaluating)}
+
+    after = statistics_after_a_call()
+    assert all(np.array_equal(before[name], value) for name, value in after["eval"].items())
+    assert not any(np.array_equal(before[name], value) for name, value in after["train"].items())
