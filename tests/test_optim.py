@@ -1,5 +1,6 @@
 """AGC, parameter groups and the whole optimizer against independent computations."""
 
+import functools
 import json
 
 import jax
@@ -21,6 +22,7 @@ from nfnet_flax.optim import (
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.training.step import cross_entropy, soft_targets
 from tests import golden
+from tests.networks import FAST_COMPILE
 
 UNIT_AXES: dict[int, tuple[int, ...]] = {0: (), 1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 2)}
 
@@ -118,7 +120,7 @@ def test_published_trajectory() -> None:
     )
     tx = make_optimizer(config, schedule, {name: name for name in params})
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def step(i: jax.Array, params: dict, ema: dict, opt_state: optax.OptState, batch: dict) -> tuple:
         def loss_fn(params: dict) -> jax.Array:
             model = merge(graphdef, params, {})

@@ -105,33 +105,27 @@ def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> No
     assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
 
 
-def test_a_stop_during_evaluation_is_not_lost(tmp_path: Path) -> None:
+def test_a_stop_during_an_evaluation_is_not_lost(tmp_path: Path) -> None:
     options = ("--num-steps=22", "--data.eval-batch-size=1")
     process = runs.start(tmp_path, *options)
     printed = runs.signal_at(process, 20, signal.SIGTERM)  # the evaluation of step 20 begins now
     assert process.returncode == EXIT_STOPPED
     assert "stopped at step 20 of 22" in printed
     assert "top-1" not in printed
+
+    process = runs.start(tmp_path, *options)
+    printed = runs.signal_at(process, 22, signal.SIGTERM)  # and now the last one: the run is not finished without it
+    assert process.returncode == EXIT_STOPPED
+    assert "step 20: top-1" in printed
+    assert "stopped at step 22 of 22" in printed
+    assert "finished" not in printed
+
     process = runs.start(tmp_path, *options)
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE
-    assert "step 20: top-1" in printed
+    assert "finished: 22 steps" in printed
+    assert "on 360 examples" in printed
     found = rows(tmp_path)
     assert [row["step"] for row in found] == list(range(1, 23))
     assert [row["step"] for row in found if "eval_ema/top1" in row] == [20, 22]
     assert sorted(step for step, _ in scalars(tmp_path)["eval/top1"]) == [20, 22]
-
-
-def test_a_stop_during_the_last_evaluation_is_not_the_end(tmp_path: Path) -> None:
-    options = ("--num-steps=4", "--data.eval-batch-size=1")
-    process = runs.start(tmp_path, *options)
-    printed = runs.signal_at(process, 4, signal.SIGTERM)
-    assert process.returncode == EXIT_STOPPED, printed
-    assert "stopped at step 4 of 4" in printed
-    assert "finished" not in printed
-    process = runs.start(tmp_path, *options)
-    printed = runs.finish(process)
-    assert process.returncode == EXIT_DONE
-    assert "finished: 4 steps" in printed
-    assert "on 360 examples" in printed
-    assert [row["step"] for row in rows(tmp_path) if "eval_ema/top1" in row] == [4]
