@@ -68,6 +68,7 @@ def our_training(options: argparse.Namespace, name: str, microbatches: int | Non
     import jax.numpy as jnp
 
     from nfnet_flax.models import ExecutionConfig, convolution, model_config
+    from nfnet_flax.models.convolution import library_convolutions
     from nfnet_flax.optim import OptimConfig, make_optimizer
     from nfnet_flax.parallel.mesh import make_mesh
     from nfnet_flax.training.state import create_state, model_structure
@@ -98,7 +99,7 @@ def our_training(options: argparse.Namespace, name: str, microbatches: int | Non
     images = jax.random.randint(jax.random.key(0), (options.batch, options.size, options.size, 3), 0, 256)
     batch = {"image": images.astype(jnp.uint8), "label": jnp.arange(options.batch) % 1000}
     started = time.perf_counter()
-    with convolution.library_only() if library else convolution.for_platform(jax.default_backend()):
+    with library_convolutions() if library else convolution.for_platform(jax.default_backend()):
         compiled = step.lower(state, batch).compile()
     compile_s = time.perf_counter() - started
     held = [state]

@@ -22,7 +22,7 @@ from jax import lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("convolution_platform", default=None)
-_library_only: contextvars.ContextVar[bool] = contextvars.ContextVar("library_only", default=False)
+_library_convolutions: contextvars.ContextVar[bool] = contextvars.ContextVar("library_convolutions", default=False)
 
 
 @contextlib.contextmanager
@@ -36,13 +36,13 @@ def for_platform(platform: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def library_only() -> Iterator[None]:
+def library_convolutions() -> Iterator[None]:
     """Traces the convolutions inside as the library has them, on every device: the yardstick of the benchmarks."""
-    token = _library_only.set(True)
+    token = _library_convolutions.set(True)
     try:
         yield
     finally:
-        _library_only.reset(token)
+        _library_convolutions.reset(token)
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -57,7 +57,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
     Returns:
       (N, ceil(H / stride), ceil(W / stride), O), of the dtype of `x`.
     """
-    if _library_only.get() or (_platform.get() or jax.default_backend()) != "cpu":
+    if _library_convolutions.get() or (_platform.get() or jax.default_backend()) != "cpu":
         return lax.conv_general_dilated(
             x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=groups
         )
