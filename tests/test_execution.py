@@ -22,7 +22,8 @@ from nfnet_flax.models import (
     example_keys,
     layers,
 )
-from nfnet_flax.models.params import batch_stats_of, compact, expand, merge, split
+from nfnet_flax.models.params import batch_stats_of, compact, expand, global_norm, merge, prepare, pull_back, split
+from nfnet_flax.models.standardization import StandardizationName, standardize
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
@@ -79,7 +80,7 @@ def test_the_compact_network_is_the_network(family: str, executions: tuple[Execu
 
 
 @pytest.mark.parametrize("form", ["published", "timm"])
-def test_the_stated_gradient_of_the_standardization(form: layers.StandardizationName) -> None:
+def test_the_stated_gradient_of_the_standardization(form: StandardizationName) -> None:
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((3, 3, 4, 5), np.float32)).at[..., 2].set(0.25)  # a constant unit
     gain = jnp.asarray(rng.standard_normal(5).astype(np.float32))
@@ -92,10 +93,36 @@ def test_the_stated_gradient_of_the_standardization(form: layers.Standardization
         return centred / jnp.sqrt(spread) * gain
 
     want, want_vjp = jax.vjp(plainly, kernel, gain)
-    got, got_vjp = jax.vjp(lambda kernel, gain: layers.standardize(kernel, gain, form), kernel, gain)
+    got, got_vjp = jax.vjp(lambda kernel, gain: standardize(kernel, gain, form), kernel, gain)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(got_vjp(cotangent), want_vjp(cotangent), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_norms_come_with_the_gradient(offset: float) -> None:
+    # A stack of two kernels and one kernel, far from zero mean too, beside a vector that is not standardized.
+    rng = np.random.default_rng(1)
+    shapes = {"a.kernel": (2, 3, 3, 16, 5), "a.gain": (2, 5), "b.kernel": (1, 1, 12, 4), "b.gain": (4,), "c": (3,)}
+    params = {name: jnp.asarray(offset + rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    dy = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    dy |= {name: jnp.zeros(shapes[name]) for name in ("a.gain", "b.gain")}
+    prepared, statistics = prepare(params, "published")
+    assert statistics.keys() == {"a.kernel", "b.kernel"}
+    np.testing.assert_allclose(
+        prepared["a.kernel"][1], standardize(params["a.kernel"][1], params["a.gain"][1], "published"), rtol=1e-6
+    )
+    gradient, norms = pull_back(dy, params, statistics, "published")
+    for name in ("a.kernel", "b.kernel"):
+        known = norms[name]
+        assert known is not None
+        for got, value in zip(known, (gradient[name], params[name]), strict=True):
+            want = np.linalg.norm(
+                np.asarray(value, np.float64).reshape(*value.shape[:-4], -1, value.shape[-1]), axis=-2
+            )
+            np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-5)
+    flat = np.concatenate([np.ravel(np.asarray(value, np.float64)) for value in gradient.values()])
+    np.testing.assert_allclose(global_norm(gradient, norms), np.linalg.norm(flat), rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["nfnet", "nf_resnet", "nf_regnet"])

@@ -58,6 +58,22 @@ def test_agc_equals_an_independent_computation(shape: tuple[int, ...]) -> None:
         assert 0 < float(state.clipped_fraction) < 1
 
 
+def test_agc_takes_norms_that_are_known() -> None:
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.standard_normal((3, 3, 4, 6), np.float32)) for name in "ab"}
+    gradient = {name: 0.1 * value[::-1] for name, value in params.items()}
+    every = (ParamGroup("*", 1.0),)
+    config = OptimConfig(clipping_groups=every, weight_decay_groups=every)
+    tx = make_optimizer(config, lambda step: 1.0, {"a": "a", "b": "b"})
+    known = {"a": tuple(jnp.sqrt(jnp.sum(tree["a"] ** 2, (0, 1, 2), keepdims=True)) for tree in (gradient, params))}
+    want, _ = tx.update(gradient, tx.init(params), params)
+    got, _ = tx.update(gradient, tx.init(params), params, unit_norms={**known, "b": None})
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6), got, want)
+    doubled = {"a": (2 * known["a"][0], known["a"][1]), "b": None}
+    half, _ = tx.update(gradient, tx.init(params), params, unit_norms=doubled)
+    assert not np.allclose(half["a"], want["a"])
+
+
 def test_agc_needs_parameters_and_chains_with_any_optimizer() -> None:
     tx = optax.chain(adaptive_grad_clip(0.1), optax.adam(1e-3))
     params = {"w": jnp.ones((3, 2))}

@@ -1,6 +1,7 @@
-"""How a convolution is computed on each kind of device: the only file that decides it.
+"""How a convolution and an average pool are computed on each kind of device: the only file that decides it.
 
-All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is.
+All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is,
+and its windowed sum for the pool (by the TPU compiler's estimate half the time of a reshape and a sum, both ways).
 XLA's CPU compiler has four weaknesses that are worth factors of 2 to 400 (`python tools/bench_convolution.py`):
 
 - the gradient of a grouped convolution runs naive code, so groups are computed as separate plain convolutions;
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -57,7 +59,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
     Returns:
       (N, ceil(H / stride), ceil(W / stride), O), of the dtype of `x`.
     """
-    if _library_convolutions.get() or (_platform.get() or jax.default_backend()) != "cpu":
+    if not _is_for_cpu():
         return lax.conv_general_dilated(
             x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=groups
         )
@@ -69,6 +71,24 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
     if kernel.shape[:2] == (1, 1):
         return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
     return _conv_loop_safe(x, kernel, stride)
+
+
+def avg_pool_2x2(x: jax.Array) -> jax.Array:
+    """2x2 average pool with stride 2 and SAME padding; a window over the border averages what lies inside."""
+    batch, height, width, channels = x.shape
+    rows = jnp.full((-(-height // 2), 1, 1), 2, x.dtype).at[-1].add(-(height % 2))
+    columns = jnp.full((-(-width // 2), 1), 2, x.dtype).at[-1].add(-(width % 2))
+    if _is_for_cpu():
+        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        total = x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).sum(axis=(2, 4))
+    else:
+        zero = np.zeros((), x.dtype)[()]
+        total = lax.reduce_window(x, zero, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+    return total / (rows * columns)
+
+
+def _is_for_cpu() -> bool:
+    return not _library_convolutions.get() and (_platform.get() or jax.default_backend()) == "cpu"
 
 
 def _depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

@@ -9,6 +9,7 @@ from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.layers import WSConv
 from nfnet_flax.models.nf_block import NFBlock
+from nfnet_flax.models.standardization import standardize
 
 
 def fold(model: Classifier) -> Classifier:
@@ -55,7 +56,7 @@ def _fold_convolution(conv: WSConv, factor: float) -> None:
     @jax.jit
     def plain(kernel: jax.Array, gain: jax.Array) -> jax.Array:
         kernel = kernel.astype(layers.statistics_dtype(dtype))
-        return (layers.standardize(kernel, gain, conv.standardization) * factor).astype(dtype)
+        return (standardize(kernel, gain, conv.standardization) * factor).astype(dtype)
 
     conv.kernel = nnx.Param(plain(conv.kernel[...], conv.gain[...]))
     conv.bias = nnx.Param(conv.bias[...].astype(dtype))

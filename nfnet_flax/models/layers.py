@@ -8,7 +8,7 @@ what is drawn.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 from nfnet_flax.models.convolution import conv2d
+from nfnet_flax.models.standardization import StandardizationName, standardize
 
 ActivationName = Literal[
     "gelu", "gelu_erf", "relu", "silu", "leaky_relu", "elu", "celu", "selu", "relu6", "tanh",
@@ -23,7 +24,6 @@ ActivationName = Literal[
 ]  # fmt: skip
 ComputeDtype = Literal["float32", "bfloat16", "float64"]
 """float64 is for verification; it needs `jax.enable_x64(True)`."""
-StandardizationName = Literal["published", "timm"]
 DTYPES: dict[ComputeDtype, jnp.dtype] = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
 
 # Function and gamma, which restores unit variance for a standard normal input (arXiv 2101.08692, section 3).
@@ -77,42 +77,6 @@ def activate(name: ActivationName, x: jax.Array, *, scaled: bool = True) -> jax.
     return function(x) * jnp.asarray(gamma, x.dtype) if scaled else function(x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def standardize(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -> jax.Array:
-    """Scaled weight standardization over the fan-in axes of an HWIO kernel (arXiv 2101.08692, equation 3).
-
-    The two forms differ in what keeps a constant kernel finite: the published code bounds `variance * fan_in` from
-    below by 1e-4, timm adds 1e-5 to the variance. The gradient is stated in two passes over the kernel: differentiated
-    step by step, it cost a CPU half of a whole training step.
-    """
-    return _standardize_forward(kernel, gain, form)[0]
-
-
-def _standardize_forward(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -> tuple[jax.Array, Any]:
-    fan_in = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
-    mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
-    variance = jnp.var(kernel, axis=(0, 1, 2), keepdims=True)
-    spread = jnp.maximum(variance * fan_in, 1e-4) if form == "published" else (variance + 1e-5) * fan_in
-    scale = lax.rsqrt(spread)
-    is_bounded = (variance * fan_in < 1e-4) & (form == "published")
-    return (kernel - mean) * (scale * gain), (kernel, gain, mean, scale, is_bounded)
-
-
-def _standardize_backward(form: StandardizationName, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del form
-    kernel, gain, mean, scale, is_bounded = residuals
-    centred = kernel - mean
-    dy_mean = jnp.mean(dy, axis=(0, 1, 2), keepdims=True)
-    product = jnp.sum(dy * centred, axis=(0, 1, 2), keepdims=True)
-    # d scale / d variance = -scale**3 * fan_in / 2 and d variance / d kernel = 2 * centred / fan_in.
-    through_scale = jnp.where(is_bounded, 0.0, gain * scale**3 * product)
-    dkernel = (dy - dy_mean) * (scale * gain) - centred * through_scale
-    return dkernel, jnp.ravel(product * scale)
-
-
-standardize.defvjp(_standardize_forward, _standardize_backward)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _initial(init: nnx.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     # Under `jit`, so that equal shapes of a deep network are traced and compiled once.
@@ -150,13 +114,17 @@ class WSConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
+        y, bias = self.apart(x)
+        return y + bias
+
+    def apart(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The convolution (N, H / stride, W / stride, O), and the bias (O,) that belongs on it."""
         dtype = DTYPES[self.compute_dtype]
         kernel = self.kernel[...]
         if not self.is_prepared:  # else it was standardized once for many calls (`params.prepare`)
             kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
         kernel = kernel.astype(dtype)
-        y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups)
-        return y + self.bias[...].astype(dtype)
+        return conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups), self.bias[...].astype(dtype)
 
 
 class Conv(nnx.Module):
@@ -261,23 +229,24 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) -> (N, 1, 1, C)."""
-        pooled = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return self._of_mean(jnp.mean(x, axis=(1, 2), keepdims=True))
+
+    def gate(self, y: jax.Array, bias: jax.Array) -> jax.Array:
+        """`self(y + bias) * (y + bias)` for a convolution (N, H, W, C) and its bias (C,).
+
+        Written so that the gradient of the bias comes out of sums per example, which the gate's gradient takes anyway,
+        and not of a pass of its own over the images.
+        """
+        factor = self._of_mean(jnp.mean(y, axis=(1, 2), keepdims=True) + bias)
+        return factor * y + factor * bias
+
+    def _of_mean(self, pooled: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(self.expand(self.activation(self.reduce(pooled))))
 
 
 def max_pool_3x3(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and SAME padding."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
-
-
-def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """2x2 average pool with stride 2 and SAME padding; a window over the border averages what lies inside."""
-    batch, height, width, channels = x.shape
-    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    x = x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).sum(axis=(2, 4))
-    rows = jnp.full((x.shape[1], 1, 1), 2, x.dtype).at[-1].add(-(height % 2))
-    columns = jnp.full((x.shape[2], 1), 2, x.dtype).at[-1].add(-(width % 2))
-    return x / (rows * columns)
 
 
 def example_keys(step_key: jax.Array, rows: jax.Array) -> jax.Array:

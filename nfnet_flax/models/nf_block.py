@@ -6,6 +6,7 @@ from flax import nnx
 
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import BlockPlan
+from nfnet_flax.models.convolution import avg_pool_2x2
 from nfnet_flax.models.layers import ActivationName, WSConv, activate
 
 
@@ -42,7 +43,7 @@ class NFBlock(nnx.Module):
             h = h * jnp.asarray(plan.beta, x.dtype)
         shortcut = x
         if self.has_projection:
-            shortcut = self.conv_shortcut(layers.avg_pool_2x2(h) if self.pools else h)
+            shortcut = self.conv_shortcut(avg_pool_2x2(h) if self.pools else h)
         branch = self._branch(h)
         kept = branch
         if self.drops and not self.deterministic:

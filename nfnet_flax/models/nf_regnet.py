@@ -92,8 +92,7 @@ class NFRegNetBlock(NFBlock):
 
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
-        h = self.conv1(self._activate(h))
-        h = 2 * self.squeeze_excite(h) * h
+        h = 2 * self.squeeze_excite.gate(*self.conv1.apart(self._activate(h)))
         return self.conv2(self._activate(h))
 
 

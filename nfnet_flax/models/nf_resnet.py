@@ -76,8 +76,8 @@ class NFResNetBlock(NFBlock):
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
         h = self.conv1(self._activate(h))
-        h = self.conv2(self._activate(h))
-        return 2 * self.squeeze_excite(h) * h if self.has_squeeze_excite else h
+        h, bias = self.conv2.apart(self._activate(h))
+        return 2 * self.squeeze_excite.gate(h, bias) if self.has_squeeze_excite else h + bias
 
 
 class NFResNet(Classifier):

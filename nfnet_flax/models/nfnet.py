@@ -18,11 +18,11 @@ from nfnet_flax.models.layers import (
     ComputeDtype,
     InitRngs,
     SqueezeExcite,
-    StandardizationName,
     WSConv,
     activate,
 )
 from nfnet_flax.models.nf_block import NFBlock
+from nfnet_flax.models.standardization import StandardizationName
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 _STEM_CHANNELS = (16, 32, 64)
@@ -99,8 +99,7 @@ class NFNetBlock(NFBlock):
         h = self.conv0(h)
         h = self.conv1(self._activate(h))
         h = self.conv1b(self._activate(h))
-        h = self.conv2(self._activate(h))
-        return 2 * self.squeeze_excite(h) * h
+        return 2 * self.squeeze_excite.gate(*self.conv2.apart(self._activate(h)))
 
 
 class NFNet(Classifier):

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnet_flax.models.layers import StandardizationName, WSConv, standardize
+from nfnet_flax.models import standardization
+from nfnet_flax.models.layers import WSConv
+from nfnet_flax.models.standardization import KernelStatistics, StandardizationName
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -81,22 +83,66 @@ def _repeated(name: str) -> tuple[int, int, str] | None:
     return (int(match[1]), int(match[2]), match[3]) if match and int(match[2]) > 0 else None
 
 
-def prepare(params: Params, form: StandardizationName) -> Params:
+def prepare(params: Params, form: StandardizationName) -> tuple[Params, dict[str, KernelStatistics]]:
     """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
 
     Args:
       params: of a network or of its compact form.
       form: of the weight standardization.
+
+    Returns:
+      The parameters, and the statistics of each kernel that was standardized, for `pull_back`.
     """
-    prepared = dict(params)
+    prepared, statistics = dict(params), {}
     for name, kernel in params.items():
-        if not name.endswith(".kernel"):
-            continue
-        module = name.removesuffix(".kernel")
-        if f"{module}.gain" in params:
-            apply = jax.vmap(standardize, in_axes=(0, 0, None)) if kernel.ndim == 5 else standardize
-            prepared[name] = apply(kernel, params[f"{module}.gain"], form)
-    return prepared
+        if name.endswith(".kernel") and _gain_of(name) in params:
+            statistics[name] = standardization.kernel_statistics(kernel)
+            prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics[name], form)
+    return prepared, statistics
+
+
+UnitNorms = dict[str, tuple[jax.Array, jax.Array] | None]
+"""Name of a parameter -> norms of its gradient and of itself, of each output channel of a kernel (with the reduced axes
+kept); None for all that is not a kernel."""
+
+
+def pull_back(
+    gradient: Params, params: Params, statistics: dict[str, KernelStatistics], form: StandardizationName
+) -> tuple[Params, UnitNorms]:
+    """Takes a gradient with respect to prepared parameters back through `prepare`.
+
+    Returns:
+      The gradient with respect to `params`, and the kernels' norms: where a kernel was standardized they come out of
+      the same sums, without a pass over it of their own.
+    """
+    result = dict(gradient)
+    norms: UnitNorms = dict.fromkeys(gradient)
+    for name, kernel in params.items():
+        if name in statistics:
+            gain, of_kernel = params[_gain_of(name)], statistics[name]
+            sums = standardization.gradient_sums(gradient[name], kernel, of_kernel)
+            back = standardization.kernel_gradient(gradient[name], kernel, gain, of_kernel, sums, form)
+            result[name], result[_gain_of(name)] = back.kernel, back.gain
+            norms[name] = (jnp.sqrt(back.squared_norm), jnp.sqrt(standardization.squared_norm(kernel, of_kernel)))
+        elif name.endswith(".kernel"):
+            norms[name] = (_unit_norms(gradient[name]), _unit_norms(kernel))
+    return result, norms
+
+
+def _unit_norms(kernel: jax.Array) -> jax.Array:
+    # (I, O) or HWIO, or a stack of them.
+    fan_in = -2 if kernel.ndim < 4 else (-4, -3, -2)
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=fan_in, keepdims=True))
+
+
+def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
+    """L2 norm over all parameters, from the kernels' norms."""
+    parts = [value if (known := norms[name]) is None else known[0] for name, value in gradient.items()]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
+
+
+def _gain_of(kernel_name: str) -> str:
+    return f"{kernel_name.removesuffix('.kernel')}.gain"
 
 
 def cast(params: Params, compute_dtype: jnp.dtype) -> Params:

@@ -13,6 +13,7 @@ from flax import nnx
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import BlockPlan, Classifier, check_network, plan_blocks
+from nfnet_flax.models.convolution import avg_pool_2x2
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
 
 _STAGE_STRIDES = (1, 2, 2, 2)
@@ -103,7 +104,7 @@ class ResNetBlock(nnx.Module):
         h = jax.nn.relu(self.bn0(x))
         shortcut = x
         if self.has_projection:
-            shortcut = self.conv_shortcut(layers.avg_pool_2x2(h) if self.pools else h)
+            shortcut = self.conv_shortcut(avg_pool_2x2(h) if self.pools else h)
         h = self.conv0(h)
         h = self.conv1(jax.nn.relu(self.bn1(h)))
         h = self.conv2(jax.nn.relu(self.bn2(h)))

@@ -1,6 +1,5 @@
 """Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171, section 3 and equation 3)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,10 +31,19 @@ def unitwise_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes[x.ndim], keepdims=True))
 
 
-def clip_units(gradient: jax.Array, weight: jax.Array, *, clipping: float, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Clips one parameter's gradient; also returns which units were scaled down (arXiv 2102.06171, equation 3)."""
-    norm = unitwise_norm(gradient)
-    limit = clipping * jnp.maximum(unitwise_norm(weight), eps)
+def clip_units(
+    gradient: jax.Array, norm: jax.Array, weight_norm: jax.Array, *, clipping: float, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Clips one parameter's gradient; also returns which units were scaled down (arXiv 2102.06171, equation 3).
+
+    Args:
+      gradient: of the parameter.
+      norm: of each unit of the gradient, shaped to broadcast against it.
+      weight_norm: of each unit of the parameter.
+      clipping: lambda.
+      eps: lower bound of `weight_norm`.
+    """
+    limit = clipping * jnp.maximum(weight_norm, eps)
     too_large = norm > limit
     # Where the gradient is too large its norm is positive; the maximum only keeps the unused branch finite.
     factor = jnp.where(too_large, limit / jnp.maximum(norm, 1e-6 * eps), 1.0)
@@ -44,7 +52,7 @@ def clip_units(gradient: jax.Array, weight: jax.Array, *, clipping: float, eps: 
 
 def adaptive_grad_clip(
     clipping: float, *, eps: float = 1e-3, mask: Any | Callable[[Any], Any] | None = None, is_stacked: Any | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Scales each unit's gradient down to at most `clipping` times the norm of its parameters.
 
     Args:
@@ -56,18 +64,24 @@ def adaptive_grad_clip(
         an array of one boolean for each. None: nothing is stacked.
 
     Returns:
-      A transformation to put first in an `optax.chain`; its update needs the parameters.
+      A transformation to put first in an `optax.chain`; its update needs the parameters. It also takes `unit_norms`, a
+      tree like the parameters: where it holds a pair of arrays, these are the norms of the gradient's and the
+      parameter's units, which the caller knows already; elsewhere (None) and without it they are computed.
     """
-    clip = functools.partial(clip_units, clipping=clipping, eps=eps)
 
     def init(params: optax.Params) -> AdaptiveGradClipState:
         del params
         return AdaptiveGradClipState(jnp.zeros((), jnp.float32))
 
     def update(
-        updates: optax.Updates, state: AdaptiveGradClipState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: AdaptiveGradClipState,
+        params: optax.Params | None = None,
+        *,
+        unit_norms: Any | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, AdaptiveGradClipState]:
-        del state
+        del state, extra_args  # of other links of a chain
         if params is None:
             raise ValueError("adaptive_grad_clip compares gradients with parameters: call update(..., params=params)")
         tree: Any = jax.tree.structure(updates)
@@ -75,14 +89,18 @@ def adaptive_grad_clip(
         chosen = mask(params) if callable(mask) else mask
         flags = [True] * len(gradients) if chosen is None else tree.flatten_up_to(chosen)
         stacked = [False] * len(gradients) if is_stacked is None else tree.flatten_up_to(is_stacked)
+        known = [None] * len(gradients) if unit_norms is None else tree.flatten_up_to(unit_norms)
         clipped, units_clipped, num_units = [], jnp.zeros((), jnp.float32), 0.0
-        for gradient, weight, flag, over_stack in zip(
-            gradients, tree.flatten_up_to(params), flags, stacked, strict=True
+        for gradient, weight, flag, over_stack, norms in zip(
+            gradients, tree.flatten_up_to(params), flags, stacked, known, strict=True
         ):
             if not np.any(flag):
                 clipped.append(gradient)
                 continue
-            scaled, too_large = (jax.vmap(clip) if over_stack else clip)(gradient, weight)
+            if norms is None:
+                norm_of = jax.vmap(unitwise_norm) if over_stack else unitwise_norm
+                norms = (norm_of(gradient), norm_of(weight))
+            scaled, too_large = clip_units(gradient, *norms, clipping=clipping, eps=eps)
             if not np.all(flag):
                 selected = np.reshape(flag, (-1,) + (1,) * (gradient.ndim - 1))
                 scaled = jnp.where(selected, scaled, gradient)
@@ -92,4 +110,4 @@ def adaptive_grad_clip(
             num_units += too_large.size * float(np.mean(flag))
         return tree.unflatten(clipped), AdaptiveGradClipState(units_clipped / max(num_units, 1.0))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

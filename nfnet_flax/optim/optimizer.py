@@ -69,7 +69,7 @@ def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int) ->
 
 def make_optimizer(
     config: OptimConfig, schedule: optax.Schedule, members: Mapping[str, str | tuple[str, ...]]
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
 
     Args:
@@ -89,7 +89,7 @@ def make_optimizer(
             for name, value in members.items()
         }
 
-    parts = []
+    parts: list[optax.GradientTransformation] = []
     if config.clipping is not None:
         clipped = by_array(assign("optim.clipping_groups", config.clipping_groups, names))
         mask = {name: np.asarray(value) == 1 for name, value in clipped.items()}
@@ -108,7 +108,7 @@ def make_optimizer(
     parts.append(optax.stateless(add_decay))
     parts.append(optax.trace(decay=config.momentum, nesterov=True))
     parts.append(optax.scale_by_learning_rate(schedule))
-    return optax.chain(*parts)
+    return optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
 
 
 def _one_or_all(values: list[float]) -> float | np.ndarray:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.models import NFNetConfig, convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
-from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge, prepare
+from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, global_norm, merge, prepare, pull_back
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.parallel.mesh import DATA_AXIS
 from nfnet_flax.training.state import Structure, TrainState
@@ -84,14 +84,15 @@ def make_train_step(
         # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
         # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
         # pass into passes over the parameters that repeat one another's work.
-        prepared, pull_back = jax.vjp(lambda params: prepare(params, form), state.params)
+        prepared, statistics = prepare(state.params, form)
         gradient, batch_stats, metrics = sharded_gradient(prepared, state.batch_stats, state.step, batch)
 
         def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-            (gradient,) = pull_back(gradient)
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            gradient, unit_norms = pull_back(gradient, state.params, statistics, form)
+            norm = global_norm(gradient, unit_norms)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, unit_norms=unit_norms)
             params: Any = optax.apply_updates(state.params, updates)
-            state = TrainState(
+            updated = TrainState(
                 step=state.step + 1,
                 params=params,
                 batch_stats=batch_stats,
@@ -99,15 +100,17 @@ def make_train_step(
                 ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
                 ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
             )
-            return state, optax.tree.norm(gradient)
+            # The norm is finite if every gradient is; a choice per element costs no pass.
+            return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(norm), new, old), updated, state), norm
 
         def keep(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
             del batch_stats
             return state, optax.tree.norm(gradient)
 
         metrics["train/learning_rate"] = schedule(state.step)
-        finite = jnp.isfinite(metrics["train/loss"]) & (metrics.pop("is_finite") == 1.0)
-        state, metrics["train/grad_norm"] = lax.cond(finite, update, keep, state, gradient, batch_stats)
+        state, metrics["train/grad_norm"] = lax.cond(
+            jnp.isfinite(metrics["train/loss"]), update, keep, state, gradient, batch_stats
+        )
         clipped_fraction = optax.tree.get(state.opt_state, "clipped_fraction")
         if clipped_fraction is not None:
             metrics["agc/clipped_fraction"] = clipped_fraction
@@ -154,9 +157,6 @@ def _make_gradient(
             return jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
 
         gradient, (moved, metrics) = _over_parts(part_gradient, parts, keys, batch)
-        # Here, beside the cast, the check costs no pass over the gradient of its own.
-        is_finite = jnp.stack([jnp.all(jnp.isfinite(value)) for value in gradient.values()])
-        metrics["is_finite"] = jnp.all(is_finite).astype(jnp.float32)
         gradient = {name: value.astype(prepared[name].dtype) for name, value in gradient.items()}
         return lax.psum(gradient, DATA_AXIS), _mean_statistics(moved), lax.pmean(metrics, DATA_AXIS)
 

@@ -1,0 +1,73 @@
+"""Times what a training step costs the host: the call of the jitted step, not the computation.
+
+`python tools/bench_dispatch.py` takes NFNet-F7's blocks, and so its number of arrays, with narrow layers, so that the
+device is soon done. The call returns before the computation does; what it took is what the host cannot spend on the
+next batch.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from nfnet_flax.models import ExecutionConfig, NFNetConfig, model_config
+from nfnet_flax.optim import OptimConfig, make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.state import create_state, model_structure
+from nfnet_flax.training.step import make_train_step
+
+_WARMUP_CALLS = 3
+
+
+def main() -> None:
+    """Prints the median and the largest time of a call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nfnet_f7", help="an NFNet of `nfnet models`")
+    parser.add_argument("--calls", type=int, default=30, help="timed calls")
+    options = parser.parse_args()
+    config = model_config(options.model, drop_rate=0.0, stochdepth_rate=0.0)
+    assert isinstance(config, NFNetConfig)
+    narrow = dataclasses.replace(config, widths=(16, 16, 32, 32), group_width=8)
+    structure = model_structure(narrow, 10, ExecutionConfig())
+
+    def schedule(step: Any) -> jax.Array:
+        return jnp.asarray(0.01, jnp.float32) + 0 * step
+
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    mesh = make_mesh(jax.devices()[:1])
+    state = create_state(structure, 0, optimizer, mesh)
+    step = make_train_step(
+        structure,
+        optimizer,
+        schedule,
+        mesh,
+        seed=0,
+        label_smoothing=0.1,
+        ema_decay=0.999,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+    batch = {"image": jnp.zeros((1, 32, 32, 3), jnp.uint8), "label": jnp.zeros((1,), jnp.int32)}
+    times = []
+    for call in range(_WARMUP_CALLS + options.calls):
+        jax.block_until_ready((state, batch))
+        started = time.perf_counter()
+        state, _ = step(state, batch)
+        if call >= _WARMUP_CALLS:
+            times.append(1e3 * (time.perf_counter() - started))
+    print(
+        f"{options.model}: {len(state.params)} arrays of parameters, {len(jax.tree.leaves(state))} of the state: "
+        f"a call takes the host {statistics.median(times):.2f} ms (median of {len(times)}), at most {max(times):.2f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
