@@ -1,4 +1,4 @@
-"""Batches prepared ahead of the step: lanes (threads or worker processes) compute them, one consumer takes them in order.
+"""Batches prepared ahead of the step: lanes, threads or worker processes, compute them; one consumer takes them.
 
 A batch is a pure function of its step, so any lane may compute any step and a lane that is lost has lost nothing but
 the step it owed, which is known. That is why this is not Grain's own prefetching: there, a batch that failed is left
@@ -28,10 +28,9 @@ class InputFailed(RuntimeError):  # noqa: N818 - it names what happened, as Keyb
 
 
 def explain(error: Exception) -> str:
-    """The text of an error for a message: short for one that names its own cause, else with its traceback."""
-    if isinstance(error, InputFailed):
-        return str(error)
-    return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_exception(error)).rstrip()
+    """The text of an error for a message: what, where (its notes), and the traceback."""
+    first = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+    return f"{first}\n" + "".join(traceback.format_exception(error)).rstrip()
 
 
 class Lane(Protocol):
@@ -41,7 +40,7 @@ class Lane(Protocol):
     """For messages, such as `input worker 1 (pid 4711)`."""
 
     def compute(self, step: int) -> Rows:
-        """The batch of a step. Raises `ConfigError` or `InputFailed` as they are; any other error is explained."""
+        """The batch of a step. A `ConfigError` or `InputFailed` passes as it is; another error is explained."""
         ...
 
     def dump_stacks(self) -> None:
@@ -71,7 +70,7 @@ class ThreadLane:
     def dump_stacks(self) -> None:
         """Writes the stacks of all threads of this process to stderr."""
         # Not `sys.stderr`: whoever replaced it need not have a file descriptor.
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
     def stop(self) -> None:
         """Nothing: Python cannot end a thread."""
@@ -83,9 +82,7 @@ class ThreadLane:
 class Batches(Iterator[Rows]):
     """The batches of consecutive steps, in order. Close it; it also closes as the end of a `with` block."""
 
-    def __init__(
-        self, lanes: Sequence[Lane], steps: range, *, prefetch_batches: int, stall_timeout_s: float
-    ) -> None:
+    def __init__(self, lanes: Sequence[Lane], steps: range, *, prefetch_batches: int, stall_timeout_s: float) -> None:
         """Starts the lanes.
 
         Args:
@@ -106,7 +103,9 @@ class Batches(Iterator[Rows]):
         self._failure: Exception | None = None
         self._is_closed = False
         # Daemons: a thread that is stuck must not keep the process from ending.
-        self._threads = [threading.Thread(target=self._run, args=(lane,), name=lane.name, daemon=True) for lane in lanes]
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name=lane.name, daemon=True) for lane in lanes
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -124,14 +124,14 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
 
 
-def _send(stream: IO[bytes], message: Any) -> None:
+def _send(stream: Any, message: Any) -> None:
     pickle.dump(message, stream)
     stream.flush()
 
 
 def _receive_array(stream: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     array = np.empty(shape, dtype)
-    if stream.readinto(memoryview(array).cast("B")) != array.nbytes:
+    if stream.readinto(array.data.cast("B")) != array.nbytes:
         raise EOFError
     return array
 
@@ -161,7 +161,7 @@ def serve(descriptor: int) -> None:
             rows = {name: np.ascontiguousarray(array) for name, array in batches[requests.get()].items()}
             pickle.dump({name: (array.dtype.str, array.shape) for name, array in rows.items()}, stream)
             for array in rows.values():
-                stream.write(memoryview(array).cast("B"))
+                stream.write(array.data.cast("B"))
             stream.flush()
     except BrokenPipeError:
         os._exit(0)
