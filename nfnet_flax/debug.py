@@ -14,6 +14,7 @@ from nfnet_flax.models import (
 from nfnet_flax.recipe import Recipe
 
 _TRAIN_PX, _EVAL_PX = 32, 48
+_DEPTHS = (1, 2, 1, 1)
 _BATCH_SIZE = 16
 _NUM_EVAL_EXAMPLES = 20
 """Not a multiple of the batch size: the last batch is filled up."""
@@ -37,13 +38,14 @@ def debug_recipe(recipe: Recipe) -> Recipe:
                 num_eval_examples=_NUM_EVAL_EXAMPLES,
                 num_classes=recipe.num_classes,
             ),
-            num_held_out=0,
+            num_held_out=None,
             image_size=_TRAIN_PX,
             eval_image_size=_EVAL_PX,
             batch_size=_BATCH_SIZE,
             eval_batch_size=_BATCH_SIZE,
             mixing=mixing,
             num_threads=2,
+            num_workers=0,
             prefetch_batches=2,
         ),
         execution=dataclasses.replace(recipe.execution, num_microbatches=None),
@@ -55,16 +57,18 @@ def debug_recipe(recipe: Recipe) -> Recipe:
 
 
 def _small(model: ModelConfig) -> ModelConfig:
-    sizes = {"train_image_size": _TRAIN_PX, "test_image_size": _EVAL_PX}
+    model = dataclasses.replace(model, train_image_size=_TRAIN_PX, test_image_size=_EVAL_PX)
     match model:
         case NFNetConfig():
-            return dataclasses.replace(model, widths=(16, 32, 48, 48), depths=(1, 2, 1, 1), group_width=8, **sizes)
+            return dataclasses.replace(model, widths=(16, 32, 48, 48), depths=_DEPTHS, group_width=8)
         case NFResNetConfig():
-            return dataclasses.replace(model, widths=(32, 64, 96, 128), stem_width=16, depths=(1, 2, 1, 1), **sizes)
+            return dataclasses.replace(model, widths=(32, 64, 96, 128), depths=_DEPTHS, stem_width=16)
         case NFRegNetConfig():
-            return dataclasses.replace(model, widths=(24, 32, 48, 64), depths=(1, 2, 1, 1), **sizes)
+            return dataclasses.replace(model, widths=(24, 32, 48, 64), depths=_DEPTHS)
         case ResNetConfig():
-            narrow = dataclasses.replace(model, widths=(32, 64, 96, 128), stem_width=16, depths=(1, 2, 1, 1), **sizes)
-            return dataclasses.replace(narrow, num_groups=min(model.num_groups, 4))
+            num_groups = min(model.num_groups, 4)
+            return dataclasses.replace(
+                model, widths=(32, 64, 96, 128), depths=_DEPTHS, stem_width=16, num_groups=num_groups
+            )
         case EfficientNetConfig():
-            return dataclasses.replace(model, width_multiplier=0.25, depth_multiplier=0.3, **sizes)
+            return dataclasses.replace(model, width_multiplier=0.25, depth_multiplier=0.3)

@@ -37,11 +37,14 @@ def recipe(variant: str = "50") -> Recipe:
             ),
             image_size=model.train_image_size,
             eval_image_size=model.test_image_size,
+            eval_crop_margin=32,
             batch_size=1024,
             eval_batch_size=1024,
             augment=CropAugment(),
             randaugment=None,
             mixing=None,
+            num_threads=8,  # on each host: give it one for each core
+            prefetch_batches=8,
         ),
         optim=OptimConfig(
             learning_rate_per_256=0.1,

@@ -46,11 +46,14 @@ def recipe(variant: str = "f0") -> Recipe:
             ),
             image_size=model.train_image_size,
             eval_image_size=model.test_image_size,
+            eval_crop_margin=32,
             batch_size=4096,
             eval_batch_size=1024,
             augment=CropAugment(),
             randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
             mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
+            num_threads=8,  # on each host: give it one for each core
+            prefetch_batches=8,
         ),
         optim=OptimConfig(
             learning_rate_per_256=0.1,
