@@ -12,6 +12,7 @@ import tyro
 from absl import logging
 
 from nfnet_flax.config import ConfigError, unknown_name
+from nfnet_flax.data.prefetch import InputFailed
 
 EXIT_DONE = 0
 """The run reached its last step."""
@@ -19,6 +20,8 @@ EXIT_BAD_INPUT = 2
 """A recipe, an option or a folder is wrong; the message says what to change."""
 EXIT_DIVERGED = 3
 """The loss is not finite; repeating the run would end alike."""
+EXIT_INPUT_FAILED = 4
+"""A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
 EXIT_STOPPED = 75
 """SIGTERM or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
 
@@ -33,7 +36,7 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
   nfnet convert run DIR --out DIR                           the newest checkpoint of a run -> weights.safetensors
 
-exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped and saved (run the same command again)
+exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 75 stopped and saved (run the same command again)
 """
 
 
@@ -59,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"nfnet: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except InputFailed as error:
+        print(f"nfnet: the input failed: {error}", file=sys.stderr)
+        return EXIT_INPUT_FAILED
 
 
 def _train(argv: list[str]) -> int:
