@@ -28,7 +28,7 @@ class DataConfig:
     eval_crop_margin: int = 0
     """An evaluation image is resized to so many pixels more than `eval_image_size` on each side, then cropped at its
     centre (published: 32)."""
-    eval_resampler: Resampler = "bicubic"
+    eval_resampler: Resampler = "area_cubic"
     """How evaluation images are resized."""
     batch_size: int = 64
     """Examples of one update, over all processes and devices."""
