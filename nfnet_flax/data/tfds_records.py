@@ -51,7 +51,7 @@ def _check_features(config: TfdsSource, features: dict[str, Any]) -> tuple[str, 
         ("label_key", config.label_key, tfds.features.ClassLabel),
     ):
         if not isinstance(features.get(key), kind):
-            known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+            known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
             raise ConfigError(
                 f"source.{field} = {key!r}: TFDS set {config.name!r} has no such {kind.__name__}; it has {known}"
             )
