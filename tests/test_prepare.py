@@ -159,6 +159,8 @@ def test_verify_names_shard_and_record_of_a_flipped_byte(tars: list[str], tmp_pa
     assert "eval-00000-of-00002.array_record was changed outside its records" in message
     assert "train-00000-of-00003.array_record is missing" in message
 
+    # What is damaged is not kept when the missing one is written again.
+    assert f"{shard} record 2 is damaged" in failing(prepare_command(tmp_path / "set", *tars))
     shard.unlink()
     (tmp_path / "set" / "eval-00000-of-00002.array_record").unlink()
     assert "are sound" in prepare(tmp_path / "set", *tars, "--verify")
@@ -212,6 +214,14 @@ def test_bad_input_is_a_message_and_exit_code_2(tars: list[str], tmp_path: Path)
     assert "none.tar' cannot be read" in failing(prepare_command(tmp_path / "set", "--train-tar=none.tar", *tars[1:]))
     assert not (tmp_path / "set").exists()
     assert "--verify" in failing(prepare_command(tmp_path / "set"))
+
+
+def test_a_file_that_cannot_be_written_is_bad_input(folder: Path, tmp_path: Path) -> None:
+    command = prepare_command(tmp_path / "set", f"--folder={folder}")
+    message = failing(["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *command])  # files of at most 1 KiB
+    assert re.search(r"array_record' cannot be written: .*File too large", message)
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {".lock", "train.plan.json"}
+    prepare(tmp_path / "set", f"--folder={folder}")
 
 
 def test_names_in_a_tar_reach_no_path(tmp_path: Path, folder: Path) -> None:

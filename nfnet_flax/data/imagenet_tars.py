@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy as np
-from scipy.io import loadmat  # type: ignore[import-untyped]
 
 from nfnet_flax.config import ConfigError
 
@@ -97,6 +96,8 @@ def devkit_classes(path: Path) -> list[str]:
     Raises:
       ConfigError: the file is not the development kit.
     """
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # slow, and the workers do without it
+
     try:
         with tarfile.open(path, "r:*") as tar:
             meta = loadmat(io.BytesIO(_contents(tar, "meta.mat")), squeeze_me=True)["synsets"]

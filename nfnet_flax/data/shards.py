@@ -32,6 +32,7 @@ def make_shard(path: Path, listing: Listing) -> Shard:
             writer.write(encode_record(listing.read(index)))
         writer.close()
     except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)  # a full disk must not stay full of halves
         raise ConfigError(f"{str(path)!r} cannot be written: {error}") from error
     shard = _read_back(partial, listing)
     _sync(partial)
