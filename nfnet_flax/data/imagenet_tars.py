@@ -1,7 +1,7 @@
 """ILSVRC2012 as it is downloaded: where each image lies in the tar files, without unpacking anything.
 
 - The training tar holds one tar per class, `n01440764.tar`, of `n01440764_18.JPEG` ...
-- The validation tar holds `ILSVRC2012_val_00000001.JPEG` ...; the classes are in the development kit, or in a text file.
+- The validation tar holds `ILSVRC2012_val_00000001.JPEG` ...; their classes are in the development kit.
 
 None of the tars is compressed, so an image is a range of bytes of the outer file.
 """
@@ -9,12 +9,12 @@ None of the tars is compressed, so an image is a range of bytes of the outer fil
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-from scipy.io import loadmat  # type: ignore[import-untyped]
 
 from nfnet_flax.config import ConfigError
 
@@ -87,41 +87,47 @@ def class_tars(path: Path) -> dict[str, Member]:
     return dict(sorted(found.items()))
 
 
-def devkit_classes(path: Path, file_names: list[str]) -> dict[str, str]:
-    """Class of each validation image, from the development kit.
+def devkit_classes(path: Path) -> list[str]:
+    """Class of each validation image, in the order of their names, from the development kit.
 
     Args:
-      path: ILSVRC2012_devkit_t12.tar.gz.
-      file_names: sorted names of the validation images; line N of the ground truth is the class of the N-th.
+      path: ILSVRC2012_devkit_t12.tar.gz. Line N of its ground truth is the number of the N-th image's class.
 
     Raises:
-      ConfigError: the file is not the development kit, or of another number of images.
+      ConfigError: the file is not the development kit.
     """
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # slow, and the workers do without it
+
     try:
         with tarfile.open(path, "r:*") as tar:
-            files = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
-            read: Callable[[str], bytes] = lambda name: tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # noqa: E731
-            meta = loadmat(io.BytesIO(read("meta.mat")), squeeze_me=True)["synsets"]
-            truth = read("ILSVRC2012_validation_ground_truth.txt").split()
-        ids: dict[Any, str] = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(meta)}
-        classes = [ids[int(number)] for number in truth]
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+            meta = loadmat(io.BytesIO(_contents(tar, "meta.mat")), squeeze_me=True)["synsets"]
+            truth = _contents(tar, "ILSVRC2012_validation_ground_truth.txt").split()
+        ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(meta)}
+        return [ids[int(number)] for number in truth]
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, ValueError) as error:
         raise ConfigError(
             f"{str(path)!r} is not the development kit with meta.mat and ILSVRC2012_validation_ground_truth.txt "
             f"({type(error).__name__}: {error}): give ILSVRC2012_devkit_t12.tar.gz"
         ) from error
-    return _by_name(path, file_names, classes)
 
 
-def listed_classes(path: Path, file_names: list[str]) -> dict[str, str]:
-    """Class of each validation image, from a text file.
+def _contents(tar: tarfile.TarFile, name: str) -> bytes:
+    for member in tar.getmembers():
+        file = tar.extractfile(member) if PurePosixPath(member.name).name == name else None
+        if file is not None:
+            return file.read()
+    raise KeyError(f"no {name} in it")
+
+
+def listed_classes(path: Path, file_names: list[str]) -> list[str]:
+    """Class of each validation image, in the order of their names, from a text file.
 
     Args:
       path: a line is either `ILSVRC2012_val_00000001.JPEG n01751748`, or the class alone, in the order of the names.
       file_names: sorted names of the validation images.
 
     Raises:
-      ConfigError: there is no such file, or its lines fit neither form or the number of images.
+      ConfigError: there is no such file, its lines fit neither form, or an image has none.
     """
     try:
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
@@ -129,16 +135,10 @@ def listed_classes(path: Path, file_names: list[str]) -> dict[str, str]:
         raise ConfigError(f"{str(path)!r} cannot be read ({error}): give a text file") from error
     widths = {len(row) for row in rows}
     if widths == {1}:
-        return _by_name(path, file_names, [row[0] for row in rows])
+        return [row[0] for row in rows]
     if widths != {2}:
         raise ConfigError(f"{str(path)!r}: each line must be 'FILE WORDNET_ID', or each 'WORDNET_ID'")
     classes = {row[0]: row[1] for row in rows}
     if missing := [name for name in file_names if name not in classes]:
         raise ConfigError(f"{str(path)!r} has no line for {len(missing)} images, such as {missing[0]}")
-    return {name: classes[name] for name in file_names}
-
-
-def _by_name(path: Path, file_names: list[str], classes: list[str]) -> dict[str, str]:
-    if len(classes) != len(file_names):
-        raise ConfigError(f"{str(path)!r} lists {len(classes)} classes for {len(file_names)} images: give its own tar")
-    return dict(zip(file_names, classes, strict=True))
+    return [classes[name] for name in file_names]

@@ -42,7 +42,7 @@ def _open_builder(config: TfdsSource) -> Any:
     return builder
 
 
-def _check_features(config: TfdsSource, features: Any) -> tuple[str, ...]:
+def _check_features(config: TfdsSource, features: dict[str, Any]) -> tuple[str, ...]:
     """The class names, once image and label are seen to be what their names say."""
     import tensorflow_datasets as tfds
 
@@ -51,7 +51,7 @@ def _check_features(config: TfdsSource, features: Any) -> tuple[str, ...]:
         ("label_key", config.label_key, tfds.features.ClassLabel),
     ):
         if not isinstance(features.get(key), kind):
-            known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+            known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
             raise ConfigError(
                 f"source.{field} = {key!r}: TFDS set {config.name!r} has no such {kind.__name__}; it has {known}"
             )
@@ -78,7 +78,7 @@ class TfdsRecords:
         import tensorflow_datasets as tfds
 
         builder = _open_builder(config)
-        self.class_names = _check_features(config, builder.info.features)
+        self.class_names = _check_features(config, dict(builder.info.features.items()))
         self._config = config
         wanted = config.train_split if split == "train" else config.eval_split
         try:

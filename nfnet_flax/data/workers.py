@@ -5,6 +5,7 @@ Workers are plain child programs rather than `multiprocessing`'s: a script that 
 the signals that stop a run are blocked in them from their first instruction on.
 """
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -103,7 +104,8 @@ class WorkerProcess:
         """Kills the worker and waits for its end."""
         self._process.kill()
         self._how_it_ended()
-        self._stream.close()
+        with contextlib.suppress(OSError):  # a request that nobody reads anymore
+            self._stream.close()
         self._socket.close()
 
     def _how_it_ended(self) -> str:
@@ -155,16 +157,30 @@ def serve(descriptor: int) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, name="requests", daemon=True).start()
-    try:
-        batches = pickle.loads(requests.get())()
+    with contextlib.suppress(ConnectionError):  # the main process is gone, and this one about to be
+        try:
+            batches = pickle.loads(requests.get())()
+        except Exception as error:
+            _send(stream, _as_answer(error))
+            return
         while True:
-            rows = {name: np.ascontiguousarray(array) for name, array in batches[requests.get()].items()}
-            pickle.dump({name: (array.dtype.str, array.shape) for name, array in rows.items()}, stream)
-            for array in rows.values():
-                stream.write(array.data.cast("B"))
-            stream.flush()
-    except BrokenPipeError:
-        os._exit(0)
-    except Exception as error:
-        kind = type(error) if isinstance(error, ConfigError) else InputFailed
-        _send(stream, (kind, str(error) if isinstance(error, ConfigError) else explain(error)))
+            try:
+                rows = batches[requests.get()]
+            except Exception as error:
+                _send(stream, _as_answer(error))
+                return
+            _send_rows(stream, rows)
+
+
+def _send_rows(stream: Any, rows: Rows) -> None:
+    arrays = {name: np.ascontiguousarray(array) for name, array in rows.items()}
+    _send(stream, {name: (array.dtype.str, array.shape) for name, array in arrays.items()})
+    for array in arrays.values():
+        stream.write(array.data.cast("B"))
+    stream.flush()
+
+
+def _as_answer(error: Exception) -> tuple[type[Exception], str]:
+    if isinstance(error, ConfigError):
+        return type(error), str(error)
+    return InputFailed, explain(error)
