@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from absl import logging
 
 from nfnet_flax.config import ConfigError, unknown_name
 from nfnet_flax.data.prefetch import InputFailed
+
+if TYPE_CHECKING:
+    from nfnet_flax.recipe import Recipe
 
 EXIT_DONE = 0
 """The run reached its last step."""
@@ -28,6 +31,8 @@ EXIT_STOPPED = 75
 _USAGE = """usage: nfnet COMMAND ...
 
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
+  nfnet train RECIPE.py:variant=f3 --workdir DIR            the same, with an argument of the recipe
+  nfnet train RECIPE.py --debug --workdir DIR               four steps of it on a laptop: small network, no data needed
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        compile the step for a TPU: memory, cost; needs no TPU
@@ -71,19 +76,19 @@ def _train(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
         return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
-    from nfnet_flax.recipe import Recipe, load_recipe
+    from nfnet_flax.recipe import Recipe
 
     recipe_path, *options = argv
+    loaded = _load(recipe_path, options)
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
         workdir: Path
         """Folder of the run: made, or continued."""
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = dataclasses.field(
-            default_factory=lambda: load_recipe(recipe_path)
-        )
+        debug: bool = "--debug" in options
+        """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
 
-    load_recipe(recipe_path)  # its errors before those of the options
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
     from nfnet_flax.training.compilation import use_compilation_cache
@@ -103,6 +108,15 @@ def _train(argv: list[str]) -> int:
     print(f"checkpoints: {chosen.workdir / 'checkpoints'} (newest), {chosen.workdir / 'best'} (best)")
     print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
     return EXIT_DONE
+
+
+def _load(recipe_path: str, options: list[str]) -> "Recipe":
+    """The recipe that the options change; read before them, so that its own errors come first."""
+    from nfnet_flax.debug import debug_recipe
+    from nfnet_flax.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    return debug_recipe(recipe) if "--debug" in options else recipe
 
 
 def _eval(argv: list[str]) -> int:
@@ -171,10 +185,10 @@ def _plan(argv: list[str]) -> int:
     from nfnet_flax.plan import describe, plan, search, set_environment
 
     set_environment()  # before JAX looks for devices
-    from nfnet_flax.recipe import Recipe, load_recipe
+    from nfnet_flax.recipe import Recipe
 
     recipe_path, *options = argv
-    loaded = load_recipe(recipe_path)
+    loaded = _load(recipe_path, options)
 
     @dataclasses.dataclass(frozen=True)
     class PlanOptions:
@@ -182,6 +196,8 @@ def _plan(argv: list[str]) -> int:
         """Such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
         search: bool = False
         """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
+        debug: bool = "--debug" in options
+        """Plan the small network of `nfnet train --debug`."""
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
 
     chosen = tyro.cli(PlanOptions, args=options, prog=f"nfnet plan {recipe_path}", description="Plan a run on TPUs.")

@@ -70,7 +70,7 @@ def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends with the image in grey: 0 is grey, 1 the image, more is more colourful."""
-    return _blend(_grey(image)[..., None], image, factor)
+    return _blend(cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), image, factor)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
@@ -200,7 +200,8 @@ def _grey(image: np.ndarray) -> np.ndarray:
 def _blend(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
     """`start + factor * (end - start)` in float32."""
     base = start.astype(np.float32)
-    blended = end - base
+    blended = end.astype(np.float32)  # not `end - base`: mixed types and copies take most of the time
+    blended -= base
     blended *= np.float32(factor)
     blended += base
     return _to_uint8(blended)

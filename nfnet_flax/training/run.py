@@ -23,7 +23,7 @@ from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
-from nfnet_flax.optim import learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import make_optimizer, make_schedule
 from nfnet_flax.parallel.mesh import check_batch_size, check_microbatches, make_mesh
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
@@ -113,9 +113,10 @@ def assemble(recipe: Recipe) -> Setup:
         remedy = f"must be at least {len(source.class_names)}, as the images have so many classes"
         require(recipe.num_classes >= len(source.class_names), "num_classes", recipe.num_classes, remedy)
     num_steps = recipe.total_steps(len(train_source))
-    schedule = learning_rate_schedule(
-        recipe.optim.learning_rate_per_256 * recipe.data.batch_size / 256,
-        warmup_steps=min(recipe.warmup_steps(len(train_source)), num_steps),
+    schedule = make_schedule(
+        recipe.optim,
+        batch_size=recipe.data.batch_size,
+        steps_per_epoch=len(train_source) / recipe.data.batch_size,
         num_steps=num_steps,
     )
     optimizer = make_optimizer(recipe.optim, schedule, structure.members)
