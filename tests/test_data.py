@@ -228,7 +228,7 @@ def corrupted(folder: Path, to: Path, *, keep: int = 0) -> tuple[DataConfig, lis
     paths = sorted((to / "train").rglob("*.jpg"))[keep::2]
     for path in paths:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    plain = {"randaugment": None, "mixing": None}
+    plain: dict[str, Any] = {"randaugment": None, "mixing": None}
     return dataclasses.replace(everything_on(to), **plain), [path.name for path in paths]
 
 
@@ -246,7 +246,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_counted(folder: Path, tmp_p
     source = pipeline.open_split(config, "train")
     is_bad = [any(name in source.describe(index) for name in names) for index in range(len(source))]
     assert sum(is_bad) == NUM_FILES // 2
-    whole = {"augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False)}
+    whole: dict[str, Any] = {"augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False)}
     # One epoch holds every index once: of all rows, as many as there are bad files are marked.
     rows = batches(config, 0, 1, batch_size=NUM_FILES, **whole)[0]
     assert rows["is_corrupt"].sum() == sum(is_bad)
@@ -306,7 +306,7 @@ def test_the_identity_of_an_input_names_what_decides_its_bytes(folder: Path, tmp
     from nfnet_flax.config import differences
 
     def identity(config: DataConfig, seed: int = 0) -> dict[str, Any]:
-        sources = {f"{split}_source": pipeline.open_split(config, split) for split in ("train", "eval")}  # type: ignore[arg-type]
+        sources = {f"{split}_source": pipeline.open_split(config, split) for split in ("train", "eval")}
         return pipeline.input_identity(config, seed=seed, **sources)
 
     config = everything_on(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfnet_flax import cli
 from nfnet_flax.config import ConfigError, from_json, to_json
 from nfnet_flax.data.random_access import Split
 from nfnet_flax.data.source_config import (
@@ -26,6 +27,7 @@ from nfnet_flax.data.source_config import (
     TfdsSource,
 )
 from nfnet_flax.data.sources import CorruptRecordError, Source, open_source, split_off
+from tests import runs
 from tests.image_sets import CLASSES, WITHOUT_TENSORFLOW, image_file, make_folder, make_tfds, prepare
 
 SIZE = 16
@@ -104,6 +106,23 @@ for split in ("train", "train[:50%]", "train[10:]"):
 assert "tensorflow" not in sys.modules
 """
 )
+
+
+def test_training_starts_with_the_same_loss_from_each_storage(sets: Path, tmp_path: Path) -> None:
+    text = runs.DIGITS.read_text()
+    imports = "from nfnet_flax.data.augment_config import CropAugment\nfrom nfnet_flax.data.source_config import *"
+    options = [*runs.OPTIONS, *runs.SMALL, "--num-steps=1", "--log-every-steps=1", "--data.batch-size=8"]
+    words = [word for option in options for word in option.replace("=", " ").split(" ")]
+    rows = []
+    for kind in ("folder", "array_record", "tfds"):
+        recipe = tmp_path / f"{kind}.py"
+        changed = text.replace("source=DigitsSource()", f"source={config_of(kind, sets)}, augment=CropAugment()")
+        recipe.write_text(changed.replace("from nfnet_flax.data.source_config import DigitsSource", imports))
+        assert cli.main(["train", str(recipe), "--workdir", str(tmp_path / kind), *words]) == cli.EXIT_DONE
+        rows.append(json.loads((tmp_path / kind / "metrics.jsonl").read_text()))
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/num_examples"):
+        assert len({row[name] for row in rows}) == 1, name
+    assert np.isfinite(rows[0]["train/loss"])
 
 
 def test_tfds_needs_no_tensorflow_and_takes_parts_of_splits(sets: Path) -> None:

@@ -136,20 +136,24 @@ def test_a_worker_that_ends_or_raises_is_named(behaviour: str, complaint: str) -
 def test_what_is_stuck_is_named_and_shows_its_stacks(capfd: pytest.CaptureFixture[str], num_workers: int) -> None:
     lane = r"input worker 0 \(pid \d+\)" if num_workers else "input thread 0"
     try:
-        iterator = batches(Probe("stick"), num_workers=num_workers, num_threads=1, stall_timeout_s=4.0)
+        timeout_s = 6.0 if num_workers else 1.0  # a worker takes a second to start
+        iterator = batches(Probe("stick"), num_workers=num_workers, num_threads=1, stall_timeout_s=timeout_s)
         message = first_failure(iterator)
     finally:
         RELEASED.set()
-    assert re.match(rf"{lane} is stuck: it has not delivered the batch of step \d+ within .* = 4 s", message), message
+    assert re.match(
+        rf"{lane} is stuck: it has not delivered the batch of step \d+ within .* = {timeout_s:g} s", message
+    ), message
     printed = capfd.readouterr().err
     assert "in stuck_here" in printed
     assert workers_of(os.getpid()) == []
 
 
-def test_a_failed_input_stays_failed() -> None:
-    with batches(Probe("raise"), num_threads=1) as iterator:
+@pytest.mark.parametrize(("behaviour", "error"), [("raise", "LookupError: the shelf"), ("sys.exit", "SystemExit: 3")])
+def test_a_thread_that_raises_is_named_however_often_one_asks(behaviour: str, error: str) -> None:
+    with batches(Probe(behaviour), num_threads=1) as iterator:
         for _ in range(3):
-            with pytest.raises(InputFailed, match="input thread 0, preparing"):
+            with pytest.raises(InputFailed, match=f"input thread 0, preparing the batch of step .*: {error}"):
                 list(iterator)
 
 

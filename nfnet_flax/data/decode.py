@@ -19,6 +19,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageChops
 
+from nfnet_flax.config import ConfigError
+
 _JPEG_START = b"\xff\xd8\xff"
 _PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 _PILLOW_ERRORS = (
@@ -38,7 +40,7 @@ _MAX_PIXELS = 89_478_485
 """As Pillow's limit: more is a damaged header or an attack, and would ask for gigabytes."""
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(ConfigError):
     """The bytes are not a whole image. The message says why; the caller adds which example it was."""
 
 

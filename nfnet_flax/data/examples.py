@@ -9,8 +9,8 @@ from nfnet_flax.data import transforms
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.decode import CorruptImageError
-from nfnet_flax.data.random_access import CorruptRecordError, Source
 from nfnet_flax.data.randaugment import rand_augment
+from nfnet_flax.data.random_access import CorruptRecordError, Source
 
 Rows = dict[str, np.ndarray]
 

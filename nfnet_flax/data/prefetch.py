@@ -27,7 +27,7 @@ class InputFailed(RuntimeError):  # noqa: N818 - it names what happened, as Keyb
     """A batch cannot be had: a worker died or is stuck, or a file cannot be read. The message names the step."""
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """The text of an error for a message: what, where (its notes), and the traceback."""
     first = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
     return f"{first}\n" + "".join(traceback.format_exception(error)).rstrip()
@@ -157,7 +157,7 @@ class Batches(Iterator[Rows]):
                 except (ConfigError, InputFailed) as error:
                     self._fail(error)
                     return
-                except Exception as error:
+                except BaseException as error:  # `sys.exit`, too: in a thread it would go unnoticed
                     self._fail(InputFailed(f"{lane.name}, preparing the batch of step {step}: {explain(error)}"))
                     return
                 with self._condition:
