@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from absl import logging
 
 from nfnet_flax.config import ConfigError, unknown_name
+from nfnet_flax.data.prefetch import InputFailed
+
+if TYPE_CHECKING:
+    from nfnet_flax.recipe import Recipe
 
 EXIT_DONE = 0
 """The run reached its last step."""
@@ -19,12 +23,16 @@ EXIT_BAD_INPUT = 2
 """A recipe, an option or a folder is wrong; the message says what to change."""
 EXIT_DIVERGED = 3
 """The loss is not finite; repeating the run would end alike."""
+EXIT_INPUT_FAILED = 4
+"""A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
 EXIT_STOPPED = 75
 """SIGTERM or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
 
 _USAGE = """usage: nfnet COMMAND ...
 
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
+  nfnet train RECIPE.py:variant=f3 --workdir DIR            the same, with an argument of the recipe
+  nfnet train RECIPE.py --debug --workdir DIR               four steps of it on a laptop: small network, no data needed
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        compile the step for a TPU: memory, cost; needs no TPU
@@ -33,7 +41,7 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
   nfnet convert run DIR --out DIR                           the newest checkpoint of a run -> weights.safetensors
 
-exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped and saved (run the same command again)
+exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 75 stopped and saved (run the same command again)
 """
 
 
@@ -59,25 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"nfnet: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except InputFailed as error:
+        print(f"nfnet: the input failed: {error}", file=sys.stderr)
+        return EXIT_INPUT_FAILED
 
 
 def _train(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
         return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
-    from nfnet_flax.recipe import Recipe, load_recipe
+    from nfnet_flax.recipe import Recipe
 
     recipe_path, *options = argv
+    loaded = _load(recipe_path, options)
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
         workdir: Path
         """Folder of the run: made, or continued."""
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = dataclasses.field(
-            default_factory=lambda: load_recipe(recipe_path)
-        )
+        debug: bool = "--debug" in options
+        """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
 
-    load_recipe(recipe_path)  # its errors before those of the options
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
     from nfnet_flax.training.compilation import use_compilation_cache
@@ -97,6 +108,15 @@ def _train(argv: list[str]) -> int:
     print(f"checkpoints: {chosen.workdir / 'checkpoints'} (newest), {chosen.workdir / 'best'} (best)")
     print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
     return EXIT_DONE
+
+
+def _load(recipe_path: str, options: list[str]) -> "Recipe":
+    """The recipe that the options change; read before them, so that its own errors come first."""
+    from nfnet_flax.debug import debug_recipe
+    from nfnet_flax.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    return debug_recipe(recipe) if "--debug" in options else recipe
 
 
 def _eval(argv: list[str]) -> int:
@@ -165,10 +185,10 @@ def _plan(argv: list[str]) -> int:
     from nfnet_flax.plan import describe, plan, search, set_environment
 
     set_environment()  # before JAX looks for devices
-    from nfnet_flax.recipe import Recipe, load_recipe
+    from nfnet_flax.recipe import Recipe
 
     recipe_path, *options = argv
-    loaded = load_recipe(recipe_path)
+    loaded = _load(recipe_path, options)
 
     @dataclasses.dataclass(frozen=True)
     class PlanOptions:
@@ -176,6 +196,8 @@ def _plan(argv: list[str]) -> int:
         """Such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
         search: bool = False
         """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
+        debug: bool = "--debug" in options
+        """Plan the small network of `nfnet train --debug`."""
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
 
     chosen = tyro.cli(PlanOptions, args=options, prog=f"nfnet plan {recipe_path}", description="Plan a run on TPUs.")

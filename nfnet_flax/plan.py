@@ -215,7 +215,8 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
         while True:
             tried = dataclasses.replace(
                 recipe,
-                data=dataclasses.replace(recipe.data, batch_size=images * num_devices),
+                # Mixing happens on the host, in groups that few images per device need not fill.
+                data=dataclasses.replace(recipe.data, batch_size=images * num_devices, mixing=None),
                 execution=dataclasses.replace(recipe.execution, rematerialization=rematerialization),
             )
             result = plan(tried, topology)

@@ -2,52 +2,163 @@
 
 import dataclasses
 import itertools
+import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data import pipeline, sources, transforms
+from nfnet_flax.data import pipeline
+from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.decode import CorruptImageError
+from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
+from nfnet_flax.data.prefetch import InputFailed, Rows
+from nfnet_flax.data.random_access import Source
+from nfnet_flax.data.source_config import DigitsSource, FolderSource
+from nfnet_flax.data.sources import ArraySource, digits
 
-CONFIG = DataConfig(image_size=8, batch_size=24, eval_batch_size=8)
+DIGITS = DataConfig(source=DigitsSource(), image_size=8, eval_image_size=8, batch_size=24, eval_batch_size=8)
+NUM_FILES = 60
 
 
 @pytest.fixture(scope="module")
-def source() -> sources.ArraySource:
-    return sources.digits("train", CONFIG.image_size)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty JPEGs of three classes to train on, seven to evaluate."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", NUM_FILES), ("val", 7)):
+        for index in range(count):
+            path = root / split / f"class_{index % 3}" / f"{index:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+            coarse.resize((40 + index % 9, 36 + index % 7)).save(path, quality=90)
+    return root
+
+
+def everything_on(root: Path) -> DataConfig:
+    """Files, decoding and all augmentations."""
+    return DataConfig(
+        source=FolderSource(root=str(root)),
+        image_size=16,
+        eval_image_size=16,
+        batch_size=32,
+        eval_batch_size=8,
+        augment=CropAugment(),
+        randaugment=RandAugmentConfig(num_layers=2, magnitude=10.0),
+        mixing=MixingConfig(group_size=8),
+        on_corrupt="skip",
+    )
 
 
 def batches(
-    source: sources.ArraySource,
+    config: DataConfig,
     start: int,
     count: int,
     *,
+    source: Source | None = None,
     seed: int = 0,
     part: tuple[int, int] = (0, 1),
-    threads: int = 2,
-) -> list[pipeline.Rows]:
-    iterator = pipeline.train_batches(
-        dataclasses.replace(CONFIG, num_threads=threads),
-        source,
+    **changes: Any,
+) -> list[Rows]:
+    config = dataclasses.replace(config, **changes)
+    with pipeline.train_batches(
+        config,
+        source or pipeline.open_split(config, "train"),
         seed=seed,
         start_step=start,
         num_steps=start + count,
         process_index=part[0],
         num_processes=part[1],
-    )
-    return list(iterator)
+    ) as iterator:
+        return list(iterator)
 
 
-def same(a: list[pipeline.Rows], b: list[pipeline.Rows]) -> bool:
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
+def of_all_processes(config: DataConfig, start: int, count: int, num_processes: int, num_workers: int) -> list[Rows]:
+    parts = [
+        batches(config, start, count, part=(index, num_processes), num_workers=num_workers)
+        for index in range(num_processes)
+    ]
+    steps = zip(*parts, strict=True)
+    return [{name: np.concatenate([rows[name] for rows in step]) for name in step[0]} for step in steps]
+
+
+def as_bytes(of_steps: list[Rows]) -> list[dict[str, tuple[str, tuple[int, ...], bytes]]]:
+    return [{name: (a.dtype.str, a.shape, a.tobytes()) for name, a in rows.items()} for rows in of_steps]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "num_workers", "start", "count"),
+    [
+        *((num_processes, 0, start, count) for num_processes in (2, 4) for start, count in ((0, 6), (1_000_000, 3))),
+        (1, 1, 1_000_000, 3),
+        (1, 4, 0, 6),
+        (2, 2, 0, 6),  # tools/soak_input.py goes through all combinations
+    ],
+)
+def test_batches_do_not_depend_on_processes_or_workers(
+    folder: Path, num_processes: int, num_workers: int, start: int, count: int
+) -> None:
+    config = everything_on(folder)
+    whole = batches(config, start, count)
+    shapes = {name: (array.shape, array.dtype) for name, array in whole[0].items()}
+    assert shapes == {
+        "image": ((32, 16, 16, 3), np.uint8),
+        "label": ((32,), np.int32),
+        "mix_label": ((32,), np.int32),
+        "label_weight": ((32,), np.float32),
+        "is_corrupt": ((32,), np.float32),
+    }
+    assert as_bytes(whole) == as_bytes(of_all_processes(config, start, count, num_processes, num_workers))
+
+
+def test_a_batch_depends_on_seed_and_step_only(folder: Path) -> None:
+    config = everything_on(folder)
+    first = as_bytes(batches(config, 0, 6))
+    assert first == as_bytes(batches(config, 0, 6, num_threads=1, prefetch_batches=1))
+    assert first[4:] == as_bytes(batches(config, 4, 2))
+    assert first[0] != as_bytes(batches(config, 0, 1, seed=1))[0]
+    assert len({rows["image"] for rows in first}) == 6
+
+
+@pytest.mark.parametrize("stage", ["augment", "randaugment", "mixing"])
+def test_an_example_is_augmented_anew_in_each_epoch(folder: Path, stage: str) -> None:
+    off: dict[str, Any] = {
+        "augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False),
+        "randaugment": None,
+        "mixing": None,
+    }
+    one = pipeline.split_off(pipeline.open_split(everything_on(folder), "train"), 0, 8)
+    still = batches(everything_on(folder), 0, 1, source=one, batch_size=16, **off)[0]
+    assert len(np.unique(still["image"], axis=0)) == 8  # two epochs of eight examples: the same images twice
+    changed = batches(
+        everything_on(folder), 0, 1, source=one, batch_size=16, **{**off, stage: default_of(stage, folder)}
     )
+    assert len(np.unique(changed[0]["image"], axis=0)) > 8
+
+
+def default_of(stage: str, folder: Path) -> Any:
+    return {field.name: getattr(everything_on(folder), field.name) for field in dataclasses.fields(DataConfig)}[stage]
+
+
+def test_randaugment_comes_after_or_before_mixing(folder: Path) -> None:
+    # Magnitude 0 makes the colour operations blend almost fully with grey or black, so the order shows.
+    after, before = (
+        batches(everything_on(folder), 0, 1, randaugment=RandAugmentConfig(order=order))[0]
+        for order in ("after_mixing", "before_mixing")
+    )
+    plain = batches(everything_on(folder), 0, 1, randaugment=None)[0]
+    assert as_bytes([after])[0]["label_weight"] == as_bytes([plain])[0]["label_weight"]
+    assert not np.array_equal(after["image"], before["image"])
+    assert not np.array_equal(after["image"], plain["image"])
 
 
 def test_digits_are_split_into_a_fixed_fifth() -> None:
-    train, held_out = sources.digits("train", 8), sources.digits("eval", 8)
+    train, held_out = digits("train", 8), digits("eval", 8)
     assert (len(train), len(held_out)) == (1437, 360)
     assert train.images.shape == (1437, 8, 8, 3)
     assert train.images.dtype == np.uint8
@@ -55,71 +166,159 @@ def test_digits_are_split_into_a_fixed_fifth() -> None:
     assert set(held_out.labels) == set(range(10))
 
 
-def test_a_batch_depends_on_seed_and_step_only(source: sources.ArraySource) -> None:
-    first = batches(source, 0, 6)
-    assert same(first, batches(source, 0, 6, threads=1))
-    assert same(first[4:], batches(source, 4, 2))
-    assert not same(first, batches(source, 0, 6, seed=1))
-
-
-@pytest.mark.parametrize("num_processes", [2, 4])
-@pytest.mark.parametrize("start", [0, 59, 1_000_000])
-def test_processes_hold_consecutive_rows_of_the_same_batch(
-    source: sources.ArraySource, num_processes: int, start: int
-) -> None:
-    whole = batches(source, start, 3)
-    parts = [batches(source, start, 3, part=(index, num_processes)) for index in range(num_processes)]
-    joined = [{name: np.concatenate([part[step][name] for part in parts]) for name in whole[step]} for step in range(3)]
-    assert same(whole, joined)
-
-
-def test_every_epoch_is_complete_and_shuffled_anew(source: sources.ArraySource) -> None:
+def test_every_epoch_is_complete_and_shuffled_anew() -> None:
     # 1437 examples are not a multiple of 24: epochs run on into one another.
-    steps = 2 * len(source) // CONFIG.batch_size
-    labels = np.concatenate([rows["label"] for rows in batches(source, 0, steps)])
+    source = digits("train", 8)
+    steps = 2 * len(source) // DIGITS.batch_size
+    labels = np.concatenate([rows["label"] for rows in batches(DIGITS, 0, steps)])
     first, second = labels[: len(source)], labels[len(source) :]
     assert np.array_equal(np.bincount(first), np.bincount(source.labels))
     assert not np.array_equal(first[: len(second)], second)
 
 
-def test_starting_late_costs_nothing(source: sources.ArraySource) -> None:
+def test_starting_late_costs_nothing(folder: Path) -> None:
     def seconds(start: int) -> float:
         began = time.perf_counter()
-        batches(source, start, 1)
+        batches(everything_on(folder), start, 1)
         return time.perf_counter() - began
 
     assert seconds(3_000_000) < seconds(0) + 1.0
 
 
-@pytest.mark.parametrize("num_examples", [1, 8, 37])
+def test_the_first_examples_are_held_out() -> None:
+    whole = digits("train", 8)
+    config = dataclasses.replace(DIGITS, num_held_out=100)
+    train, held_out = pipeline.open_split(config, "train"), pipeline.open_split(config, "eval")
+    assert (len(train), len(held_out)) == (1337, 100)
+    assert np.array_equal(held_out[0]["image"], whole.images[0])
+    assert np.array_equal(held_out[99]["image"], whole.images[99])
+    assert np.array_equal(train[0]["image"], whole.images[100])
+    with pytest.raises(ConfigError, match="num_held_out = 1437: must be below the 1437 training examples"):
+        pipeline.open_split(dataclasses.replace(DIGITS, num_held_out=1437), "train")
+
+
+@pytest.mark.parametrize("num_examples", [1, 8, 37, 100])
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_evaluation_sees_each_example_once(source: sources.ArraySource, num_examples: int, num_processes: int) -> None:
-    images = np.zeros((num_examples, 8, 8, 3), np.uint8)
-    few = sources.ArraySource(images=images, labels=np.arange(num_examples, dtype=np.int32))
-    parts = [
-        list(pipeline.eval_batches(CONFIG, few, process_index=index, num_processes=num_processes))
-        for index in range(num_processes)
-    ]
+def test_evaluation_sees_each_example_once(num_examples: int, num_processes: int) -> None:
+    check_evaluation(num_examples, num_processes, num_workers=0)
+
+
+def test_evaluation_with_workers_sees_each_example_once() -> None:
+    check_evaluation(37, 1, num_workers=2)
+
+
+def check_evaluation(num_examples: int, num_processes: int, num_workers: int) -> None:
+    images = np.arange(num_examples, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    source = ArraySource(images=images, labels=np.arange(num_examples, dtype=np.int32))
+    config = dataclasses.replace(DIGITS, num_workers=num_workers)
+    parts = []
+    for index in range(num_processes):
+        with pipeline.eval_batches(config, source, process_index=index, num_processes=num_processes) as iterator:
+            parts.append(list(iterator))
     assert len({len(part) for part in parts}) == 1
     rows = list(itertools.chain.from_iterable(parts))
-    labels = np.concatenate([row["label"] for row in rows])
-    mask = np.concatenate([row["mask"] for row in rows])
-    assert sorted(labels[mask == 1]) == list(range(num_examples))
+    seen = np.concatenate([row["mask"] for row in rows]) == 1
+    assert sorted(np.concatenate([row["label"] for row in rows])[seen]) == list(range(num_examples))
+    assert sorted(np.concatenate([row["image"] for row in rows])[seen][:, 0, 0, 0]) == list(range(num_examples))
 
 
-def test_a_process_needs_whole_rows(source: sources.ArraySource) -> None:
+def corrupted(folder: Path, to: Path, *, keep: int = 0) -> tuple[DataConfig, list[str]]:
+    """A copy of the images in which half of the training files are cut short, and the names of those."""
+    shutil.copytree(folder, to)
+    paths = sorted((to / "train").rglob("*.jpg"))[keep::2]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    plain: dict[str, Any] = {"randaugment": None, "mixing": None}
+    return dataclasses.replace(everything_on(to), **plain), [path.name for path in paths]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_corrupt_image_is_named(folder: Path, tmp_path: Path, num_workers: int) -> None:
+    config, names = corrupted(folder, tmp_path / "images")
+    with pytest.raises(CorruptImageError) as caught:
+        batches(config, 0, 1, on_corrupt="raise", num_workers=num_workers)
+    assert any(name in str(caught.value) for name in names)
+    assert "(example " in str(caught.value)
+
+
+def test_a_corrupt_image_is_replaced_by_the_next_and_counted(folder: Path, tmp_path: Path) -> None:
+    config, names = corrupted(folder, tmp_path / "images")
+    source = pipeline.open_split(config, "train")
+    is_bad = [any(name in source.describe(index) for name in names) for index in range(len(source))]
+    assert sum(is_bad) == NUM_FILES // 2
+    whole: dict[str, Any] = {"augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False)}
+    # One epoch holds every index once: of all rows, as many as there are bad files are marked.
+    rows = batches(config, 0, 1, batch_size=NUM_FILES, **whole)[0]
+    assert rows["is_corrupt"].sum() == sum(is_bad)
+    # What stands in for index i is the first good one after it.
+    wanted = []
+    for index in range(len(source)):
+        while is_bad[index % len(source)]:
+            index += 1
+        wanted.append(source[index % len(source)]["label"])
+    assert np.array_equal(np.bincount(rows["label"]), np.bincount(wanted))
+    assert as_bytes([rows]) == as_bytes(batches(config, 0, 1, batch_size=NUM_FILES, num_threads=1, **whole))
+
+
+def test_an_evaluation_leaves_corrupt_images_out_only_if_told_to(folder: Path, tmp_path: Path) -> None:
+    config, names = corrupted(folder, tmp_path / "images")
+    config = dataclasses.replace(config, source=FolderSource(root=str(tmp_path / "images"), eval="train"))
+    source = pipeline.open_split(config, "eval")
+    with pipeline.eval_batches(config, source, process_index=0, num_processes=1) as iterator:
+        assert sum(rows["mask"].sum() for rows in iterator) == NUM_FILES - len(names)
+    strict = dataclasses.replace(config, on_corrupt="raise")
+    with (
+        pipeline.eval_batches(strict, source, process_index=0, num_processes=1) as iterator,
+        pytest.raises(CorruptImageError, match=r"\.jpg"),
+    ):
+        list(iterator)
+
+
+def test_where_no_image_can_be_decoded_the_run_ends(folder: Path, tmp_path: Path) -> None:
+    corrupted(folder, tmp_path / "images")
+    for path in (tmp_path / "images").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(CorruptImageError, match="none of the 60 training images can be decoded"):
+        batches(everything_on(tmp_path / "images"), 0, 1)
+
+
+def test_a_file_that_vanishes_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "images")
+    config = everything_on(tmp_path / "images")
+    source = pipeline.open_split(config, "train")
+    shutil.rmtree(tmp_path / "images" / "train")
+    with pytest.raises(InputFailed, match=r"step 0: FileNotFoundError: .*\.jpg.*in .*\.jpg \(example \d+\)"):
+        batches(config, 0, 1, source=source, num_threads=1)
+
+
+def test_what_does_not_fit_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="24: must be divisible by 5 processes"):
-        batches(source, 0, 1, part=(0, 5))
+        batches(DIGITS, 0, 1, part=(0, 5))
+    with pytest.raises(ConfigError, match="group_size = 8: must divide the 4 rows of each of the 8 processes"):
+        batches(everything_on(folder), 0, 1, part=(0, 8))
+    with pytest.raises(ConfigError, match=r"data.batch_size = 20: must be divisible by data.mixing.group_size = 8"):
+        dataclasses.replace(everything_on(folder), batch_size=20)
+    with pytest.raises(ConfigError, match=r"data.prefetch_batches = 2: must be at least data.num_workers = 3"):
+        dataclasses.replace(DIGITS, prefetch_batches=2, num_workers=3)
 
 
-def test_affine_moves_by_what_was_drawn() -> None:
-    image = np.zeros((9, 9, 3), np.uint8)
-    image[4, 4] = 200
-    record = {"image": image}
-    still = transforms.random_affine(record, np.random.default_rng(0), max_degrees=0, max_scale=0, max_shift=0)
-    assert np.array_equal(still["image"], image)
-    turned = transforms.random_affine(record, np.random.default_rng(0), max_degrees=45, max_scale=0, max_shift=0)
-    assert np.unravel_index(np.argmax(turned["image"][..., 0]), (9, 9)) == (4, 4)  # the centre stays
-    moved = transforms.random_affine(record, np.random.default_rng(0), max_degrees=0, max_scale=0, max_shift=0.3)
-    assert np.unravel_index(np.argmax(moved["image"][..., 0]), (9, 9)) != (4, 4)
-    assert np.array_equal(image[4, 4], [200, 200, 200])
+def test_the_identity_of_an_input_names_what_decides_its_bytes(folder: Path, tmp_path: Path) -> None:
+    from nfnet_flax.config import differences
+
+    def identity(config: DataConfig, seed: int = 0) -> dict[str, Any]:
+        sources = {f"{split}_source": pipeline.open_split(config, split) for split in ("train", "eval")}
+        return pipeline.input_identity(config, seed=seed, **sources)
+
+    config = everything_on(folder)
+    first = identity(config)
+    other_speed = dataclasses.replace(config, num_workers=2, num_threads=1, prefetch_batches=7, stall_timeout_s=9.0)
+    assert differences(first, identity(other_speed)) == []
+    assert differences(first, identity(config, seed=3)) == ["seed: 0 -> 3"]
+    changed = dataclasses.replace(config, randaugment=RandAugmentConfig(num_layers=2, magnitude=5.0))
+    assert differences(first, identity(changed)) == ["data.randaugment.magnitude: 10.0 -> 5.0"]
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "train" / "class_0" / "000.jpg").unlink()
+    lines = differences(first, identity(everything_on(tmp_path / "images")))
+    assert "source.num_examples: 60 -> 59" in lines
+    assert any(line.startswith("source.fingerprint: ") for line in lines)
+    assert not any(line.startswith("eval_source") for line in lines)

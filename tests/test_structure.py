@@ -14,11 +14,12 @@ ALLOWED = {
     "config": set[str](),
     **{leaf: {"config"} for leaf in LEAVES},
     "recipe": LEAVES | BASE,
+    "debug": LEAVES | BASE | {"recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"recipe", "weights"},
     "hlo": set[str](),
     "plan": LEAVES | BASE | {"hlo", "recipe", "training"},
-    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan"},
+    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan", "debug"},
 }
 
 

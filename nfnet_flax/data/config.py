@@ -4,40 +4,86 @@ import dataclasses
 from typing import Literal
 
 from nfnet_flax.config import check_types, require
+from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
+from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
+from nfnet_flax.data.source_config import DigitsSource, SourceConfig
+
+EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_timeout_s")
+"""Fields of `DataConfig` that decide how batches are made and change no byte of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where examples come from and what is done to them."""
+    """Where examples come from, what is done to them, and by how many threads or processes."""
 
-    source: Literal["digits"] = "digits"
+    source: SourceConfig = dataclasses.field(default_factory=DigitsSource)
     """The set of images."""
+    num_held_out: int | None = None
+    """The first so many training examples are left out of training and take the place of the source's own held-out
+    split; None: the source's own."""
     image_size: int = 32
-    """Height and width in pixels."""
+    """Height and width of training images, in pixels."""
+    eval_image_size: int = 32
+    """Height and width of evaluation images, in pixels."""
+    eval_crop_margin: int = 0
+    """An evaluation image is resized to so many pixels more than `eval_image_size` on each side, then cropped at its
+    centre (published: 32)."""
+    eval_resampler: Resampler = "area_cubic"
+    """How evaluation images are resized."""
     batch_size: int = 64
     """Examples of one update, over all processes and devices."""
     eval_batch_size: int = 120
     """Examples of one evaluation batch, over all processes and devices."""
-    max_degrees: float = 10.0
-    """Augmentation: largest rotation."""
-    max_scale: float = 0.1
-    """Augmentation: largest relative change of size."""
-    max_shift: float = 0.08
-    """Augmentation: largest shift as a share of the image."""
+    augment: AffineAugment | CropAugment = dataclasses.field(default_factory=AffineAugment)
+    """What is done to each training image by itself."""
+    randaugment: RandAugmentConfig | None = None
+    """RandAugment; None: none."""
+    mixing: MixingConfig | None = None
+    """Mixup and CutMix; None: neither."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """An image that cannot be decoded ends the run, or is replaced by the next example that can be and counted in the
+    metric `data/num_corrupt`; in an evaluation it is then left out, which `eval/num_examples` shows."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from the grey levels of each channel (ImageNet's)."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     """Divides the grey levels of each channel (ImageNet's)."""
     num_threads: int = 2
-    """Input threads of each process."""
+    """Input threads of each process, where there are no worker processes. Reading, decoding and resizing run in them
+    side by side, so they do as well as processes."""
+    num_workers: int = 0
+    """Worker processes of each process, for a source whose Python code holds the threads up; 0: threads."""
     prefetch_batches: int = 4
-    """Batches prepared ahead of the step."""
+    """Batches that are ready or being prepared ahead of the step. Each thread or worker prepares one at a time."""
+    stall_timeout_s: float = 300.0
+    """A batch that takes longer than this ends the run, with the stacks of what is stuck."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("image_size", "batch_size", "eval_batch_size", "num_threads", "prefetch_batches"):
+        sizes = ("image_size", "eval_image_size", "batch_size", "eval_batch_size", "num_threads", "prefetch_batches")
+        for name in sizes:
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
-        for name in ("max_degrees", "max_scale", "max_shift"):
+        for name in ("eval_crop_margin", "num_workers"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must not be negative")
-        require(self.max_scale < 1, "data.max_scale", self.max_scale, "must be below 1")
+        require(
+            self.num_held_out is None or self.num_held_out >= 1,
+            "data.num_held_out",
+            self.num_held_out,
+            "must be at least 1 or None",
+        )
         require(min(self.std) > 0, "data.std", self.std, "must be positive")
+        require(self.stall_timeout_s >= 1, "data.stall_timeout_s", self.stall_timeout_s, "must be at least 1")
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Checks fields against one another."""
+        if self.mixing is not None:
+            group_size = self.mixing.group_size
+            remedy = f"must be divisible by data.mixing.group_size = {group_size}"
+            require(self.batch_size % group_size == 0, "data.batch_size", self.batch_size, remedy)
+        name, count = ("num_workers", self.num_workers) if self.num_workers > 0 else ("num_threads", self.num_threads)
+        remedy = f"must be at least data.{name} = {count}, as each prepares one batch at a time"
+        require(self.prefetch_batches >= count, "data.prefetch_batches", self.prefetch_batches, remedy)
+
+    def with_execution_of(self, other: "DataConfig") -> "DataConfig":
+        """These settings with the `EXECUTION_FIELDS` of `other`, which may change at a resume."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in EXECUTION_FIELDS})

@@ -1,105 +1,185 @@
-"""The input pipeline on Grain: one stream of global batches, of which each process computes its own rows.
+"""The input pipeline: one stream of global batches, of which each process computes its own rows.
 
 Nothing about it is saved in a checkpoint: the batch of step N, augmentations included, is a pure function of (seed, N),
-whatever the number of processes, threads or restarts.
+whatever the number of processes, worker processes, threads or restarts. Grain composes that function; `prefetch` has it
+computed ahead of the step.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from nfnet_flax.config import require
-from nfnet_flax.data import sources, transforms
-from nfnet_flax.data.config import DataConfig
+from nfnet_flax.config import require, to_json
+from nfnet_flax.data.config import EXECUTION_FIELDS, DataConfig
+from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
+from nfnet_flax.data.mixing import mix
+from nfnet_flax.data.prefetch import Batches, Lane, Rows, ThreadLane
+from nfnet_flax.data.random_access import Source, Split, split_off
+from nfnet_flax.data.sources import open_source
+from nfnet_flax.data.workers import WorkerProcess
 
-Rows = dict[str, np.ndarray]
+INPUT_FORMAT = 1
+"""Raised whenever the same settings and images come to give other batches."""
+
 # Each random stage has a seed of its own, so that adding one changes no other.
-_SHUFFLE, _AUGMENT = 1, 2
+_SHUFFLE, _AUGMENT, _RANDAUGMENT, _MIX = 1, 2, 3, 4
 
 
-def _stage_seed(seed: int, stage: int) -> int:
-    return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+def open_split(config: DataConfig, split: Split) -> Source:
+    """The examples of a split, less or only those that `num_held_out` names.
 
-
-def open_source(config: DataConfig, split: sources.Split) -> sources.ArraySource:
-    """The images of a split."""
-    return sources.digits(split, config.image_size)
-
-
-def _process_rows(batch_size: int, process_index: int, num_processes: int) -> int:
-    require(
-        batch_size % num_processes == 0, "batch size", batch_size, f"must be divisible by {num_processes} processes"
-    )
-    require(0 <= process_index < num_processes, "process index", process_index, f"must be below {num_processes}")
-    return batch_size // num_processes
-
-
-def _iterate(dataset: grain.MapDataset, config: DataConfig) -> Iterator[Rows]:
-    options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch_batches)
-    return iter(dataset.to_iter_dataset(options))
+    Raises:
+      ConfigError: the set is missing, empty or incomplete, or nothing is left to train on.
+    """
+    image_size = config.image_size if split == "train" else config.eval_image_size
+    if config.num_held_out is None:
+        return open_source(config.source, split, image_size)
+    whole = open_source(config.source, "train", image_size)
+    remedy = f"must be below the {len(whole)} training examples"
+    require(config.num_held_out < len(whole), "data.num_held_out", config.num_held_out, remedy)
+    start, stop = (0, config.num_held_out) if split == "eval" else (config.num_held_out, len(whole))
+    return split_off(whole, start, stop)
 
 
 def train_batches(
     config: DataConfig,
-    source: sources.ArraySource,
+    source: Source,
     *,
     seed: int,
     start_step: int,
     num_steps: int,
     process_index: int,
     num_processes: int,
-) -> Iterator[Rows]:
-    """This process's rows of the global batches of steps `start_step` to `num_steps - 1`.
+) -> Batches:
+    """This process's rows of the global batches of steps `start_step` to `num_steps - 1`. To be closed.
 
     Every epoch is shuffled anew; epochs run on into one another, so no example is dropped. Starting late costs nothing:
     positions are computed, not replayed.
 
     Args:
-      config: sizes and augmentation.
+      config: sizes, augmentation, and by how many threads or processes.
       source: of the training split.
       seed: of the order and of the augmentation.
       start_step: first step whose batch is wanted.
       num_steps: of the whole run.
       process_index: process h of H holds rows `[h * B / H, (h + 1) * B / H)` of each batch.
-      num_processes: H; divides `config.batch_size`.
+      num_processes: H; divides `config.batch_size` into parts that hold whole groups of `config.mixing`.
 
-    Yields:
-      `image` (rows, size, size, 3) uint8 and `label` (rows,) int32.
+    Returns:
+      Iterator of `image` (rows, size, size, 3) uint8 and `label` (rows,) int32; with mixing also `mix_label` (rows,)
+      int32 and `label_weight` (rows,) float32; with `on_corrupt="skip"` also `is_corrupt` (rows,) float32. It raises
+      what `Batches` does.
+
+    Raises:
+      ConfigError: the batch cannot be divided that way.
     """
-    rows = _process_rows(config.batch_size, process_index, num_processes)
-    augment = functools.partial(
-        _augment, max_degrees=config.max_degrees, max_scale=config.max_scale, max_shift=config.max_shift
+    rows = _process_rows("data.batch_size", config.batch_size, process_index, num_processes)
+    if config.mixing is not None:
+        remedy = f"must divide the {rows} rows of each of the {num_processes} processes"
+        require(rows % config.mixing.group_size == 0, "data.mixing.group_size", config.mixing.group_size, remedy)
+    make = functools.partial(
+        _train_dataset, config, source, rows, seed=seed, process_index=process_index, num_processes=num_processes
     )
-    dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=_stage_seed(seed, _SHUFFLE))
-        .repeat()
-        .random_map(augment, seed=_stage_seed(seed, _AUGMENT))
-        .batch(rows, drop_remainder=True)
-    )
-    return _iterate(dataset[process_index::num_processes][start_step:num_steps], config)
+    return _prefetch(make, config, range(start_step, num_steps))
 
 
-def _augment(record: Rows, rng: np.random.Generator, *, max_degrees: float, max_scale: float, max_shift: float) -> Rows:
-    return transforms.random_affine(record, rng, max_degrees=max_degrees, max_scale=max_scale, max_shift=max_shift)
-
-
-def eval_batches(
-    config: DataConfig, source: sources.ArraySource, *, process_index: int, num_processes: int
-) -> Iterator[Rows]:
+def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_processes: int) -> Batches:
     """This process's rows of the evaluation batches: each example exactly once, the last batch filled up with padding.
 
-    Yields:
-      `image`, `label` and `mask` (rows,) float32, which is 0 for padding.
+    Returns:
+      Iterator, to be closed, of `image` (rows, size, size, 3) uint8, `label` (rows,) int32 and `mask` (rows,) float32,
+      which is 0 for padding. It raises what `Batches` does.
+
+    Raises:
+      ConfigError: the batch cannot be divided by the number of processes.
     """
-    rows = _process_rows(config.eval_batch_size, process_index, num_processes)
+    rows = _process_rows("data.eval_batch_size", config.eval_batch_size, process_index, num_processes)
     num_batches = -(-len(source) // config.eval_batch_size)
+    make = functools.partial(
+        _eval_dataset, config, source, rows, num_batches, process_index=process_index, num_processes=num_processes
+    )
+    return _prefetch(make, config, range(num_batches))
 
-    def load(position: int) -> Rows:
-        inside = position < len(source)
-        return {**source[position if inside else 0], "mask": np.asarray(inside, np.float32)}
 
-    dataset = grain.MapDataset.range(num_batches * config.eval_batch_size).map(load).batch(rows)
-    return _iterate(dataset[process_index::num_processes], config)
+def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_source: Source) -> dict[str, Any]:
+    """What decides every byte of every batch, as JSON, for comparison with that of another run."""
+    settings = {name: value for name, value in to_json(config).items() if name not in EXECUTION_FIELDS}
+    sources = {
+        name: {"num_examples": len(source), "fingerprint": source.fingerprint()}
+        for name, source in (("source", train_source), ("eval_source", eval_source))
+    }
+    return {"format": INPUT_FORMAT, "seed": seed, **sources, "data": settings}
+
+
+def _process_rows(field: str, batch_size: int, process_index: int, num_processes: int) -> int:
+    require(batch_size % num_processes == 0, field, batch_size, f"must be divisible by {num_processes} processes")
+    require(0 <= process_index < num_processes, "process index", process_index, f"must be below {num_processes}")
+    return batch_size // num_processes
+
+
+def _prefetch(make_dataset: Callable[[], grain.MapDataset], config: DataConfig, steps: range) -> Batches:
+    lanes: list[Lane] = []
+    if config.num_workers == 0:
+        dataset = make_dataset()
+        lanes += [ThreadLane(index, dataset.__getitem__) for index in range(config.num_threads)]
+    try:
+        for index in range(min(config.num_workers, len(steps))):
+            lanes.append(WorkerProcess(index, make_dataset))
+    except BaseException:
+        for lane in lanes:
+            lane.close()
+        raise
+    return Batches(lanes, steps, prefetch_batches=config.prefetch_batches, stall_timeout_s=config.stall_timeout_s)
+
+
+def _train_dataset(
+    config: DataConfig, source: Source, rows: int, *, seed: int, process_index: int, num_processes: int
+) -> grain.MapDataset:
+    """Element N is this process's `rows` of the batch of step N."""
+    mixing, randaugment = config.mixing, config.randaugment
+    augment_mixed = randaugment is not None and randaugment.order == "after_mixing" and mixing is not None
+
+    def stage_seed(stage: int) -> int:
+        return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .shuffle(seed=stage_seed(_SHUFFLE))
+        .repeat()
+        .random_map(functools.partial(train_example, config=config, source=source), seed=stage_seed(_AUGMENT))
+    )
+    if randaugment is not None and not augment_mixed:
+        dataset = dataset.random_map(
+            functools.partial(rand_augment_example, config=config), seed=stage_seed(_RANDAUGMENT)
+        )
+    if mixing is None:
+        dataset = dataset.batch(rows, drop_remainder=True)
+    else:
+        # Partners are found within a group, and a group is within the rows of one process however many there are.
+        dataset = dataset.batch(mixing.group_size, drop_remainder=True)
+        dataset = dataset.random_map(functools.partial(mix, config=mixing), seed=stage_seed(_MIX))
+        if augment_mixed:
+            dataset = dataset.random_map(
+                functools.partial(rand_augment_rows, config=config), seed=stage_seed(_RANDAUGMENT)
+            )
+        dataset = dataset.batch(rows // mixing.group_size, drop_remainder=True, batch_fn=_concatenate)
+    return dataset[process_index::num_processes]
+
+
+def _concatenate(groups: Sequence[Rows]) -> Rows:
+    return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+
+
+def _eval_dataset(
+    config: DataConfig, source: Source, rows: int, num_batches: int, *, process_index: int, num_processes: int
+) -> grain.MapDataset:
+    """Element N is this process's `rows` of the evaluation batch N."""
+    dataset = (
+        grain.MapDataset.range(num_batches * config.eval_batch_size)
+        .map(functools.partial(eval_example, config=config, source=source))
+        .batch(rows, drop_remainder=True)
+    )
+    return dataset[process_index::num_processes]

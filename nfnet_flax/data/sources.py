@@ -1,14 +1,59 @@
-"""Random-access sets of labelled images: `len(source)`, `source[i]` -> `{"image": uint8 HWC, "label": int32}`."""
+"""Random-access sets of labelled images: `len(source)`, `source[i]` -> `{"image": ..., "label": int32}`."""
 
 import dataclasses
-from typing import Any, Literal
+import hashlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
-Split = Literal["train", "eval"]
+from nfnet_flax.data.array_records import ArrayRecords
+from nfnet_flax.data.image_folder import ImageFolder, class_folders
+from nfnet_flax.data.random_access import CorruptRecordError as CorruptRecordError
+from nfnet_flax.data.random_access import Record, Split, check_index, digest
+from nfnet_flax.data.random_access import Source as Source
+from nfnet_flax.data.random_access import split_off as split_off
+from nfnet_flax.data.source_config import (
+    ArrayRecordSource,
+    DigitsSource,
+    FolderSource,
+    SourceConfig,
+    SyntheticSource,
+    TfdsSource,
+)
+from nfnet_flax.data.tfds_records import TfdsRecords
+
 _HELD_OUT_EVERY = 5
+
+
+def open_source(config: SourceConfig, split: Split, image_size: int) -> Source:
+    """The examples of a split.
+
+    Args:
+      config: which set.
+      split: which part of it.
+      image_size: height and width, in pixels, of what `DigitsSource` and `SyntheticSource` make; the others give
+        encoded files of any size.
+
+    Raises:
+      ConfigError: the set is missing, empty, incomplete or of another kind; the message says how to get it.
+    """
+    match config:
+        case DigitsSource():
+            return digits(split, image_size)
+        case SyntheticSource():
+            num_examples = config.num_train_examples if split == "train" else config.num_eval_examples
+            return SyntheticImages(split, num_examples, config.num_classes, image_size)
+        case FolderSource():
+            root = Path(config.root).expanduser()
+            return ImageFolder(
+                root / (config.train if split == "train" else config.eval), class_folders(root / config.train)
+            )
+        case ArrayRecordSource():
+            return ArrayRecords(config.train if split == "train" else config.eval)
+        case TfdsSource():
+            return TfdsRecords(config, split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +65,22 @@ class ArraySource:
     labels: np.ndarray
     """(N,) int32."""
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.labels.max() + 1)))
+
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: Any) -> Record:
+        index = check_index(index, len(self))
         return {"image": self.images[index], "label": self.labels[index]}
+
+    def fingerprint(self) -> str:
+        return digest("arrays", str(self.images.shape), self.images.tobytes(), self.labels.tobytes())
+
+    def describe(self, index: int) -> str:
+        return f"image {check_index(index, len(self))} of {len(self)} in memory"
 
 
 def digits(split: Split, image_size: int) -> ArraySource:
@@ -32,6 +88,8 @@ def digits(split: Split, image_size: int) -> ArraySource:
 
     A fixed random fifth (360 images) is held out for evaluation. The images ship with scikit-learn.
     """
+    from sklearn.datasets import load_digits  # a second, which users of other sources need not wait
+
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     held_out = np.arange(len(order)) % _HELD_OUT_EVERY == 0
@@ -41,3 +99,47 @@ def digits(split: Split, image_size: int) -> ArraySource:
     enlarged = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
     images = np.repeat(np.stack(enlarged)[..., None], 3, axis=3)
     return ArraySource(images=images, labels=data.target[chosen].astype(np.int32))
+
+
+class SyntheticImages:
+    """Noise that is made once: each image is a window on the same bytes, so that reading one costs nothing."""
+
+    _NUM_WINDOWS = 4096
+    _WINDOW_STEP = 1009  # prime to the number of windows, and no multiple of the three channels
+
+    def __init__(self, split: Split, num_examples: int, num_classes: int, image_size: int) -> None:
+        """Makes the noise.
+
+        Args:
+          split: the two have different noise.
+          num_examples: N. Images repeat after 4096.
+          num_classes: labels run through them in turn.
+          image_size: height and width in pixels.
+        """
+        self._arguments = (split, num_examples, num_classes, image_size)
+        self.class_names = tuple(map(str, range(num_classes)))
+        self._num_examples = num_examples
+        self._shape = (image_size, image_size, 3)
+        # An extendable hash gives the same bytes on every machine and in every version of NumPy. The array is
+        # read-only, as the bytes are: an image changed in place would change its neighbours.
+        num_bytes = image_size * image_size * 3 + self._NUM_WINDOWS
+        self._noise = np.frombuffer(hashlib.shake_128(split.encode()).digest(num_bytes), np.uint8)
+
+    def __reduce__(self) -> Any:
+        return (SyntheticImages, self._arguments)  # cheaper to make anew than to send to a worker
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, index: int) -> Record:
+        index = check_index(index, self._num_examples)
+        start = index * self._WINDOW_STEP % self._NUM_WINDOWS
+        height, width, channels = self._shape
+        image = self._noise[start : start + height * width * channels].reshape(self._shape)
+        return {"image": image, "label": np.int32(index % len(self.class_names))}
+
+    def fingerprint(self) -> str:
+        return digest("synthetic", *map(str, self._arguments))
+
+    def describe(self, index: int) -> str:
+        return f"synthetic image {check_index(index, self._num_examples)}"

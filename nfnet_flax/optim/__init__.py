@@ -1,7 +1,24 @@
 """Adaptive gradient clipping and the published optimizer, as Optax transformations."""
 
 from nfnet_flax.optim.agc import adaptive_grad_clip
-from nfnet_flax.optim.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim.optimizer import (
+    ExponentialDecayConfig,
+    OptimConfig,
+    RMSPropConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    make_schedule,
+)
 from nfnet_flax.optim.param_groups import ParamGroup, assign
 
-__all__ = ["OptimConfig", "ParamGroup", "adaptive_grad_clip", "assign", "learning_rate_schedule", "make_optimizer"]
+__all__ = [
+    "ExponentialDecayConfig",
+    "OptimConfig",
+    "ParamGroup",
+    "RMSPropConfig",
+    "adaptive_grad_clip",
+    "assign",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "make_schedule",
+]

@@ -1,4 +1,7 @@
-"""The published optimizer: AGC, weight decay, Nesterov momentum, warm-up and cosine; and the parameters' EMA."""
+"""The published optimizer: AGC, weight decay, Nesterov momentum, warm-up and cosine; and the parameters' EMA.
+
+EfficientNet's, RMSProp with a learning rate that falls in steps, is here for the baselines.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,6 +18,36 @@ from nfnet_flax.optim.param_groups import ParamGroup, assign
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSPropConfig:
+    """RMSProp as TensorFlow computes it (arXiv 1905.11946, section 5.2)."""
+
+    decay: float = 0.9
+    """Of the average of squared gradients, which starts at 1."""
+    eps: float = 1e-3
+    """Added to that average, under the root."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(0 <= self.decay < 1, "optim.rmsprop.decay", self.decay, "must lie in [0, 1)")
+        require(self.eps > 0, "optim.rmsprop.eps", self.eps, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExponentialDecayConfig:
+    """A learning rate that falls in equal ratios (arXiv 1905.11946, section 5.2)."""
+
+    factor: float = 0.97
+    """Ratio of one fall."""
+    every_epochs: float = 2.4
+    """Epochs between falls, counted from the beginning of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(0 < self.factor <= 1, "optim.exponential_decay.factor", self.factor, "must lie in (0, 1]")
+        require(self.every_epochs > 0, "optim.exponential_decay.every_epochs", self.every_epochs, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Numbers of the optimizer (arXiv 2102.06171, section 4 and appendix A)."""
 
@@ -22,8 +55,14 @@ class OptimConfig:
     """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up from 0."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends, whatever the batch size."""
+    exponential_decay: ExponentialDecayConfig | None = None
+    """In place of the cosine; None: cosine."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum; with `rmsprop`, plain momentum of the steps."""
+    rmsprop: RMSPropConfig | None = None
+    """Divides gradients by their running root mean square; None: momentum alone."""
     clipping: float | None = 0.01
     """AGC's lambda; None turns AGC off. The published 0.01 is for batch 4096: smaller batches want a larger one."""
     clipping_eps: float = 1e-3
@@ -45,7 +84,7 @@ class OptimConfig:
         check_types(self)
         for name in ("learning_rate_per_256", "clipping_eps"):
             require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
-        for name in ("warmup_epochs", "weight_decay"):
+        for name in ("warmup_epochs", "final_learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
         for name in ("momentum", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
@@ -55,22 +94,48 @@ class OptimConfig:
             require(group.value in (0, 1), "optim.clipping_groups", group, "use 1 (clip) or 0 (exempt)")
 
 
-def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to 0 at `num_steps`; steps count from 0."""
+def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int, final: float = 0.0) -> optax.Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to `final` at `num_steps`; steps count from 0."""
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+        return jnp.where(step < warmup_steps, peak * (step / max(warmup_steps, 1)), final + (peak - final) * cosine)
 
     return schedule
+
+
+def exponential_schedule(peak: float, *, warmup_steps: int, steps_per_fall: float, factor: float) -> optax.Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`; from then on `peak * factor ** floor(step / steps_per_fall)`."""
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        falls = jnp.floor(step / steps_per_fall)
+        return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), factor**falls)
+
+    return schedule
+
+
+def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: float, num_steps: int) -> optax.Schedule:
+    """The learning rate of a run, as a function of the step counted from 0."""
+    peak = config.learning_rate_per_256 * batch_size / 256
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), num_steps)
+    if config.exponential_decay is not None:
+        decay = config.exponential_decay
+        steps_per_fall = decay.every_epochs * steps_per_epoch
+        return exponential_schedule(peak, warmup_steps=warmup_steps, steps_per_fall=steps_per_fall, factor=decay.factor)
+    return learning_rate_schedule(
+        peak, warmup_steps=warmup_steps, num_steps=num_steps, final=config.final_learning_rate
+    )
 
 
 def make_optimizer(
     config: OptimConfig, schedule: optax.Schedule, members: Mapping[str, str | tuple[str, ...]]
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
+
+    With RMSProp, the last two change places, as in TensorFlow: clip, decay, RMSProp, learning rate, momentum.
 
     Args:
       config: the numbers.
@@ -106,8 +171,13 @@ def make_optimizer(
         }
 
     parts.append(optax.stateless(add_decay))
-    parts.append(optax.trace(decay=config.momentum, nesterov=True))
-    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.rmsprop is None:
+        parts += [optax.trace(decay=config.momentum, nesterov=True), optax.scale_by_learning_rate(schedule)]
+    else:
+        root_mean_square = optax.scale_by_rms(
+            config.rmsprop.decay, config.rmsprop.eps, initial_scale=1.0, eps_in_sqrt=True
+        )
+        parts += [root_mean_square, optax.scale_by_learning_rate(schedule), optax.trace(decay=config.momentum)]
     return optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
 
 

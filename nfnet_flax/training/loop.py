@@ -17,7 +17,7 @@ from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.metrics import MetricsLog
 from nfnet_flax.training.preemption import stop_requests
 from nfnet_flax.training.progress import Progress
-from nfnet_flax.training.run import Setup, assemble, claim_workdir
+from nfnet_flax.training.run import Setup, assemble, claim_input, claim_workdir
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.step import Metrics
 from nfnet_flax.weights.entries import Arrays
@@ -51,13 +51,16 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
     checkpoint at step N means that everything due at N is done, and a state that is not finite is never saved.
 
     Raises:
-      ConfigError: the recipe does not fit the devices or the folder.
+      ConfigError: the recipe does not fit the devices or the folder, the input is another than before, or an image
+        cannot be decoded.
+      InputFailed: the input failed otherwise: a worker died or is stuck, or a file cannot be read.
       TrainingDiverged: the loss or a gradient is not finite.
     """
     workdir = Path(workdir)
     setup = assemble(recipe)
     weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
     claim_workdir(workdir, recipe)
+    claim_input(workdir, setup.input_identity())
     newest = checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last)
     best = checkpoint.open_manager(workdir, "best", keep=1)
     try:
@@ -127,7 +130,7 @@ def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, s
             window.push(step, metrics, data_wait_s)
     finally:
         log.close()
-        batches.close()  # type: ignore[attr-defined]  # Grain's iterator
+        batches.close()
 
 
 def _restore_or_create(
@@ -141,7 +144,8 @@ def _restore_or_create(
 
 
 def _evaluate(setup: Setup, state: TrainState, stop: threading.Event) -> dict[str, float] | None:
-    return run_evaluation(setup.eval_step, weights_to_evaluate(state), setup.eval_batches(), setup.mesh, stop)
+    with setup.eval_batches() as batches:
+        return run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh, stop)
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
@@ -202,6 +206,10 @@ class _Window:
                     "Nothing of this step was saved; lower optim.learning_rate_per_256 or optim.clipping "
                     "and start in a new workdir"
                 )
+            num_corrupt = metrics.get("data/num_corrupt", 0.0)
+            if num_corrupt > 0:  # every one is on record, be a log step due or not
+                self._log.write(done, {"data/num_corrupt": num_corrupt})
+                self._progress.say(f"step {done}: {num_corrupt:.0f} corrupt images replaced")
             if done % recipe.log_every_steps == 0:
                 rate = self._progress.images_per_s(step)
                 metrics["throughput/images_per_s"] = rate

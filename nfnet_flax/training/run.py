@@ -1,13 +1,15 @@
 """A run on disk and the parts that a recipe makes: shared by training and evaluation.
 
-Folder of a run: `recipe.json` (resolved), `checkpoints/STEP`, `best/STEP`, `metrics.jsonl`, `tensorboard/`.
+Folder of a run: `recipe.json` (resolved), `input.json` (what the input is made of), `checkpoints/STEP`, `best/STEP`,
+`metrics.jsonl`, `tensorboard/`.
 """
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,12 +17,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnet_flax.config import ConfigError
-from nfnet_flax.data.pipeline import Rows, eval_batches, open_source
-from nfnet_flax.data.sources import ArraySource
+from nfnet_flax.config import ConfigError, differences, require
+from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split
+from nfnet_flax.data.prefetch import Batches
+from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
-from nfnet_flax.optim import learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import make_optimizer, make_schedule
 from nfnet_flax.parallel.mesh import check_batch_size, check_microbatches, make_mesh
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
@@ -48,8 +51,8 @@ class Setup:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     num_steps: int
-    train_source: ArraySource
-    eval_source: ArraySource
+    train_source: Source
+    eval_source: Source
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: EvalStep
 
@@ -75,8 +78,17 @@ class Setup:
         """Shapes, types and shardings of the state."""
         return abstract_state(self.structure, self.optimizer, self.mesh)
 
-    def eval_batches(self) -> Iterator[Rows]:
-        """This process's rows of the held-out set."""
+    def input_identity(self) -> dict[str, Any]:
+        """What decides every byte of every batch."""
+        return input_identity(
+            self.recipe.data,
+            seed=self.recipe.seed,
+            train_source=self.train_source,
+            eval_source=self.eval_source,
+        )
+
+    def eval_batches(self) -> Batches:
+        """This process's rows of the held-out set; to be closed."""
         return eval_batches(
             self.recipe.data,
             self.eval_source,
@@ -96,11 +108,15 @@ def assemble(recipe: Recipe) -> Setup:
     check_batch_size("data.eval_batch_size", recipe.data.eval_batch_size, mesh)
     check_microbatches(recipe.execution.num_microbatches, recipe.data.batch_size, mesh)
     structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
-    train_source = open_source(recipe.data, "train")
+    train_source, eval_source = open_split(recipe.data, "train"), open_split(recipe.data, "eval")
+    for source in (train_source, eval_source):
+        remedy = f"must be at least {len(source.class_names)}, as the images have so many classes"
+        require(recipe.num_classes >= len(source.class_names), "num_classes", recipe.num_classes, remedy)
     num_steps = recipe.total_steps(len(train_source))
-    schedule = learning_rate_schedule(
-        recipe.optim.learning_rate_per_256 * recipe.data.batch_size / 256,
-        warmup_steps=min(recipe.warmup_steps(len(train_source)), num_steps),
+    schedule = make_schedule(
+        recipe.optim,
+        batch_size=recipe.data.batch_size,
+        steps_per_epoch=len(train_source) / recipe.data.batch_size,
         num_steps=num_steps,
     )
     optimizer = make_optimizer(recipe.optim, schedule, structure.members)
@@ -112,7 +128,7 @@ def assemble(recipe: Recipe) -> Setup:
         schedule=schedule,
         num_steps=num_steps,
         train_source=train_source,
-        eval_source=open_source(recipe.data, "eval"),
+        eval_source=eval_source,
         train_step=make_train_step(
             structure,
             optimizer,
@@ -140,7 +156,7 @@ def claim_workdir(workdir: Path, recipe: Recipe) -> None:
         if not stored.exists():
             partial = workdir / f".recipe.json.{os.getpid()}"
             save_recipe(recipe, partial)
-            partial.rename(stored)
+            partial.replace(stored)
         # Not `os.access`: it says yes on read-only file systems and to root.
         probe = workdir / f".writable.{os.getpid()}"
         probe.touch()
@@ -150,6 +166,30 @@ def claim_workdir(workdir: Path, recipe: Recipe) -> None:
     if lines := recipe_differences(read_recipe(stored), recipe):
         raise ConfigError(
             f"workdir {str(workdir)!r} belongs to another recipe; give another workdir, or the same values as before:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+def claim_input(workdir: Path, identity: dict[str, Any]) -> None:
+    """Records what the input of a run is, or checks that it still is the same.
+
+    Raises:
+      ConfigError: the images, their number or order, or how batches are made of them changed; what did is named.
+    """
+    stored = workdir / "input.json"
+    if not stored.exists():
+        if checkpoint.latest_step(workdir) is not None:
+            raise ConfigError(f"workdir {str(workdir)!r} holds checkpoints but no input.json: start in a new workdir")
+        partial = workdir / f".input.json.{os.getpid()}"
+        partial.write_text(json.dumps(identity, indent=1) + "\n")
+        partial.replace(stored)
+    try:
+        recorded = json.loads(stored.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(stored)!r} cannot be read ({error}): start in a new workdir") from error
+    if lines := differences(recorded, identity):
+        raise ConfigError(
+            f"workdir {str(workdir)!r} was trained on another input; give back the same images, or another workdir:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
 
@@ -176,10 +216,12 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
       The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
 
     Raises:
-      ConfigError: the folder holds no run or no checkpoint.
+      ConfigError: the folder holds no run or no checkpoint, or an image cannot be decoded.
+      InputFailed: the input failed otherwise.
     """
     setup, state = read_run(Path(workdir))
-    metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), setup.eval_batches(), setup.mesh)
+    with setup.eval_batches() as batches:
+        metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh)
     assert metrics is not None  # nothing was there to stop it
     return {"step": int(state.step), **metrics}
 

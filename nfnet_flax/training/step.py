@@ -22,7 +22,7 @@ from nfnet_flax.training.state import Structure, TrainState
 
 Batch = dict[str, Any]
 """`image` (N, H, W, 3) uint8 or already normalised float; `label` (N,) int32; optionally `mix_label` (N,) int32 and
-`label_weight` (N,) float32, the share of `label` in the target."""
+`label_weight` (N,) float32, the share of `label` in the target; optionally `is_corrupt` (N,) float32, for a metric."""
 Metrics = dict[str, jax.Array]
 
 
@@ -108,6 +108,8 @@ def make_train_step(
             return state, optax.tree.norm(gradient)
 
         metrics["train/learning_rate"] = schedule(state.step)
+        if "is_corrupt" in batch:
+            metrics["data/num_corrupt"] = jnp.sum(batch["is_corrupt"])
         state, metrics["train/grad_norm"] = lax.cond(
             jnp.isfinite(metrics["train/loss"]), update, keep, state, gradient, batch_stats
         )

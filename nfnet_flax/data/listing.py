@@ -1,0 +1,158 @@
+"""What a set will be prepared from: the place, name and label of every example, before any image is read."""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data import imagenet_tars
+from nfnet_flax.data.array_records import Example
+from nfnet_flax.data.image_folder import class_folders, scan
+from nfnet_flax.data.imagenet_tars import Member
+from nfnet_flax.data.random_access import digest, fixed_order
+
+# Finding the members of a tar is waiting for the disk or the network.
+_NUM_SCAN_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The examples of a split, in `fixed_order`."""
+
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    container: Path
+    """A tar file, or a folder with one folder per class."""
+    file_names: np.ndarray
+    """(N,) bytes: names without folder."""
+    labels: np.ndarray
+    """(N,) int32."""
+    offsets: np.ndarray | None
+    """(N,) int64: first byte within the tar; None for a folder."""
+    sizes: np.ndarray | None
+    """(N,) int64: in bytes; None for a folder."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """`class_name/file_name` of an example."""
+        return f"{self.class_names[self.labels[index]]}/{os.fsdecode(self.file_names[index])}"
+
+    def read(self, index: int) -> Example:
+        """One example, with the image's file byte for byte.
+
+        Raises:
+          ConfigError: the tar ends before the image does.
+        """
+        name = self.name(index)
+        if self.offsets is None or self.sizes is None:
+            image = (self.container / name).read_bytes()
+        else:
+            with open(self.container, "rb") as file:
+                file.seek(self.offsets[index])
+                image = file.read(self.sizes[index])
+            if len(image) != self.sizes[index]:
+                raise ConfigError(f"{str(self.container)!r} ends within {name}: download it again")
+        return Example(int(self.labels[index]), name, image)
+
+    def part(self, start: int, stop: int) -> Self:
+        """The examples `start` to `stop - 1`."""
+        kept = slice(start, stop)
+        return dataclasses.replace(
+            self,
+            file_names=self.file_names[kept],
+            labels=self.labels[kept],
+            offsets=None if self.offsets is None else self.offsets[kept],
+            sizes=None if self.sizes is None else self.sizes[kept],
+        )
+
+    def digest(self) -> str:
+        """Of names, labels and order; of sizes, too, where they are known without a look at every file."""
+        names, sizes = self.file_names, self.sizes
+        known = b"" if sizes is None else sizes.tobytes()
+        return digest(*self.class_names, str(names.dtype), names.tobytes(), self.labels.tobytes(), known)
+
+
+def list_folder(root: Path) -> dict[str, Listing]:
+    """The listings `train` and `eval` of an image folder, from `root/train` and `root/val`.
+
+    Raises:
+      ConfigError: as `image_folder.scan`.
+    """
+    class_names = class_folders(root / "train")
+    listings = {}
+    for split, folder in (("train", root / "train"), ("eval", root / "val")):
+        file_names, labels = scan(folder, class_names)
+        listings[split] = Listing(
+            class_names=class_names, container=folder, file_names=file_names, labels=labels, offsets=None, sizes=None
+        )
+    return listings
+
+
+def _of_tar(path: Path, class_names: tuple[str, ...], examples: Iterable[tuple[int, Member]]) -> Listing:
+    """Of pairs of label and member."""
+    numbers, members = zip(*examples, strict=True)
+    labels = np.array(numbers, np.int32)
+    file_names = np.array([os.fsencode(member.name) for member in members], dtype=bytes)
+    offsets = np.array([member.offset for member in members], np.int64)
+    sizes = np.array([member.size for member in members], np.int64)
+    order = fixed_order(class_names, file_names, labels)
+    return Listing(
+        class_names=class_names,
+        container=path,
+        file_names=file_names[order],
+        labels=labels[order],
+        offsets=offsets[order],
+        sizes=sizes[order],
+    )
+
+
+def list_tars(train: Path, val: Path, *, devkit: Path | None, val_synsets: Path | None) -> dict[str, Listing]:
+    """The listings `train` and `eval` of ILSVRC2012's tars.
+
+    Args:
+      train: ILSVRC2012_img_train.tar.
+      val: ILSVRC2012_img_val.tar.
+      devkit: ILSVRC2012_devkit_t12.tar.gz, for the classes of the validation images; or
+      val_synsets: a text file with them. The development kit counts where both are given.
+
+    Raises:
+      ConfigError: a file is missing, incomplete, or of another kind; or the classes of the two sets differ.
+    """
+    tars = imagenet_tars.class_tars(train)
+    class_names = tuple(tars)
+
+    def members(tar: Member) -> list[Member]:
+        return imagenet_tars.tar_members(train, tar.offset, tar.offset + tar.size)
+
+    with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
+        per_class = list(threads.map(members, tars.values()))
+    train_examples = [(label, member) for label, found in enumerate(per_class) for member in found]
+
+    val_members = sorted(imagenet_tars.tar_members(val, 0, None))
+    names = [member.name for member in val_members]
+    if devkit is not None:
+        classes = imagenet_tars.devkit_classes(devkit)
+    elif val_synsets is not None:
+        classes = imagenet_tars.listed_classes(val_synsets, names)
+    else:
+        raise ConfigError("the classes of the validation images are missing: give --devkit or --val-synsets")
+    if len(classes) != len(names):
+        raise ConfigError(
+            f"{str(devkit or val_synsets)!r} lists {len(classes):,} classes for the {len(names):,} images of "
+            f"{str(val)!r}: both must be of one release"
+        )
+    label_of = {name: label for label, name in enumerate(class_names)}
+    if unknown := sorted(set(classes) - label_of.keys()):
+        raise ConfigError(
+            f"{len(unknown)} classes of the validation images, such as {unknown[0]!r}, are not in {str(train)!r}: "
+            "all files must be of one release"
+        )
+    val_examples = [(label_of[name], member) for name, member in zip(classes, val_members, strict=True)]
+    return {"train": _of_tar(train, class_names, train_examples), "eval": _of_tar(val, class_names, val_examples)}

@@ -1,0 +1,126 @@
+"""What every set of labelled images offers, and the parts that all of them share."""
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from nfnet_flax.config import require
+
+Split = Literal["train", "eval"]
+Record = dict[str, Any]
+"""`image`: bytes of an encoded file, or a (H, W, 3) uint8 array; `label`: an np.int32 scalar."""
+
+
+class CorruptRecordError(ValueError):
+    """The stored bytes of one example cannot be read or fail their checksum. The message names file and record."""
+
+
+class Source(Protocol):
+    """A set of examples with random access. It is picklable: files are opened in the process that reads them."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label, in the order of the labels."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Record:
+        """One example.
+
+        Raises:
+          IndexError: `index` is negative or not below `len(self)`.
+          CorruptRecordError: the container says that the example's bytes are damaged. (Whether they are an image is
+            for the decoder to say.)
+        """
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of what the set is: names, sizes, labels and their order. It does not read the images."""
+
+    def describe(self, index: int) -> str:
+        """Names the file, or the shard and record, of an example."""
+
+
+def check_index(index: int, length: int) -> int:
+    """`index` as an int; raises IndexError outside `[0, length)`: a wrapped index would hide a wrong position."""
+    index = operator.index(index)
+    if not 0 <= index < length:
+        raise IndexError(f"index {index} of a set of {length} examples")
+    return index
+
+
+def digest(*parts: str | bytes) -> str:
+    """Hexadecimal BLAKE2b of the parts, in which the borders between them count."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
+def fixed_order(class_names: Sequence[str], file_names: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The order of the examples of a folder and of the set prepared from it: by a hash of `class_name/file_name`.
+
+    A split sorted by class would make its first 10,000 images, which are held out while tuning, a handful of classes.
+    The hash mixes them, and depends neither on a random generator's version nor on how the files were found.
+
+    Args:
+      class_names: of the labels.
+      file_names: (N,) bytes, without folder.
+      labels: (N,) int32.
+
+    Returns:
+      (N,) int64 permutation.
+    """
+    by_name = np.lexsort((file_names, labels))  # makes equal hashes, should there ever be any, deterministic
+    prefixes = [name.encode(errors="surrogateescape") + b"/" for name in class_names]
+    hashes = b"".join(
+        hashlib.blake2b(prefixes[label] + name, digest_size=8).digest()
+        for label, name in zip(labels[by_name].tolist(), file_names[by_name].tolist(), strict=True)
+    )
+    return by_name[np.argsort(np.frombuffer(hashes, ">u8"), kind="stable")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSlice:
+    """Consecutive examples of another source. Made by `split_off`, which checks the bounds."""
+
+    source: Source
+    """All examples."""
+    start: int
+    """Index of the first one."""
+    stop: int
+    """Index after the last one."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.start + check_index(index, len(self))]
+
+    def fingerprint(self) -> str:
+        return digest(self.source.fingerprint(), f"{self.start}:{self.stop}")
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(self.start + check_index(index, len(self)))
+
+
+def split_off(source: Source, start: int, stop: int) -> Source:
+    """The examples `start` to `stop - 1` of a source, as a source.
+
+    With the first N held out, `split_off(source, 0, N)` evaluates and `split_off(source, N, len(source))` trains.
+
+    Raises:
+      ConfigError: the bounds leave nothing or lie outside the source.
+    """
+    remedy = f"must be a non-empty range within the {len(source)} examples"
+    require(0 <= start < stop <= len(source), "examples", f"{start}:{stop}", remedy)
+    return SourceSlice(source, start, stop)

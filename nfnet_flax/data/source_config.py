@@ -1,0 +1,91 @@
+"""Where labelled images come from; apart from the code that reads them, so that a recipe needs none of it."""
+
+import dataclasses
+
+from nfnet_flax.config import check_types, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitsSource:
+    """scikit-learn's 1,797 handwritten digits, which ship with it. They are enlarged to the recipe's image size."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticSource:
+    """Noise of the recipe's image size that costs nothing to read: to time a step without its input, or to debug."""
+
+    num_train_examples: int = 1_281_167
+    """Size of the training set; ImageNet's."""
+    num_eval_examples: int = 50_000
+    """Size of the held-out set; ImageNet's."""
+    num_classes: int = 1000
+    """Labels run through them in turn."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("num_train_examples", "num_eval_examples"):
+            require(getattr(self, name) >= 1, f"source.{name}", getattr(self, name), "must be at least 1")
+        require(self.num_classes >= 2, "source.num_classes", self.num_classes, "must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """Plain image files, `root/train/class_name/*` and `root/val/class_name/*`; classes are sorted by name."""
+
+    root: str
+    """Folder of both splits; `~` is the home folder."""
+    train: str = "train"
+    """Folder of the training split within `root`. Its class folders number the labels of both splits."""
+    eval: str = "val"
+    """Folder of the held-out split within `root`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("root", "train", "eval"):
+            require(bool(getattr(self, name)), f"source.{name}", getattr(self, name), "give the name of a folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecordSource:
+    """ArrayRecord files written by `tools/prepare_imagenet.py`, with their `train.json` or `eval.json` beside them."""
+
+    train: tuple[str, ...]
+    """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
+    the order of their sorted paths. A pattern must find every shard of the set that it describes."""
+    eval: tuple[str, ...]
+    """Files or patterns of the held-out split."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("train", "eval"):
+            value = getattr(self, name)
+            require(bool(value) and all(value), f"source.{name}", value, "give at least one file or pattern")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSource:
+    """A classification set that TensorFlow Datasets has prepared as `array_record`. TensorFlow is not needed."""
+
+    name: str
+    """`name`, `name/config` or `name/config:1.0.0`, as in `tfds.builder`."""
+    train_split: str = "train"
+    """Training split in TFDS's syntax, such as `train`, `train[:90%]` or `train[10000:]`."""
+    eval_split: str = "validation"
+    """Held-out split in TFDS's syntax."""
+    data_dir: str | None = None
+    """Folder of prepared sets; None: TFDS's own default (`TFDS_DATA_DIR`, or `~/tensorflow_datasets`)."""
+    image_key: str = "image"
+    """Feature that holds the image."""
+    label_key: str = "label"
+    """Feature that holds the class."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("name", "train_split", "eval_split", "image_key", "label_key"):
+            require(bool(getattr(self, name)), f"source.{name}", getattr(self, name), "must not be empty")
+
+
+SourceConfig = DigitsSource | SyntheticSource | FolderSource | ArrayRecordSource | TfdsSource

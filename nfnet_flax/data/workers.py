@@ -1,0 +1,186 @@
+"""Worker processes of the input: each answers "the batch of step N" over a socket.
+
+Batches travel through a socket rather than shared memory, so nothing can be left behind in /dev/shm, whoever is killed.
+Workers are plain child programs rather than `multiprocessing`'s: a script that trains needs no `__main__` guard, and
+the signals that stop a run are blocked in them from their first instruction on.
+"""
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.prefetch import InputFailed, Rows, explain
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_EXIT_TIMEOUT_S = 5.0
+"""How long a worker that closed its socket may take to end."""
+_DUMP_S = 1.0
+"""Time for a stuck worker to write its stacks."""
+
+
+class BatchTable(Protocol):
+    """Batches by step."""
+
+    def __getitem__(self, step: int) -> Rows: ...
+
+
+class WorkerProcess:
+    """A lane that lets a child process compute, one batch at a time."""
+
+    def __init__(self, index: int, make_batches: Callable[[], BatchTable]) -> None:
+        """Starts the process; it makes its batches when the first is asked for.
+
+        Args:
+          index: of the worker, for messages.
+          make_batches: picklable; called once, in the worker.
+        """
+        self._make_batches = make_batches
+        self._is_ready = False
+        self._socket, theirs = socket.socketpair()
+        # The child inherits the mask, so a signal to the process group cannot end it before the main process has saved;
+        # one that arrives meanwhile waits for the mask to be lifted here.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from nfnet_flax.data.workers import serve; serve({theirs.fileno()})"],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=_environment(os.environ),
+            )
+        except OSError as error:
+            self._socket.close()
+            raise InputFailed(f"input worker {index} cannot be started: {error}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+        self._stream = self._socket.makefile("rwb")
+        self.name = f"input worker {index} (pid {self._process.pid})"
+
+    def compute(self, step: int) -> Rows:
+        """The batch of a step.
+
+        Raises:
+          ConfigError: raised by the worker, such as for an image that cannot be decoded.
+          InputFailed: the worker ended or raised.
+        """
+        try:
+            if not self._is_ready:  # here, not at the start: it waits until the worker listens
+                _send(self._stream, pickle.dumps(self._make_batches))
+                self._is_ready = True
+            _send(self._stream, step)
+            answer = pickle.load(self._stream)
+            if isinstance(answer, dict):
+                return {name: _receive_array(self._stream, *header) for name, header in answer.items()}
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise InputFailed(f"{self.name} {self._how_it_ended()}; it owed the batch of step {step}") from error
+        kind, text = answer
+        if issubclass(kind, ConfigError):
+            raise kind(text)
+        raise InputFailed(f"{self.name}, preparing the batch of step {step}: {text}")
+
+    def dump_stacks(self) -> None:
+        """Makes the worker write its stacks to stderr, if it still can."""
+        self._process.send_signal(signal.SIGUSR1)
+        time.sleep(_DUMP_S)
+
+    def stop(self) -> None:
+        """Kills the worker: it has nothing to save."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Kills the worker and waits for its end."""
+        self._process.kill()
+        self._how_it_ended()
+        with contextlib.suppress(OSError):  # a request that nobody reads anymore
+            self._stream.close()
+        self._socket.close()
+
+    def _how_it_ended(self) -> str:
+        try:
+            code = self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "closed its connection but still runs"
+        if code >= 0:
+            return f"exited with code {code}"
+        number = signal.Signals(-code)
+        hint = " (by the system, if it ran out of memory)" if number == signal.SIGKILL else ""
+        return f"was killed by {number.name}{hint}"
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    # The parent's import path, so that both run the same code. JAX comes in with Grain; it must not look for devices.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**environment, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+
+
+def _send(stream: Any, message: Any) -> None:
+    pickle.dump(message, stream)
+    stream.flush()
+
+
+def _receive_array(stream: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.empty(shape, dtype)
+    if stream.readinto(array.data.cast("B")) != array.nbytes:
+        raise EOFError
+    return array
+
+
+def serve(descriptor: int) -> None:
+    """The worker's program: answers requests on a socket until it is closed.
+
+    The first message is a pickled function that makes the batches, every other one is a step. The answer is a dict of
+    (dtype, shape) followed by the arrays' bytes, or (class, text) of an error, after which the worker ends.
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    stream = socket.socket(fileno=descriptor).makefile("rwb")
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        # The socket ends with the main process, however that ends; then this process does, whatever it is busy with.
+        try:
+            while True:
+                requests.put(pickle.load(stream))
+        finally:
+            os._exit(0)
+
+    threading.Thread(target=listen, name="requests", daemon=True).start()
+    with contextlib.suppress(ConnectionError):  # the main process is gone, and this one about to be
+        try:
+            batches = pickle.loads(requests.get())()
+        except Exception as error:
+            _send(stream, _as_answer(error))
+            return
+        while True:
+            try:
+                rows = batches[requests.get()]
+            except Exception as error:
+                _send(stream, _as_answer(error))
+                return
+            _send_rows(stream, rows)
+
+
+def _send_rows(stream: Any, rows: Rows) -> None:
+    arrays = {name: np.ascontiguousarray(array) for name, array in rows.items()}
+    _send(stream, {name: (array.dtype.str, array.shape) for name, array in arrays.items()})
+    for array in arrays.values():
+        stream.write(array.data.cast("B"))
+    stream.flush()
+
+
+def _as_answer(error: Exception) -> tuple[type[Exception], str]:
+    if isinstance(error, ConfigError):
+        return type(error), str(error)
+    return InputFailed, explain(error)

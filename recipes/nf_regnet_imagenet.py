@@ -1,0 +1,64 @@
+"""NF-RegNet-B0 to B8 on ImageNet, as published: no gradient clipping, mixup and CutMix, no RandAugment.
+
+Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it.
+Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
+Command: nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
+         nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --debug --workdir runs/debug
+Published top-1: in the paper's tables; none is repeated here, as none was checked or reached here.
+
+Weight decay grows by 1e-5 with every level; the published code gives it for B0 to B5, and B6 to B8 continue the line.
+Two differences: each image of a batch is mixed with another one of the batch, not with one read for this purpose; and
+evaluation resizes to 32 px more than it crops without keeping the aspect, as NFNet's does, where the published code
+crops the middle first.
+"""
+
+from nfnet_flax.config import require
+from nfnet_flax.data.augment_config import CropAugment
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.mixing_config import MixingConfig
+from nfnet_flax.data.source_config import ArrayRecordSource
+from nfnet_flax.models import model_config
+from nfnet_flax.optim import OptimConfig
+from nfnet_flax.recipe import CheckpointConfig, Recipe
+
+VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
+
+
+def recipe(variant: str = "b0") -> Recipe:
+    """The run of `b0` ... `b8`."""
+    require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
+    model = model_config(f"nf_regnet_{variant}", stochdepth_rate=0.1, compute_dtype="float32")
+    return Recipe(
+        name=f"nf_regnet_{variant}",
+        model=model,
+        num_classes=1000,
+        data=DataConfig(
+            source=ArrayRecordSource(
+                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
+            ),
+            image_size=model.train_image_size,
+            eval_image_size=model.test_image_size,
+            eval_crop_margin=32,
+            batch_size=1024,
+            eval_batch_size=1024,
+            augment=CropAugment(),
+            randaugment=None,
+            mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
+            num_threads=8,  # on each host: give it one for each core
+            prefetch_batches=8,
+        ),
+        optim=OptimConfig(
+            learning_rate_per_256=0.1,  # 0.4 at this batch size
+            final_learning_rate=0.001,
+            warmup_epochs=5.0,
+            momentum=0.9,
+            clipping=None,
+            weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
+            ema_decay=0.99999,
+        ),
+        checkpoint=CheckpointConfig(every_steps=2000),
+        num_epochs=360.0,
+        label_smoothing=0.1,
+        log_every_steps=100,
+        eval_every_steps=20000,
+    )

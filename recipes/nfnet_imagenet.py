@@ -1,0 +1,70 @@
+"""NFNet-F0 to F7 (and F0+ to F7+, wider) on ImageNet, as published.
+
+Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results).
+Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
+Command: nfnet train recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
+         nfnet train recipes/nfnet_imagenet.py:variant=f1 --debug --workdir runs/debug
+While tuning: --data.num-held-out 10000 evaluates on 10,000 training images that it holds out, as the authors did.
+
+Published top-1 (at test px), and hours of one TPUv3 core for 360 epochs, computed from the published time of a
+training step with 32 images per core (input and evaluation not counted). None of it was measured here.
+
+  f0     f1     f2     f3     f4     f5     f6
+  83.6%  84.7%  85.1%  85.7%  85.9%  86.0%  86.5% (with SAM, which this recipe does not have)
+  290    630    1180   2130   4140   5600   11100 (with SAM)
+
+Two differences: each image of a batch is mixed with another one of the batch, not with one read for this purpose; and
+RandAugment's contrast and solarize do what their names say (see nfnet_flax/data/randaugment.py).
+"""
+
+from nfnet_flax.config import require
+from nfnet_flax.data.augment_config import CropAugment
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
+from nfnet_flax.data.source_config import ArrayRecordSource
+from nfnet_flax.models import model_config
+from nfnet_flax.optim import OptimConfig
+from nfnet_flax.recipe import CheckpointConfig, Recipe
+
+MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 15, "f7": 15}
+"""Of RandAugment."""
+
+
+def recipe(variant: str = "f0") -> Recipe:
+    """The run of `f0` ... `f7` or `f0+` ... `f7+`."""
+    level = variant.removesuffix("+")
+    require(level in MAGNITUDES, "variant", variant, f"known are {', '.join(MAGNITUDES)}, and each with a +")
+    model = model_config(f"nfnet_{variant}", compute_dtype="bfloat16")
+    return Recipe(
+        name=f"nfnet_{variant}",
+        model=model,
+        num_classes=1000,
+        data=DataConfig(
+            source=ArrayRecordSource(
+                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
+            ),
+            image_size=model.train_image_size,
+            eval_image_size=model.test_image_size,
+            eval_crop_margin=32,
+            batch_size=4096,
+            eval_batch_size=1024,
+            augment=CropAugment(),
+            randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
+            mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
+            num_threads=8,  # on each host: give it one for each core
+            prefetch_batches=8,
+        ),
+        optim=OptimConfig(
+            learning_rate_per_256=0.1,
+            warmup_epochs=5.0,
+            momentum=0.9,
+            clipping=0.01,
+            weight_decay=2e-5,
+            ema_decay=0.99999,
+        ),
+        checkpoint=CheckpointConfig(every_steps=1000),
+        num_epochs=360.0,
+        label_smoothing=0.1,
+        log_every_steps=100,
+        eval_every_steps=5000,
+    )

@@ -1,0 +1,102 @@
+"""Runs on image folders through the command line: what is wrong with the images is said, and where."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nfnet_flax import cli
+from nfnet_flax.recipe import load_recipe, recipe_differences, save_recipe
+from nfnet_flax.training.run import assemble, claim_input, claim_workdir
+from tests import runs
+from tests.test_cli import fails
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Forty training and eight evaluation images of ten classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 8)):
+        for index in range(count):
+            path = tmp_path / "images" / split / f"class_{index % 10}" / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3)).astype(np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def recipe_on(folder: Path) -> str:
+    """The digits recipe on a folder of images that is still to be named."""
+    text = runs.DIGITS.read_text()
+    for old, new in (
+        ("source=DigitsSource()", "source=FolderSource(root='nowhere'), augment=CropAugment()"),
+        ("import DigitsSource", "import FolderSource\nfrom nfnet_flax.data.augment_config import CropAugment"),
+        ("batch_size=64", "batch_size=8, eval_batch_size=8"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def options(root: Path, tmp_path: Path) -> list[str]:
+    words = f"--workdir {tmp_path / 'run'} --data.source.root {root} --data.augment.min-area 0.5".split()
+    return ["train", recipe_on(tmp_path), *words, *runs.SMALL[0].replace("=", " ").split(), "--model.depths", *"1111"]
+
+
+def test_a_corrupt_image_ends_the_run_with_its_name(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere" in fails(capsys, "train", recipe_on(tmp_path), "--workdir", str(tmp_path / "run"))
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:500])
+    message = fails(capsys, *options(root, tmp_path))
+    assert f"nfnet: error: {root}/train/class_" in message
+    assert "(example " in message
+    none = fails(capsys, *options(root, tmp_path), "--data.on-corrupt", "skip")
+    assert "belongs to another recipe" in none
+    assert "data.on_corrupt: 'raise' -> 'skip'" in none
+
+
+def test_a_run_counts_the_corrupt_images_that_it_replaced(root: Path, tmp_path: Path) -> None:
+    bad = sorted((root / "train").rglob("*.png"))[:4]
+    for path in bad:
+        path.write_bytes(b"not an image")
+    words = [*options(root, tmp_path), "--num-steps", "5", "--log-every-steps", "2", "--data.on-corrupt", "skip"]
+    assert cli.main(words) == cli.EXIT_DONE
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # Five batches of eight are one epoch; steps 1, 3 and 5 are no log steps.
+    assert sum(row.get("data/num_corrupt", 0) for row in rows) == len(bad)
+
+
+def test_another_input_under_the_same_recipe_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(recipe_on(tmp_path))
+    path.write_text(path.read_text().replace("'nowhere'", repr(str(root))))
+    recipe = load_recipe(path)
+    workdir = tmp_path / "run"
+    claim_workdir(workdir, recipe)
+    claim_input(workdir, assemble(recipe).input_identity())
+    claim_input(workdir, assemble(recipe).input_identity())
+    next((root / "train").rglob("*.png")).unlink()
+    message = fails(capsys, "train", str(path), "--workdir", str(workdir))
+    assert "was trained on another input" in message
+    assert "source.num_examples: 40 -> 39" in message
+
+
+def test_more_classes_than_outputs_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, *options(root, tmp_path), "--num-classes", "9")
+    assert "num_classes = 9: must be at least 10" in message
+
+
+def test_how_many_threads_prepare_the_input_may_change_at_a_resume(tmp_path: Path) -> None:
+    recipe = load_recipe(runs.DIGITS)
+    save_recipe(recipe, tmp_path / "recipe.json")
+    faster = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_workers=3, stall_timeout_s=9.0))
+    assert recipe_differences(recipe, faster) == []
+    smaller = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=32))
+    assert recipe_differences(recipe, smaller) == ["data.batch_size: 64 -> 32"]

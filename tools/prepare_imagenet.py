@@ -1,0 +1,276 @@
+"""Writes ImageNet, or any image folder, as sharded ArrayRecord files with random access; or checks such files.
+
+    python tools/prepare_imagenet.py --out data/imagenet --train-tar ILSVRC2012_img_train.tar \
+        --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+    python tools/prepare_imagenet.py --out data/pets --folder pets --no-expect-imagenet --train-shards 8 --eval-shards 2
+    python tools/prepare_imagenet.py --out data/imagenet --verify
+
+Stopped or killed, the same command continues: finished shards are kept. Labels are the positions of the sorted WordNet
+ids (folder names). Within a split the examples are ordered by a hash of `class_name/file_name`: consecutive ones are of
+mixed classes, and a folder, the tars, and what is made from either have the same order. Nothing is unpacked to disk,
+and images are stored byte for byte as they are. Space needed: that of the tars or the folder.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import tyro
+
+from nfnet_flax.config import ConfigError, require, to_json
+from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_path, read_manifest, shard_name
+from nfnet_flax.data.listing import Listing, list_folder, list_tars
+from nfnet_flax.data.random_access import digest
+from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
+IMAGENET_CLASSES = 1000
+MAX_PROBLEMS_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Give the tars, or a folder, or only --verify."""
+
+    out: Path
+    """Folder of the prepared set."""
+    train_tar: Path | None = None
+    """ILSVRC2012_img_train.tar."""
+    val_tar: Path | None = None
+    """ILSVRC2012_img_val.tar."""
+    devkit: Path | None = None
+    """ILSVRC2012_devkit_t12.tar.gz: the classes of the validation images."""
+    val_synsets: Path | None = None
+    """Instead of --devkit, a text file: 'ILSVRC2012_val_00000001.JPEG n01751748' in each line, or the class alone."""
+    folder: Path | None = None
+    """Instead of the tars, a folder: train/CLASS/* and val/CLASS/*."""
+    verify: bool = False
+    """Check counts, checksums and that every image decodes; after preparing, if there is something to prepare from."""
+    expect_imagenet: bool = True
+    """Refuse a set that has not ImageNet's 1000 classes, 1,281,167 and 50,000 images."""
+    train_shards: int = 256
+    """Files of the training split."""
+    eval_shards: int = 16
+    """Files of the held-out split."""
+    num_processes: int = os.cpu_count() or 1
+    """Shards that are written or checked at a time."""
+
+    def __post_init__(self) -> None:
+        tars = (self.train_tar, self.val_tar, self.devkit or self.val_synsets)
+        require(all(tars) or not any(tars), "--train-tar", self.train_tar, "give --val-tar and --devkit along with it")
+        require(not (self.devkit and self.val_synsets), "--val-synsets", self.val_synsets, "leave out, or --devkit")
+        require(not (any(tars) and self.folder), "--folder", self.folder, "leave out, or the tars")
+        require(any((*tars, self.folder, self.verify)), "--verify", False, "give this, or the tars, or --folder")
+        for name, value in (("train", self.train_shards), ("eval", self.eval_shards)):
+            require(1 <= value <= 99_999, f"--{name}-shards", value, "must lie in [1, 99999]")
+        require(self.num_processes >= 1, "--num-processes", self.num_processes, "must be at least 1")
+
+    def num_shards(self, split: str) -> int:
+        """Files of a split."""
+        return self.train_shards if split == "train" else self.eval_shards
+
+
+def check_counts(split: str, class_names: Sequence[str], num_examples: int) -> None:
+    """Raises ConfigError unless a split has ImageNet's counts."""
+    for kind, found, wanted in (
+        ("classes", len(class_names), IMAGENET_CLASSES),
+        ("images", num_examples, IMAGENET_EXAMPLES[split]),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"{split} has {found:,} {kind}, ImageNet has {wanted:,}: download it again, or say "
+                "--no-expect-imagenet if it is another set"
+            )
+
+
+def _start_worker() -> None:
+    """Runs first in each worker: it leaves Ctrl-C to the main process, and ends when that one does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "a worker process died, perhaps for want of memory: use a smaller --num-processes"
+            ) from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # waiting for their shards would take minutes
+            raise
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # shards that have not begun; those under way are finished
+            raise
+
+
+def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[int]) -> None:
+    """Waits for all futures and keeps a line up to date; raises the first of their errors."""
+    number_of = dict(zip(futures, num_images, strict=True))
+    began, done = time.monotonic(), 0
+    end = "\r" if sys.stderr.isatty() else "\n"
+    for finished, future in enumerate(as_completed(futures), start=1):
+        future.result()
+        done += number_of[future]
+        rate = done / (time.monotonic() - began)
+        line = f"{label}: {finished}/{len(futures)} shards, {done:,}/{sum(num_images):,} images, {rate:,.0f} images/s"
+        print(line, end=end, file=sys.stderr, flush=True)
+    print(end="" if end == "\n" else "\n", file=sys.stderr, flush=True)
+
+
+def _write_json(path: Path, data: object) -> None:
+    """Atomically."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with open(partial, "w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessPoolExecutor) -> None:
+    """Writes what is missing of a split, then its manifest.
+
+    Raises:
+      ConfigError: the folder holds shards of another input, or there are fewer images than shards.
+    """
+    num_shards = options.num_shards(split)
+    require(num_shards <= len(listing), f"--{split}-shards", num_shards, f"{split} has only {len(listing)} images")
+    input_digest = digest(listing.digest(), str(num_shards))
+    plan, manifest = options.out / f"{split}.plan.json", manifest_path(options.out, split)
+    paths = [options.out / shard_name(split, index, num_shards) for index in range(num_shards)]
+    if manifest.exists():
+        old = read_manifest(options.out, split)
+        known = old.input_digest
+        sizes = {shard.file: shard.num_bytes for shard in old.shards}
+        if known == input_digest and all(path.is_file() and path.stat().st_size == sizes[path.name] for path in paths):
+            print(f"{split}: complete, {len(listing):,} images in {num_shards} shards: nothing to do")
+            return
+    elif plan.exists():
+        known = json.loads(plan.read_text())["input_digest"]
+    else:
+        known = "" if any(options.out.glob(f"{split}-*")) else input_digest
+    if known != input_digest:
+        raise ConfigError(
+            f"{str(options.out)!r} holds {split} shards of another input or of another number of shards: give an "
+            "empty folder"
+        )
+    if not manifest.exists():
+        _write_json(plan, {"input_digest": input_digest})
+    borders = [len(listing) * index // num_shards for index in range(num_shards + 1)]
+    parts = [listing.part(start, stop) for start, stop in itertools.pairwise(borders)]
+    kept = sum(path.exists() for path in paths)
+    print(f"{split}: {len(listing):,} images to {num_shards} shards, of which {kept} are there", flush=True)
+    futures: list[Future[Shard]] = [pool.submit(make_shard, *job) for job in zip(paths, parts, strict=True)]
+    _show_progress(split, futures, [len(part) for part in parts])
+    shards = tuple(future.result() for future in futures)
+    result = Manifest(
+        format_version=FORMAT_VERSION, class_names=listing.class_names, input_digest=input_digest, shards=shards
+    )
+    _write_json(manifest, to_json(result))
+    plan.unlink(missing_ok=True)
+
+
+def verify_split(options: Options, split: str, pool: ProcessPoolExecutor) -> list[str]:
+    """Checks every shard that the manifest lists; returns one line per problem."""
+    manifest = read_manifest(options.out, split)
+    if options.expect_imagenet:
+        check_counts(split, manifest.class_names, manifest.num_records)
+    futures = [
+        pool.submit(check_shard, options.out / shard.file, shard, manifest.class_names) for shard in manifest.shards
+    ]
+    _show_progress(f"verify {split}", futures, [shard.num_records for shard in manifest.shards])
+    problems = [problem for future in futures for problem in future.result()]
+    if not problems:
+        print(f"{split}: {manifest.num_records:,} images of {len(manifest.class_names)} classes are sound")
+    return problems
+
+
+@contextlib.contextmanager
+def _sole_owner(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder, and removes what a killed one left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is preparing {str(folder)!r}: wait for it, or stop it") from error
+        for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
+            partial.unlink()
+        yield
+
+
+def run(options: Options) -> None:
+    """Prepares, then verifies, as asked.
+
+    Raises:
+      ConfigError: the input or the output is not what it should be.
+    """
+    listings: dict[str, Listing] = {}
+    if options.folder is not None:
+        listings = list_folder(options.folder)
+    elif options.train_tar is not None and options.val_tar is not None:
+        print(f"looking through {options.train_tar} ...", flush=True)
+        listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
+    for split, listing in listings.items():
+        if options.expect_imagenet:
+            check_counts(split, listing.class_names, len(listing))
+    with _workers(options.num_processes) as pool:
+        if listings:
+            with _sole_owner(options.out):
+                for split, listing in listings.items():
+                    prepare_split(options, split, listing, pool)
+        problems = (
+            [problem for split in ("train", "eval") for problem in verify_split(options, split, pool)]
+            if options.verify
+            else []
+        )
+    if problems:
+        shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
+        raise ConfigError(
+            f"{len(problems)} problems:\n  {shown}\nDelete these shards and run the command that prepared them again"
+        )
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        run(tyro.cli(Options, description=__doc__))
+    except (ConfigError, OSError) as error:
+        print(f"prepare_imagenet: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
