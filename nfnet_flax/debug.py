@@ -60,15 +60,15 @@ def _small(model: ModelConfig) -> ModelConfig:
     model = dataclasses.replace(model, train_image_size=_TRAIN_PX, test_image_size=_EVAL_PX)
     match model:
         case NFNetConfig():
-            return dataclasses.replace(model, widths=(16, 32, 48, 48), depths=_DEPTHS, group_width=8)
+            return dataclasses.replace(model, widths=(16, 16, 32, 32), depths=_DEPTHS, group_width=8)
         case NFResNetConfig():
-            return dataclasses.replace(model, widths=(32, 64, 96, 128), depths=_DEPTHS, stem_width=16)
+            return dataclasses.replace(model, widths=(32, 32, 64, 64), depths=_DEPTHS, stem_width=16)
         case NFRegNetConfig():
-            return dataclasses.replace(model, widths=(24, 32, 48, 64), depths=_DEPTHS)
+            return dataclasses.replace(model, widths=(16, 16, 24, 24), depths=_DEPTHS)
         case ResNetConfig():
             num_groups = min(model.num_groups, 4)
             return dataclasses.replace(
-                model, widths=(32, 64, 96, 128), depths=_DEPTHS, stem_width=16, num_groups=num_groups
+                model, widths=(32, 32, 64, 64), depths=_DEPTHS, stem_width=16, num_groups=num_groups
             )
         case EfficientNetConfig():
             return dataclasses.replace(model, width_multiplier=0.25, depth_multiplier=0.3)
