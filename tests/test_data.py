@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, differences
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
@@ -24,6 +24,8 @@ from nfnet_flax.data.sources import ArraySource, digits
 
 DIGITS = DataConfig(source=DigitsSource(), image_size=8, eval_image_size=8, batch_size=24, eval_batch_size=8)
 NUM_FILES = 60
+WHOLE = CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False)
+"""No augmentation: the largest square, as it is."""
 
 
 @pytest.fixture(scope="module")
@@ -127,26 +129,17 @@ def test_a_batch_depends_on_seed_and_step_only(folder: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["augment", "randaugment", "mixing"])
 def test_an_example_is_augmented_anew_in_each_epoch(folder: Path, stage: str) -> None:
-    off: dict[str, Any] = {
-        "augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False),
-        "randaugment": None,
-        "mixing": None,
-    }
-    one = pipeline.split_off(pipeline.open_split(everything_on(folder), "train"), 0, 8)
-    still = batches(everything_on(folder), 0, 1, source=one, batch_size=16, **off)[0]
+    config = everything_on(folder)
+    on: dict[str, Any] = {"augment": config.augment, "randaugment": config.randaugment, "mixing": config.mixing}
+    off: dict[str, Any] = {"augment": WHOLE, "randaugment": None, "mixing": None}
+    eight = pipeline.split_off(pipeline.open_split(config, "train"), 0, 8)
+    still = batches(config, 0, 1, source=eight, batch_size=16, **off)[0]
     assert len(np.unique(still["image"], axis=0)) == 8  # two epochs of eight examples: the same images twice
-    changed = batches(
-        everything_on(folder), 0, 1, source=one, batch_size=16, **{**off, stage: default_of(stage, folder)}
-    )
-    assert len(np.unique(changed[0]["image"], axis=0)) > 8
-
-
-def default_of(stage: str, folder: Path) -> Any:
-    return {field.name: getattr(everything_on(folder), field.name) for field in dataclasses.fields(DataConfig)}[stage]
+    changed = batches(config, 0, 1, source=eight, batch_size=16, **{**off, stage: on[stage]})[0]
+    assert len(np.unique(changed["image"], axis=0)) > 8
 
 
 def test_randaugment_comes_after_or_before_mixing(folder: Path) -> None:
-    # Magnitude 0 makes the colour operations blend almost fully with grey or black, so the order shows.
     after, before = (
         batches(everything_on(folder), 0, 1, randaugment=RandAugmentConfig(order=order))[0]
         for order in ("after_mixing", "before_mixing")
@@ -246,9 +239,8 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_counted(folder: Path, tmp_p
     source = pipeline.open_split(config, "train")
     is_bad = [any(name in source.describe(index) for name in names) for index in range(len(source))]
     assert sum(is_bad) == NUM_FILES // 2
-    whole: dict[str, Any] = {"augment": CropAugment(min_area=1.0, min_aspect=1.0, max_aspect=1.0, flip=False)}
     # One epoch holds every index once: of all rows, as many as there are bad files are marked.
-    rows = batches(config, 0, 1, batch_size=NUM_FILES, **whole)[0]
+    rows = batches(config, 0, 1, batch_size=NUM_FILES, augment=WHOLE)[0]
     assert rows["is_corrupt"].sum() == sum(is_bad)
     # What stands in for index i is the first good one after it.
     wanted = []
@@ -257,7 +249,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_counted(folder: Path, tmp_p
             index += 1
         wanted.append(source[index % len(source)]["label"])
     assert np.array_equal(np.bincount(rows["label"]), np.bincount(wanted))
-    assert as_bytes([rows]) == as_bytes(batches(config, 0, 1, batch_size=NUM_FILES, num_threads=1, **whole))
+    assert as_bytes([rows]) == as_bytes(batches(config, 0, 1, batch_size=NUM_FILES, num_threads=1, augment=WHOLE))
 
 
 def test_an_evaluation_leaves_corrupt_images_out_only_if_told_to(folder: Path, tmp_path: Path) -> None:
@@ -303,8 +295,6 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
 
 
 def test_the_identity_of_an_input_names_what_decides_its_bytes(folder: Path, tmp_path: Path) -> None:
-    from nfnet_flax.config import differences
-
     def identity(config: DataConfig, seed: int = 0) -> dict[str, Any]:
         sources = {f"{split}_source": pipeline.open_split(config, split) for split in ("train", "eval")}
         return pipeline.input_identity(config, seed=seed, **sources)

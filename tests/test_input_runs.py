@@ -13,6 +13,7 @@ from nfnet_flax.recipe import load_recipe, recipe_differences, save_recipe
 from nfnet_flax.training.run import assemble, claim_input, claim_workdir
 from tests import runs
 from tests.test_cli import fails
+from tests.test_resume import scalars
 
 
 @pytest.fixture
@@ -70,6 +71,9 @@ def test_a_run_counts_the_corrupt_images_that_it_replaced(root: Path, tmp_path: 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Five batches of eight are one epoch; steps 1, 3 and 5 are no log steps.
     assert sum(row.get("data/num_corrupt", 0) for row in rows) == len(bad)
+    shown = scalars(tmp_path / "run")["data/num_corrupt"]
+    assert sum(value for _, value in shown) == len(bad)
+    assert len({step for step, _ in shown}) == len(shown)
 
 
 def test_another_input_under_the_same_recipe_is_refused(

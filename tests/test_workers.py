@@ -93,6 +93,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def all_end(pids: list[int], within_s: float) -> bool:
+    """Whether none of the processes runs any more, at the latest after `within_s`."""
+    deadline = time.monotonic() + within_s
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(map(is_running, pids))
+
+
 def first_failure(iterator: Batches) -> str:
     with iterator, pytest.raises(InputFailed) as caught:
         list(iterator)
@@ -170,7 +178,7 @@ def test_signals_that_stop_a_run_do_not_reach_workers() -> None:
         for _ in range(20):
             seen |= set(next(iterator)["label"].tolist())
         assert seen == set(pids)
-    assert not any(is_running(pid) for pid in pids)
+    assert not any(map(is_running, pids))
 
 
 def test_a_worker_never_starts_a_jax_backend() -> None:
@@ -188,18 +196,23 @@ def test_a_worker_never_starts_a_jax_backend() -> None:
 
 
 ORPHANS = """
-import sys
-from tests.test_workers import Probe, batches
-source = Probe(sys.argv[1])
-iterator = batches(source, num_workers=2)
-print(*{pid for _ in range(4) for pid in next(iterator)["label"].tolist()}, flush=True)
+import os, sys
+from tests.test_workers import InputFailed, Probe, batches, workers_of
+iterator = batches(Probe(sys.argv[1]), num_workers=2, stall_timeout_s=3.0)
+try:
+    for _ in range(4):
+        next(iterator)
+except InputFailed:
+    assert sys.argv[1] == "stick"
+print(*workers_of(os.getpid()), flush=True)
 sys.stdin.read()
 """
 
 
-def test_workers_end_when_the_main_process_is_killed() -> None:
+@pytest.mark.parametrize("behaviour", ["fine", "stick"])
+def test_workers_end_when_the_main_process_is_killed(behaviour: str) -> None:
     main = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, "fine"],
+        [sys.executable, "-c", ORPHANS, behaviour],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -212,8 +225,9 @@ def test_workers_end_when_the_main_process_is_killed() -> None:
     assert all(map(is_running, pids))
     main.kill()
     _, errors = main.communicate(timeout=30)  # ends once every process that holds the pipe has
-    assert errors == ""
-    assert not any(map(is_running, pids))
+    assert "Traceback" not in errors
+    assert (errors == "") == (behaviour == "fine")
+    assert all_end(pids, within_s=5)
 
 
 def shared_memory() -> set[str]:
@@ -240,7 +254,7 @@ def test_a_stopped_run_saves_and_a_killed_worker_ends_the_next(tmp_path: Path) -
             killed, *others = workers_of(process.pid)
             os.kill(killed, signal.SIGKILL)
             killed_at = time.monotonic()
-    process.wait(timeout=60)
+    runs.finish(process)
     assert time.monotonic() - killed_at < 30
     assert f"continuing from step {step} " in printed
     assert process.returncode == EXIT_INPUT_FAILED, printed
@@ -249,6 +263,6 @@ def test_a_stopped_run_saves_and_a_killed_worker_ends_the_next(tmp_path: Path) -
     )
     assert "Traceback" not in printed
     assert others
-    assert not any(map(is_running, others))
+    assert all_end(others, within_s=5)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
     assert shared_memory() == before

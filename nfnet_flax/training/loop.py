@@ -206,16 +206,14 @@ class _Window:
                     "Nothing of this step was saved; lower optim.learning_rate_per_256 or optim.clipping "
                     "and start in a new workdir"
                 )
-            num_corrupt = metrics.get("data/num_corrupt", 0.0)
-            if num_corrupt > 0:  # every one is on record, be a log step due or not
-                self._log.write(done, {"data/num_corrupt": num_corrupt})
-                self._progress.say(f"step {done}: {num_corrupt:.0f} corrupt images replaced")
             if done % recipe.log_every_steps == 0:
                 rate = self._progress.images_per_s(step)
                 metrics["throughput/images_per_s"] = rate
                 metrics["time/data_wait_s"] = self._data_wait_s
                 self._log.write(done, metrics)
                 self._progress.show(done, metrics["train/loss"], rate)
+            elif metrics.get("data/num_corrupt", 0.0) > 0:  # every one is on record, though no log step is due
+                self._log.write(done, {"data/num_corrupt": metrics["data/num_corrupt"]})
         self._pending.clear()
         if step % recipe.log_every_steps == 0:
             self._data_wait_s = 0.0

@@ -1,0 +1,81 @@
+"""Evaluation: its metrics against NumPy on the same logits, whatever does not divide."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnet_flax.data import pipeline
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.sources import ArraySource
+from nfnet_flax.models import NFNetConfig
+from nfnet_flax.models.params import merge
+from nfnet_flax.optim import OptimConfig, make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.evaluation import EvalStep, Weights, make_eval_step, run_evaluation
+from nfnet_flax.training.state import Structure, create_state, model_structure
+from nfnet_flax.training.step import normalise
+
+CONFIG = DataConfig(image_size=16, eval_image_size=16, eval_batch_size=16)
+NUM_CLASSES = 7
+Network = tuple[Structure, Weights, EvalStep]
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """A small network with random weights (a new one gives the same logits to every class)."""
+    structure = model_structure(
+        NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5), NUM_CLASSES
+    )
+    optimizer = make_optimizer(OptimConfig(), lambda step: 0.1, structure.members)
+    state = create_state(structure, 0, optimizer, make_mesh())
+    rng = np.random.default_rng(1)
+    params = {
+        name: np.asarray(value) + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
+        for name, value in sorted(state.params.items())
+    }
+    step = make_eval_step(structure, make_mesh(), mean=CONFIG.mean, std=CONFIG.std)
+    return structure, (params, state.batch_stats), step
+
+
+def with_numpy(network: Network, source: ArraySource) -> dict[str, float]:
+    structure, weights, _ = network
+    model = merge(structure.graphdef, *weights)
+    model.eval()
+    logits = np.asarray(jax.jit(model)(normalise(jnp.asarray(source.images), CONFIG.mean, CONFIG.std)), np.float64)
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    rows = np.arange(len(source))
+    rank = np.sum(logits > logits[rows, source.labels][:, None], axis=1)
+    return {
+        "eval/loss": float(np.mean(-np.log(probabilities[rows, source.labels]))),
+        "eval/top1": float(np.mean(rank < 1)),
+        "eval/top5": float(np.mean(rank < 5)),
+        "eval/num_examples": float(len(source)),
+    }
+
+
+@pytest.mark.parametrize("num_examples", [1, 37, 100])
+def test_metrics_are_numpys_over_any_number_of_processes(network: Network, num_examples: int) -> None:
+    rng = np.random.default_rng(num_examples)
+    images = rng.integers(0, 256, (num_examples, 16, 16, 3)).astype(np.uint8)
+    labels = rng.integers(0, NUM_CLASSES, num_examples).astype(np.int32)
+    source = ArraySource(images=images, labels=labels)
+    wanted = with_numpy(network, source)
+    if num_examples > 1:
+        assert 0 < wanted["eval/top1"] < wanted["eval/top5"] < 1
+    _, weights, step = network
+    for num_processes in (1, 2, 4):
+        parts = []
+        for index in range(num_processes):
+            config = dataclasses.replace(CONFIG, num_threads=1)
+            with pipeline.eval_batches(config, source, process_index=index, num_processes=num_processes) as iterator:
+                parts.append(list(iterator))
+        whole = [
+            {name: np.concatenate([rows[name] for rows in batch]) for name in batch[0]}
+            for batch in zip(*parts, strict=True)
+        ]
+        found = run_evaluation(step, {"eval": weights}, whole, make_mesh())
+        assert found == pytest.approx(wanted, rel=1e-5)
