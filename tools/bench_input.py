@@ -4,7 +4,8 @@
 then reads each image, draws the random resized crop, flips, resizes to 224 px and batches, as uint8. Each contestant is
 a process of its own that is bound to the same cores; all are started and warmed up first, then they take turns for
 `--rounds` rounds. The table gives medians and, against ours, medians of the ratios within a round. What cannot be
-imported is named and left out.
+imported is named and left out. Ratios mean something on an otherwise idle machine only: TensorFlow runs more threads
+than ours, and so gets more of a busy one.
 """
 
 import argparse
@@ -139,7 +140,7 @@ def torchvision(options: Options, *, decoder: str, interpolation: str) -> Pass:
 
 
 def tf_data(options: Options) -> Pass:
-    """The published decode-and-crop (TensorFlow): only the crop is decoded; bicubic, not antialiased."""
+    """The published decode-and-crop: TensorFlow decodes the crop alone, with the fast DCT; bicubic, not antialiased."""
     import tensorflow as tf
 
     def load(path: Any) -> Any:

@@ -65,6 +65,9 @@ def sample_crop(height: int, width: int, rng: np.random.Generator, *, image_size
     area is not uniform; then the place is uniform. Where `num_tries` draws give no crop of an allowed area (very long
     images), it is the centred square of `image_size / (image_size + 32)` times the shorter side.
 
+    The published call also demands that a tenth of the image be covered, so that its crops begin at area 0.1 in effect;
+    here `min_area` is what it says.
+
     Args:
       height: of the image, in pixels.
       width: of the image, in pixels.
@@ -86,7 +89,7 @@ def sample_crop(height: int, width: int, rng: np.random.Generator, *, image_size
             left = int(rng.integers(width - crop_width, endpoint=True))
             return Crop(top, left, crop_height, crop_width)
     side = max(1, min(height, width) * image_size // (image_size + _CENTRE_MARGIN))
-    return Crop((height - side) // 2, (width - side) // 2, side, side)
+    return Crop((height - side + 1) // 2, (width - side + 1) // 2, side, side)
 
 
 def eval_crop(image: bytes | np.ndarray, *, image_size: int, margin: int, resampler: Resampler) -> np.ndarray:
@@ -106,7 +109,7 @@ def eval_crop(image: bytes | np.ndarray, *, image_size: int, margin: int, resamp
     """
     pixels = decode(image) if isinstance(image, bytes) else image
     resized = resize(pixels, image_size + margin, image_size + margin, resampler)
-    start = margin // 2
+    start = (margin + 1) // 2
     return np.ascontiguousarray(resized[start : start + image_size, start : start + image_size])
 
 
