@@ -15,7 +15,7 @@ is our choice and not a published one. The published learning rate, 0.256, belon
 resized to 32 px more than the crop on each side.
 """
 
-from nfnet_flax.config import unknown_name
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import RandAugmentConfig
@@ -29,8 +29,7 @@ VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
 
 def recipe(variant: str = "b0") -> Recipe:
     """The run of `b0` ... `b7`."""
-    if variant not in VARIANTS:
-        raise unknown_name("variant", variant, VARIANTS)
+    require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     model = model_config(f"efficientnet_{variant}", compute_dtype="bfloat16")
     return Recipe(
         name=f"efficientnet_{variant}",

@@ -12,7 +12,7 @@ evaluation resizes to 32 px more than it crops without keeping the aspect, as NF
 crops the middle first.
 """
 
-from nfnet_flax.config import unknown_name
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig
@@ -26,8 +26,7 @@ VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
 
 def recipe(variant: str = "b0") -> Recipe:
     """The run of `b0` ... `b8`."""
-    if variant not in VARIANTS:
-        raise unknown_name("variant", variant, VARIANTS)
+    require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     model = model_config(f"nf_regnet_{variant}", stochdepth_rate=0.1, compute_dtype="float32")
     return Recipe(
         name=f"nf_regnet_{variant}",

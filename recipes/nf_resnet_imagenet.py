@@ -10,7 +10,7 @@ recipes/resnet_imagenet.py is the same with BatchNorm. At batches larger than th
 --optim.clipping 0.01 (arXiv 2102.06171).
 """
 
-from nfnet_flax.config import unknown_name
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
@@ -24,8 +24,7 @@ VARIANTS = ("50", "101", "152", "200", "288", "600")
 
 def recipe(variant: str = "50") -> Recipe:
     """The run of one depth."""
-    if variant not in VARIANTS:
-        raise unknown_name("variant", variant, VARIANTS)
+    require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     model = model_config(f"nf_resnet{variant}", drop_rate=0.0, compute_dtype="float32")
     return Recipe(
         name=f"nf_resnet{variant}",

@@ -4,7 +4,7 @@ Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settin
 Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
 Command: nfnet train recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
          nfnet train recipes/nfnet_imagenet.py:variant=f1 --debug --workdir runs/debug
-While tuning: --data.num-held-out 10000 evaluates on the first 10,000 training images, as the authors did.
+While tuning: --data.num-held-out 10000 evaluates on 10,000 training images that it holds out, as the authors did.
 
 Published top-1 (at test px), and hours of one TPUv3 core for 360 epochs, computed from the published time of a
 training step with 32 images per core (input and evaluation not counted). None of it was measured here.
@@ -17,7 +17,7 @@ Two differences: each image of a batch is mixed with another one of the batch, n
 RandAugment's contrast and solarize do what their names say (see nfnet_flax/data/randaugment.py).
 """
 
-from nfnet_flax.config import unknown_name
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
@@ -33,8 +33,7 @@ MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 1
 def recipe(variant: str = "f0") -> Recipe:
     """The run of `f0` ... `f7` or `f0+` ... `f7+`."""
     level = variant.removesuffix("+")
-    if level not in MAGNITUDES:
-        raise unknown_name("variant", variant, [name + suffix for name in MAGNITUDES for suffix in ("", "+")])
+    require(level in MAGNITUDES, "variant", variant, f"known are {', '.join(MAGNITUDES)}, and each with a +")
     model = model_config(f"nfnet_{variant}", compute_dtype="bfloat16")
     return Recipe(
         name=f"nfnet_{variant}",

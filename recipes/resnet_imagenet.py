@@ -11,7 +11,7 @@ Batch statistics are those of each microbatch on each device: the published expe
 together, and did not share statistics among them.
 """
 
-from nfnet_flax.config import unknown_name
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
@@ -30,8 +30,7 @@ NAMES = {
 
 def recipe(variant: str = "50") -> Recipe:
     """The run of one depth, or of `se_resnext_d50`."""
-    if variant not in NAMES:
-        raise unknown_name("variant", variant, NAMES)
+    require(variant in NAMES, "variant", variant, f"known are {', '.join(NAMES)}")
     model = model_config(NAMES[variant], compute_dtype="float32")
     return Recipe(
         name=NAMES[variant],
