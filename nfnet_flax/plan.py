@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock guards a chip, and there is none
 }
 _REMATERIALIZATIONS: tuple[Literal["none", "blocks", "full"], ...] = ("none", "blocks", "full")
 
@@ -89,7 +90,7 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     from nfnet_flax.training.state import abstract_state, model_structure
     from nfnet_flax.training.step import make_train_step
 
-    mesh = make_mesh(_devices(topology))
+    mesh = make_mesh(devices_of(topology))
     batch_size, size = recipe.data.batch_size, recipe.data.image_size
     check_batch_size("data.batch_size", batch_size, mesh)
     check_microbatches(recipe.execution.num_microbatches, batch_size, mesh)
@@ -161,7 +162,12 @@ def _report(
     )
 
 
-def _devices(topology: str) -> list[Any]:
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology, as the compiler sees them.
+
+    Raises:
+      ConfigError: libtpu is missing, or knows no such topology.
+    """
     from jax.experimental import topologies
 
     try:
@@ -207,7 +213,7 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
     Returns:
       The plans that were compiled, the one to take last.
     """
-    num_devices = len(_devices(topology))
+    num_devices = len(devices_of(topology))
     found: list[Plan] = []
     best: Plan | None = None
     for rematerialization in _REMATERIALIZATIONS:

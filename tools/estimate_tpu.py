@@ -1,0 +1,105 @@
+"""A table of the compiler's estimates for named networks on TPUs that nobody has to own (`nfnet plan` for many).
+
+`python tools/estimate_tpu.py --models nfnet_f0 nfnet_f1 --topologies v5e:2x4` (extra `tpu`) compiles the whole training
+step (bfloat16, AGC, decay, momentum, EMA and metrics included) at each network's training size and prints one line of
+Markdown as soon as it is known, beside the step's latency that the paper measured on TPUv3 (arXiv 2102.06171, table 3,
+"published"). Each is compiled in a process of its own, one after the other.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Milliseconds of a training step on TPUv3, 32 images per device.
+PUBLISHED_MS = {
+    "nfnet_f0": 73.3, "nfnet_f1": 158.5, "nfnet_f2": 295.8, "nfnet_f3": 532.2, "nfnet_f4": 1033.3, "nfnet_f5": 1398.5,
+    "nfnet_f6": 2774.1,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["nfnet_f0"])
+    parser.add_argument("--topologies", nargs="+", default=["v3:2x2", "v5e:2x4", "v6e:2x4"])
+    parser.add_argument("--images-per-device", type=int, default=32)
+    parser.add_argument("--microbatches-per-device", type=int, default=1)
+    parser.add_argument("--rematerialization", choices=("none", "blocks", "full"), default="none")
+    parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one compilation")
+    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inner:
+        print(json.dumps(estimate(options)))
+        return
+    columns = ["network", "px", "TPU", "images", "rematerialization", "memory", "FLOPs", "estimate", "per image"]
+    columns += ["published v3", "compiled"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for model in options.models:
+        for topology in options.topologies:
+            print(line(options, model, topology), flush=True)
+
+
+def line(options: argparse.Namespace, model: str, topology: str) -> str:
+    """One row of the table, or what went wrong."""
+    command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]
+    command += ["--images-per-device", str(options.images_per_device), "--rematerialization", options.rematerialization]
+    command += ["--microbatches-per-device", str(options.microbatches_per_device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout_s, check=True)
+    except subprocess.TimeoutExpired:
+        return f"| {model} | | {topology} | did not compile within {options.timeout_s:.0f} s |"
+    except subprocess.CalledProcessError as error:
+        return f"| {model} | | {topology} | {error.stderr.strip().splitlines()[-1]} |"
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    time_ms = "" if found["clock_hz"] is None else f" = {1e3 * found['cycles'] / found['clock_hz']:.1f} ms"
+    fits = "" if found["peak_bytes"] <= found["hbm_bytes"] else ", does not fit"
+    published = PUBLISHED_MS.get(model)
+    return (
+        f"| {model} | {found['image_size']} | {topology} | {found['images_per_device']} | {found['rematerialization']} "
+        f"| {found['peak_bytes'] / 2**30:.2f} GiB{fits} | {found['flops'] / 1e9:.0f} G "
+        f"| {found['cycles'] / 1e6:.1f} M cycles{time_ms} | {found['cycles'] / found['images_per_device'] / 1e6:.2f} M "
+        f"| {'' if published is None else f'{published} ms'} | {found['compile_s']:.0f} s |"
+    )
+
+
+def estimate(options: argparse.Namespace) -> dict[str, object]:
+    """The plan of one network on one topology."""
+    from nfnet_flax.plan import devices_of, plan, set_environment
+
+    set_environment()
+    from nfnet_flax.models import ExecutionConfig, model_config
+    from nfnet_flax.optim import OptimConfig
+    from nfnet_flax.recipe import load_recipe
+
+    config = model_config(options.models[0], compute_dtype="bfloat16")
+    base = load_recipe(ROOT / "recipes" / "nfnet_imagenet.py")
+    num_devices = len(devices_of(options.topologies[0]))
+    batch_size = options.images_per_device * num_devices
+    recipe = dataclasses.replace(
+        base,
+        model=config,
+        optim=base.optim if options.models[0].startswith("nfnet") else OptimConfig(clipping=None),
+        data=dataclasses.replace(
+            base.data,
+            image_size=config.train_image_size,
+            batch_size=batch_size,
+            eval_batch_size=batch_size,
+            mixing=None,
+        ),
+        execution=ExecutionConfig(
+            rematerialization=options.rematerialization,
+            num_microbatches=options.microbatches_per_device * num_devices,
+        ),
+    )
+    found = dataclasses.asdict(plan(recipe, options.topologies[0]))
+    return {name: value for name, value in found.items() if name != "dearest"}
+
+
+if __name__ == "__main__":
+    main()
