@@ -16,6 +16,7 @@ from nfnet_flax.recipe import Recipe
 _TRAIN_PX, _EVAL_PX = 32, 48
 _DEPTHS = (1, 2, 1, 1)
 _BATCH_SIZE = 16
+_NUM_MICROBATCHES = 8
 _NUM_EVAL_EXAMPLES = 20
 """Not a multiple of the batch size: the last batch is filled up."""
 
@@ -23,7 +24,7 @@ _NUM_EVAL_EXAMPLES = 20
 def debug_recipe(recipe: Recipe) -> Recipe:
     """Derives a run of four steps that goes through the same code: augmentation, optimizer, evaluation, checkpoints.
 
-    Its numbers mean nothing. It takes at most 16 devices, as its batch holds 16 images.
+    Its numbers mean nothing. It takes at most 8 devices: as many as its batch has parts.
     """
     data = recipe.data
     mixing = None if data.mixing is None else dataclasses.replace(data.mixing, group_size=4)
@@ -48,7 +49,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
             num_workers=0,
             prefetch_batches=2,
         ),
-        execution=dataclasses.replace(recipe.execution, num_microbatches=None),
+        execution=dataclasses.replace(recipe.execution, num_microbatches=_NUM_MICROBATCHES),
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=2),
         num_steps=4,
         log_every_steps=1,

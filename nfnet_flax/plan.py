@@ -32,6 +32,8 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock guards a chip, and there is none
 }
+_NUM_EXAMPLES = 1_281_167
+"""Of ImageNet; only the schedule depends on it."""
 _REMATERIALIZATIONS: tuple[Literal["none", "blocks", "full"], ...] = ("none", "blocks", "full")
 
 
@@ -85,30 +87,14 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     import jax
     import jax.numpy as jnp
 
-    from nfnet_flax.optim import learning_rate_schedule, make_optimizer
-    from nfnet_flax.parallel.mesh import batch_sharding, check_batch_size, check_microbatches, make_mesh
-    from nfnet_flax.training.state import abstract_state, model_structure
-    from nfnet_flax.training.step import make_train_step
+    from nfnet_flax.parallel.mesh import batch_sharding, make_mesh
+    from nfnet_flax.training.build import build_training
+    from nfnet_flax.training.state import abstract_state
 
-    mesh = make_mesh(devices_of(topology))
+    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp)
     batch_size, size = recipe.data.batch_size, recipe.data.image_size
-    check_batch_size("data.batch_size", batch_size, mesh)
-    check_microbatches(recipe.execution.num_microbatches, batch_size, mesh)
-    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
-    schedule = learning_rate_schedule(0.1, warmup_steps=100, num_steps=1000)
-    optimizer = make_optimizer(recipe.optim, schedule, structure.members)
-    state = abstract_state(structure, optimizer, mesh)
-    step = make_train_step(
-        structure,
-        optimizer,
-        schedule,
-        mesh,
-        seed=recipe.seed,
-        label_smoothing=recipe.label_smoothing,
-        ema_decay=recipe.optim.ema_decay,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-    )
+    training = build_training(recipe, mesh, _NUM_EXAMPLES)
+    state = abstract_state(training.structure, training.optimizer, mesh)
     rows = batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows),
@@ -116,7 +102,7 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     }
     started = time.perf_counter()
     try:
-        compiled = step.lower(state, batch).compile()
+        compiled = training.step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
     return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)
@@ -210,6 +196,8 @@ def describe(found: Plan) -> str:
 def search(recipe: Recipe, topology: str) -> list[Plan]:
     """The largest power of two of images per device that fits, for each rematerialization; prints as it goes.
 
+    Each device takes its images as one microbatch.
+
     Returns:
       The plans that were compiled, the one to take last.
     """
@@ -223,7 +211,9 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
                 recipe,
                 # Mixing happens on the host, in groups that few images per device need not fill.
                 data=dataclasses.replace(recipe.data, batch_size=images * num_devices, mixing=None),
-                execution=dataclasses.replace(recipe.execution, rematerialization=rematerialization),
+                execution=dataclasses.replace(
+                    recipe.execution, rematerialization=rematerialization, num_microbatches=num_devices
+                ),
             )
             result = plan(tried, topology)
             found.append(result)

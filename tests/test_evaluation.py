@@ -15,8 +15,8 @@ from nfnet_flax.models.params import merge
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.evaluation import EvalStep, Weights, make_eval_step, run_evaluation
+from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.state import Structure, create_state, model_structure
-from nfnet_flax.training.step import normalise
 
 CONFIG = DataConfig(image_size=16, eval_image_size=16, eval_batch_size=16)
 NUM_CLASSES = 7

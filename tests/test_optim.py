@@ -20,7 +20,7 @@ from nfnet_flax.optim import (
     make_optimizer,
 )
 from nfnet_flax.optim.optimizer import update_ema
-from nfnet_flax.training.step import cross_entropy, soft_targets
+from nfnet_flax.training.gradient import cross_entropy, soft_targets
 from tests import golden
 from tests.networks import FAST_COMPILE
 

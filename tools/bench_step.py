@@ -62,7 +62,9 @@ def timed(function: Run) -> float:
     return time.perf_counter() - started
 
 
-def our_training(options: argparse.Namespace, name: str, microbatches: int | None, library: bool) -> Contestant:
+def our_training(
+    options: argparse.Namespace, name: str, microbatches: int | None, *, library: bool, reproducible: bool
+) -> Contestant:
     """A training step of ours."""
     import jax
     import jax.numpy as jnp
@@ -76,7 +78,7 @@ def our_training(options: argparse.Namespace, name: str, microbatches: int | Non
 
     rates = {"drop_rate": 0.0} | ({"stochdepth_rate": 0.0} if "resnet" not in options.model else {})
     config = model_config(options.model, compute_dtype=options.dtype, **rates)
-    structure = model_structure(config, 1000, ExecutionConfig(num_microbatches=microbatches))
+    structure = model_structure(config, 1000, ExecutionConfig(num_microbatches=microbatches, reproducible=reproducible))
     groups = OptimConfig() if "nfnet" in options.model else OptimConfig(clipping=None)
     mesh = make_mesh(jax.devices()[:1])
 
@@ -223,24 +225,28 @@ def peak_flops(options: argparse.Namespace) -> tuple[float, str]:
 
 def contestants(options: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
     """All that can be run, and what can not."""
-    makers: list[tuple[str, Callable[..., Contestant], tuple[Any, ...]]] = [
-        ("timm train", timm_training, (False,)),
-        ("ours train", our_training, (None, False)),
-        ("timm infer", timm_inference, (False,)),
-        ("ours infer folded", our_inference, (True,)),
-        ("ours infer", our_inference, (False,)),
+    makers: list[tuple[str, Callable[..., Contestant], dict[str, Any]]] = [
+        ("timm train", timm_training, {"is_compiled": False}),
+        ("ours train", our_training, {"microbatches": None, "library": False, "reproducible": False}),
+        ("timm infer", timm_inference, {"is_compiled": False}),
+        ("ours infer folded", our_inference, {"folded": True}),
+        ("ours infer", our_inference, {"folded": False}),
     ]
     if options.microbatches > 1:
-        makers.append((f"ours train, {options.microbatches} parts", our_training, (options.microbatches, False)))
+        for suffix, reproducible in (("", False), (", exact", True)):
+            settings = {"microbatches": options.microbatches, "library": False, "reproducible": reproducible}
+            makers.append((f"ours train, {options.microbatches} parts{suffix}", our_training, settings))
     if options.plain:
-        makers.append(("library's grouped conv", our_training, (None, True)))
+        makers.append(
+            ("library's grouped conv", our_training, {"microbatches": None, "library": True, "reproducible": False})
+        )
     if options.torch_compile:
-        makers.append(("timm train, compiled", timm_training, (True,)))
-        makers.append(("timm infer, compiled", timm_inference, (True,)))
+        makers.append(("timm train, compiled", timm_training, {"is_compiled": True}))
+        makers.append(("timm infer, compiled", timm_inference, {"is_compiled": True}))
     found, missing = [], []
-    for name, maker, arguments in makers:
+    for name, maker, settings in makers:
         try:
-            found.append(maker(options, name, *arguments))
+            found.append(maker(options, name, **settings))
         except Exception as error:  # a contestant that does not run here must not end the others
             missing.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
     return found, missing

@@ -51,15 +51,27 @@ class ExecutionConfig:
     scan_min_blocks: int | None = 6
     """A stage with at least so many identical blocks is a compiled loop over them, which compiles in the time of one
     block; None: every block is compiled by itself."""
-    num_microbatches: int | None = None
-    """Parts of the global batch whose gradients are computed one after the other and added (gradient accumulation);
-    None: one for each device."""
+    num_microbatches: int | None = 8
+    """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
+    device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
+    None, where `reproducible` is off: one for each device."""
+    reproducible: bool = True
+    """Add the parts in a fixed order: the same number of microbatches then gives the same bits on any number of
+    devices. Off: sums in whatever order is fastest; equal to rounding, not to the bit."""
+    fsdp: int = 1
+    """Number of devices over which kernels, momentum and EMA are divided, gathered for each step; divides the number of
+    devices."""
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("scan_min_blocks", "num_microbatches"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"execution.{name}", value, "must be at least 1, or None")
+        require(self.fsdp >= 1, "execution.fsdp", self.fsdp, "must be at least 1")
+        if self.reproducible:
+            parts = self.num_microbatches
+            remedy = "must be a power of two, or turn execution.reproducible off"
+            require(parts is not None and parts & (parts - 1) == 0, "execution.num_microbatches", parts, remedy)
 
 
 class Classifier(nnx.Module):

@@ -10,12 +10,14 @@ from nfnet_flax.optim.optimizer import (
     make_schedule,
 )
 from nfnet_flax.optim.param_groups import ParamGroup, assign
+from nfnet_flax.optim.sam import SAMConfig
 
 __all__ = [
     "ExponentialDecayConfig",
     "OptimConfig",
     "ParamGroup",
     "RMSPropConfig",
+    "SAMConfig",
     "adaptive_grad_clip",
     "assign",
     "learning_rate_schedule",

@@ -15,6 +15,7 @@ import optax
 from nfnet_flax.config import check_types, require
 from nfnet_flax.optim.agc import adaptive_grad_clip
 from nfnet_flax.optim.param_groups import ParamGroup, assign
+from nfnet_flax.optim.sam import SAMConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class OptimConfig:
     """Factor on `weight_decay`; the first pattern that matches counts."""
     ema_decay: float = 0.99999
     """Of the moving average of the parameters; at step t it is at most (1 + t) / (10 + t)."""
+    sam: SAMConfig | None = None
+    """Sharpness-aware minimization, as the published F6 was trained with; None: off."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -6,51 +6,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfnet_flax.models import convolution
-from nfnet_flax.models.params import BatchStats, Params, merge
-from nfnet_flax.parallel.mesh import DATA_AXIS, batch_sharding, to_global
+from nfnet_flax.models import NFNetConfig, convolution
+from nfnet_flax.models.layers import DTYPES
+from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
+from nfnet_flax.parallel.mesh import BATCH_AXES, batch_sharding, replicated, to_global
+from nfnet_flax.parallel.reduce import Arrays, stack_of_turns
+from nfnet_flax.training.gradient import Batch, cross_entropy, normalise
 from nfnet_flax.training.state import Structure, TrainState
-from nfnet_flax.training.step import Batch, cross_entropy, normalise
 
 Weights = tuple[Params, BatchStats]
 """What a network computes with."""
-EvalStep = Callable[[Weights, Batch], dict[str, jax.Array]]
+_MAX_BATCHES_IN_FLIGHT = 2
+EvalStep = Callable[[Weights, Batch], Arrays]
 
 
 def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> EvalStep:
-    """Builds `step(weights, batch) -> sums` over the rows whose `mask` is 1: `loss`, `top1`, `top5` and `count`."""
-    platform = mesh.devices.flat[0].platform
-    num_classes = structure.num_classes
-    num_candidates = min(5, num_classes)
+    """Builds `step(weights, batch) -> per example`: `loss`, `top1` and `top5` (N,) float32, whole on every device.
 
-    def local_sums(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
-        model = merge(structure.graphdef, *weights)
+    Rows are computed in as many parts as the training batch has, so that the number of devices does not decide how
+    anything is rounded.
+    """
+    config, execution = structure.config, structure.execution
+    form = config.standardization if isinstance(config, NFNetConfig) else "published"
+    platform = mesh.devices.flat[0].platform
+    num_turns = (execution.num_microbatches or mesh.size) // mesh.size
+    num_candidates = min(5, structure.num_classes)
+
+    def part(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
+        model = merge(structure.prepared, prepared, batch_stats)
         model.eval()
         with convolution.for_platform(platform):
             logits = model(normalise(batch["image"], mean, std))
         hits = lax.top_k(logits, num_candidates)[1] == batch["label"][:, None]
-        per_example = {
-            "loss": cross_entropy(logits, jax.nn.one_hot(batch["label"], num_classes)),
+        return {
+            "loss": cross_entropy(logits, jax.nn.one_hot(batch["label"], structure.num_classes)),
             "top1": hits[:, 0].astype(jnp.float32),
             "top5": jnp.any(hits, axis=1).astype(jnp.float32),
-            "count": jnp.ones_like(batch["mask"]),
         }
-        # `where`, not a product: padding must not count even if its loss is not finite.
-        sums = {name: jnp.sum(jnp.where(batch["mask"] > 0, value, 0.0)) for name, value in per_example.items()}
-        return lax.psum(sums, DATA_AXIS)
 
-    return jax.jit(
-        jax.shard_map(
-            local_sums,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
+    def local(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
+        num_rows = batch["label"].shape[0] // num_turns
+        parts = jax.tree.map(lambda rows: rows.reshape(num_turns, num_rows, *rows.shape[1:]), batch)
+
+        def turn(index: jax.Array) -> Arrays:
+            return part(prepared, batch_stats, jax.tree.map(lambda rows: rows[index], parts))
+
+        found = stack_of_turns(turn, num_turns, batch["mask"][0])
+        return {name: lax.all_gather(jnp.ravel(value), BATCH_AXES, tiled=True) for name, value in found.items()}
+
+    per_device = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
     )
+
+    def step(weights: Weights, batch: Batch) -> Arrays:
+        params, batch_stats = weights
+        prepared, _ = prepare(params, form)
+        found = per_device(cast(prepared, DTYPES[config.compute_dtype]), batch_stats, batch)
+        return found | {"mask": lax.with_sharding_constraint(batch["mask"], replicated(mesh))}
+
+    return jax.jit(step)
 
 
 def weights_to_evaluate(state: TrainState) -> dict[str, Weights]:
@@ -80,17 +102,22 @@ def run_evaluation(
     Returns:
       `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped.
     """
-    totals: dict[str, Any] = {}
+    found: list[dict[str, Arrays]] = []
     for rows in batches:
         if stop is not None and stop.is_set():
             return None
         batch = to_global(rows, batch_sharding(mesh))
-        for prefix, weights in weights_of.items():
-            sums = eval_step(weights, batch)
-            totals[prefix] = jax.tree.map(jnp.add, totals[prefix], sums) if prefix in totals else sums
+        found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})
+        if len(found) > _MAX_BATCHES_IN_FLIGHT:  # bounds the images that wait on the devices
+            jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])
     metrics: dict[str, float] = {}
-    for prefix, sums in jax.device_get(totals).items():
-        count = float(sums["count"])
-        metrics |= {f"{prefix}/{name}": float(sums[name]) / count for name in ("top1", "top5", "loss")}
-        metrics["eval/num_examples"] = count
+    batches_of: list[dict[str, dict[str, np.ndarray]]] = jax.device_get(found)
+    for prefix in weights_of:
+        names = ("loss", "top1", "top5", "mask")
+        whole = {name: np.concatenate([batch[prefix][name] for batch in batches_of]) for name in names}
+        # Padding must not count even if its loss is not finite.
+        counted = whole["mask"] > 0
+        for name in ("top1", "top5", "loss"):
+            metrics[f"{prefix}/{name}"] = float(np.mean(whole[name][counted], dtype=np.float64))
+        metrics["eval/num_examples"] = float(np.sum(counted))
     return metrics

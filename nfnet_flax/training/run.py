@@ -23,20 +23,19 @@ from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
-from nfnet_flax.optim import make_optimizer, make_schedule
-from nfnet_flax.parallel.mesh import check_batch_size, check_microbatches, make_mesh
+from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
+from nfnet_flax.training.build import build_training
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
+from nfnet_flax.training.gradient import Batch, Metrics
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
     abstract_state,
     create_state,
-    model_structure,
     with_weights,
 )
-from nfnet_flax.training.step import Batch, Metrics, make_train_step
 from nfnet_flax.weights.entries import Arrays
 from nfnet_flax.weights.portable import WeightsInfo, stored_arrays, write_weights
 
@@ -48,7 +47,7 @@ class Setup:
     recipe: Recipe
     mesh: Mesh
     structure: Structure
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     num_steps: int
     train_source: Source
@@ -103,44 +102,25 @@ def assemble(recipe: Recipe) -> Setup:
     Raises:
       ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
     """
-    mesh = make_mesh()
-    check_batch_size("data.batch_size", recipe.data.batch_size, mesh)
-    check_batch_size("data.eval_batch_size", recipe.data.eval_batch_size, mesh)
-    check_microbatches(recipe.execution.num_microbatches, recipe.data.batch_size, mesh)
-    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
-    train_source, eval_source = open_split(recipe.data, "train"), open_split(recipe.data, "eval")
+    mesh = make_mesh(fsdp=recipe.execution.fsdp)
+    data = recipe.data
+    check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
+    train_source, eval_source = open_split(data, "train"), open_split(data, "eval")
     for source in (train_source, eval_source):
         remedy = f"must be at least {len(source.class_names)}, as the images have so many classes"
         require(recipe.num_classes >= len(source.class_names), "num_classes", recipe.num_classes, remedy)
-    num_steps = recipe.total_steps(len(train_source))
-    schedule = make_schedule(
-        recipe.optim,
-        batch_size=recipe.data.batch_size,
-        steps_per_epoch=len(train_source) / recipe.data.batch_size,
-        num_steps=num_steps,
-    )
-    optimizer = make_optimizer(recipe.optim, schedule, structure.members)
+    training = build_training(recipe, mesh, len(train_source))
     return Setup(
         recipe=recipe,
         mesh=mesh,
-        structure=structure,
-        optimizer=optimizer,
-        schedule=schedule,
-        num_steps=num_steps,
+        structure=training.structure,
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        num_steps=training.num_steps,
         train_source=train_source,
         eval_source=eval_source,
-        train_step=make_train_step(
-            structure,
-            optimizer,
-            schedule,
-            mesh,
-            seed=recipe.seed,
-            label_smoothing=recipe.label_smoothing,
-            ema_decay=recipe.optim.ema_decay,
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-        ),
-        eval_step=make_eval_step(structure, mesh, mean=recipe.data.mean, std=recipe.data.std),
+        train_step=training.step,
+        eval_step=make_eval_step(training.structure, mesh, mean=data.mean, std=data.std),
     )
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
 from nfnet_flax.models.params import BatchStats, GraphDef, Params, compact, mark_prepared, members, split
-from nfnet_flax.parallel.mesh import replicated
+from nfnet_flax.parallel.mesh import partition_spec
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,8 @@ class Structure:
     """Of the compact network, in training mode."""
     prepared: GraphDef
     """The same for parameters whose kernels are standardized already (`params.prepare`)."""
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    """Of the compact network's parameters."""
     members: dict[str, str | tuple[str, ...]]
     """Array of the compact network -> parameter of the network, or the parameters that it stacks."""
 
@@ -60,7 +62,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
 
     model = build(is_compact=True)
     model.execution = execution
-    graphdef, _, _ = split(model)
+    graphdef, shapes, _ = split(model)
     mark_prepared(model)
     prepared, _, _ = split(model)
     return Structure(
@@ -69,6 +71,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
         execution=execution,
         graphdef=graphdef,
         prepared=prepared,
+        shapes={name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in shapes.items()},
         members=members(split(build(is_compact=False))[1]),
     )
 
@@ -122,8 +125,14 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState
 def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
     shapes = jax.eval_shape(lambda: _initial_state(structure, 0, optimizer))
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+    def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The last key of a parameter, of its momentum and of its EMA is the parameter's name.
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ""
+        spec = partition_spec(name, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def create_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -1,0 +1,170 @@
+"""Sums in a fixed order: the same bits whatever number of devices the microbatches lie on.
+
+The gradients of `num_microbatches` (a power of two) equal parts of a batch are added in one binary tree over their
+positions in the batch: neighbours first, then pairs of neighbours, and so on. Each device adds those of its consecutive
+microbatches; the devices add theirs along the upper part of the same tree. Addition commutes in floating point, so the
+result depends on the parts alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nfnet_flax.parallel.mesh import DATA_AXIS, FSDP_AXIS
+
+Arrays = dict[str, jax.Array]
+_BUCKET_BYTES = 1 << 18
+"""Arrays below this travel together: on small ones a collective's latency is all that counts."""
+
+
+def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
+    """Sum of a power of two of arrays, neighbours first."""
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, Any], Any], held: Any) -> Any:
+    """A loop whose number of turns the compiler cannot know, as it depends on a number that is never negative.
+
+    So a loop, be it of one turn, is neither unrolled nor fused with what surrounds it, and its body is rounded alike
+    however many turns there are.
+    """
+    with jax.named_scope(f"turns_{num_turns}"):  # `hlo.py` reads the number from this name
+        return lax.fori_loop(0, jnp.minimum(num_turns, num_turns + not_negative.astype(jnp.int32)), turn, held)
+
+
+def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
+    """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
+
+    Args:
+      turn: of float arrays.
+      num_turns: a power of two.
+      not_negative: any number that is never negative; see `_loop`.
+
+    Returns:
+      The sum. It takes `1 + log2(num_turns)` times the memory of what one turn gives.
+    """
+    num_levels = num_turns.bit_length()
+    shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+
+    def carry_to(level: int) -> Callable[[list[Arrays], Arrays], list[Arrays]]:
+        # As in counting: what stands in the lower levels is added to what is carried on.
+        def carry(held: list[Arrays], total: Arrays) -> list[Arrays]:
+            for lower in held[:level]:
+                total = {name: lower[name] + total[name] for name in total}
+            return [*held[:level], total, *held[level + 1 :]]
+
+        return carry
+
+    def one_turn(index: jax.Array, held: list[Arrays]) -> list[Arrays]:
+        num_ones = lax.population_count(index ^ (index + 1)) - 1
+        return lax.switch(num_ones, [carry_to(level) for level in range(num_levels)], held, turn(index))
+
+    return _loop(num_turns, not_negative, one_turn, [zeros] * num_levels)[-1]
+
+
+def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
+    """What `turn(index)` gives for index 0 to `num_turns - 1`, stacked along a new first axis."""
+    shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
+    empty = {name: jnp.zeros((num_turns, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
+
+    def one_turn(index: jax.Array, held: Arrays) -> Arrays:
+        found = turn(index)
+        return {name: lax.dynamic_update_index_in_dim(held[name], found[name], index, 0) for name in held}
+
+    return _loop(num_turns, not_negative, one_turn, empty)
+
+
+def sum_over_devices(
+    values: Arrays, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int], *, reproducible: bool
+) -> Arrays:
+    """Adds the arrays of all devices; to be called under `shard_map` over `data` and `fsdp`.
+
+    In reproducible form every device adds one piece of each array, of which it is sent all devices' versions, in a
+    binary tree; the pieces are then gathered. That moves as many bytes as the usual ring does. Arrays that are not
+    sharded and small travel together.
+
+    Args:
+      values: float32, of this device's part of the batch.
+      sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets all.
+      mesh_shape: number of devices along each mesh axis, powers of two; neighbours lie along `fsdp`.
+      reproducible: keep the order of the tree; otherwise the library's sum.
+    """
+    if not reproducible:
+        return {name: _psum(value, sharded_axes[name], mesh_shape) for name, value in values.items()}
+    small = [name for name, value in values.items() if sharded_axes[name] is None and value.nbytes < _BUCKET_BYTES]
+    result = {
+        name: _tree_psum(value, sharded_axes[name], mesh_shape) for name, value in values.items() if name not in small
+    }
+    if small and math.prod(mesh_shape.values()) > 1:
+        flat = jnp.concatenate([jnp.ravel(values[name]) for name in small])
+        total = _tree_psum(flat, None, mesh_shape)
+        ends = np.cumsum([values[name].size for name in small])[:-1]
+        pieces = jnp.split(total, ends)
+        return result | {name: piece.reshape(values[name].shape) for name, piece in zip(small, pieces, strict=True)}
+    return result | {name: values[name] for name in small}
+
+
+def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
+    if sharded_axis is None:
+        return lax.psum(value, (DATA_AXIS, FSDP_AXIS))
+    value = lax.psum_scatter(value, FSDP_AXIS, scatter_dimension=sharded_axis, tiled=True)
+    return lax.psum(value, DATA_AXIS)
+
+
+def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
+    shape, undo = value.shape, []
+    # Neighbours of the tree lie along the minor axis of the mesh.
+    for name in (FSDP_AXIS, DATA_AXIS):
+        num_devices = mesh_shape[name]
+        if num_devices == 1:
+            continue
+        axis = _piece_axis(value.shape, num_devices)
+        keeps = False
+        if name == FSDP_AXIS and sharded_axis is not None:
+            axis, keeps = sharded_axis, True
+        padding = -value.shape[axis] % num_devices
+        if padding:
+            value = jnp.pad(value, [(0, padding if i == axis else 0) for i in range(value.ndim)])
+        value = _sum_of_piece(value, name, num_devices, axis)
+        if not keeps:
+            undo.append((name, axis, padding))
+    for name, axis, padding in reversed(undo):
+        value = lax.all_gather(value, name, axis=axis, tiled=True)
+        value = lax.slice_in_dim(value, 0, value.shape[axis] - padding, axis=axis)
+    assert sharded_axis is not None or value.shape == shape
+    return value
+
+
+def _sum_of_piece(value: jax.Array, axis_name: str, num_devices: int, axis: int) -> jax.Array:
+    """All devices' versions of this device's piece of an array along one of its axes, added in a binary tree."""
+    size = value.shape[axis] // num_devices
+    pieces = value.reshape(*value.shape[:axis], num_devices, size, *value.shape[axis + 1 :])
+    versions = lax.all_to_all(pieces, axis_name, split_axis=axis, concat_axis=0)
+    return tree_sum([versions[i] for i in range(num_devices)])
+
+
+def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
+    """The axis to cut: one that leaves whole tiles of 8 rows or 128 lanes if there is one, else the longest."""
+    rows, lanes = len(shape) - 2, len(shape) - 1
+    if rows >= 0 and shape[rows] % (8 * num_pieces) == 0:
+        return rows
+    if shape[lanes] % (128 * num_pieces) == 0:
+        return lanes
+    divisible = [axis for axis, size in enumerate(shape) if size % num_pieces == 0]
+    return max(divisible or range(len(shape)), key=lambda axis: shape[axis])
+
+
+def gathered(values: Arrays, sharded_axes: Mapping[str, int | None]) -> Arrays:
+    """Whole arrays from the shards along `fsdp`; to be called under `shard_map`."""
+    return {
+        name: value if (axis := sharded_axes[name]) is None else lax.all_gather(value, FSDP_AXIS, axis=axis, tiled=True)
+        for name, value in values.items()
+    }

@@ -1,0 +1,150 @@
+"""The gradient of the global batch: per device under `shard_map`, part by part, then summed over all devices.
+
+It is computed per device on purpose: left to itself, XLA's partitioner gathers the activations of the whole global
+batch onto every device for each grouped convolution (openxla issue 47945).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from nfnet_flax.models import convolution, example_keys
+from nfnet_flax.models.layers import DTYPES
+from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
+from nfnet_flax.parallel.mesh import BATCH_AXES, partition_spec, sharded_axis
+from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices
+from nfnet_flax.training.state import Structure
+
+Batch = dict[str, Any]
+"""`image` (N, H, W, 3) uint8 or already normalised float; `label` (N,) int32; optionally `mix_label` (N,) int32 and
+`label_weight` (N,) float32, the share of `label` in the target; optionally `is_corrupt` (N,) float32, for a metric."""
+Metrics = dict[str, jax.Array]
+_METRICS = ("train/loss", "train/top1")
+
+
+def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 images to zero mean and unit variance per channel, in float32; float images pass unchanged."""
+    if images.dtype != jnp.uint8:
+        return images
+    scale = jnp.asarray([1.0 / value for value in std], jnp.float32)
+    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
+
+
+def soft_targets(batch: Batch, num_classes: int, label_smoothing: float) -> jax.Array:
+    """(N, num_classes) float32 target distribution, mixed and smoothed."""
+    targets = jax.nn.one_hot(batch["label"], num_classes)
+    if "mix_label" in batch:
+        weight = batch["label_weight"][:, None]
+        targets = weight * targets + (1.0 - weight) * jax.nn.one_hot(batch["mix_label"], num_classes)
+    return (1.0 - label_smoothing) * targets + label_smoothing / num_classes
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """(N,) cross-entropy in float32."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def make_gradient(
+    structure: Structure,
+    mesh: Mesh,
+    *,
+    seed: int,
+    label_smoothing: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    fraction: float = 1.0,
+) -> Callable[[Params, BatchStats, jax.Array, Batch], tuple[Params, BatchStats, Metrics]]:
+    """Builds `gradient(prepared, batch_stats, step, batch)`: of the mean loss over the global batch.
+
+    Args:
+      structure: of the network, and how it is computed.
+      mesh: over whose devices the rows of the batch are divided.
+      seed: of dropout and stochastic depth.
+      label_smoothing: share of the target that is spread over all classes.
+      mean: per channel, in grey levels, subtracted from uint8 images.
+      std: per channel, in grey levels.
+      fraction: share of each microbatch that is used, from its first rows on.
+
+    Returns:
+      A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the step's number
+      and the batch. It gives the gradient, the moved statistics and metrics.
+    """
+    config, execution = structure.config, structure.execution
+    platform = mesh.devices.flat[0].platform
+    num_parts = execution.num_microbatches or mesh.size
+    num_turns = num_parts // mesh.size
+
+    def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+        model = merge(structure.prepared, weights, batch_stats)
+        with convolution.for_platform(platform):
+            logits = model(normalise(batch["image"], mean, std), keys)
+        loss = jnp.mean(cross_entropy(logits, soft_targets(batch, structure.num_classes, label_smoothing)))
+        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+        # Shares of the mean over all parts: what the parts give need only be added.
+        share = loss / num_parts
+        return share, (batch_stats_of(model), {"train/loss": share, "train/top1": top1 / num_parts})
+
+    def part(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> Arrays:
+        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
+        # Whole numbers (BatchNorm's counts) are the same in all parts, and their shares are exact.
+        statistics = {name: value / num_parts for name, value in moved.items()}
+        return {name: value.astype(jnp.float32) for name, value in (gradient | statistics | metrics).items()}
+
+    def local_gradient(
+        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
+    ) -> tuple[Params, BatchStats, Metrics]:
+        axes = {name: sharded_axis(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
+        num_rows = batch["label"].shape[0]
+        rows = lax.axis_index(BATCH_AXES) * num_rows + jnp.arange(num_rows)
+        keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
+        weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
+        parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
+        one_part = functools.partial(part, weights, batch_stats)
+        total = _over_parts(one_part, parts, num_turns, step if execution.reproducible else None)
+        axes |= dict.fromkeys(total.keys() - axes.keys())
+        total = sum_over_devices(total, axes, mesh.shape, reproducible=execution.reproducible)
+        return (
+            {name: total[name].astype(value.dtype) for name, value in prepared.items()},
+            {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},
+            {name: total[name] for name in _METRICS},
+        )
+
+    of_params = {name: partition_spec(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
+    return jax.shard_map(
+        local_gradient,
+        mesh=mesh,
+        in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        out_specs=(of_params, PartitionSpec(), PartitionSpec()),
+        check_vma=False,
+    )
+
+
+def _cut(rows: jax.Array, num_parts: int) -> jax.Array:
+    return rows.reshape(num_parts, rows.shape[0] // num_parts, *rows.shape[1:])
+
+
+def _first(parts: jax.Array, fraction: float) -> jax.Array:
+    return parts[:, : max(1, round(fraction * parts.shape[1]))]
+
+
+def _over_parts(
+    one_part: Callable[[jax.Array, Batch], Arrays], parts: Any, num_turns: int, step: jax.Array | None
+) -> Arrays:
+    """What the parts give, added: in the order of the tree if there is a step, else as they come."""
+    if step is not None:
+        return sum_of_turns(lambda index: one_part(*jax.tree.map(lambda rows: rows[index], parts)), num_turns, step)
+    first = jax.tree.map(lambda rows: rows[0], parts)
+    if num_turns == 1:
+        return one_part(*first)
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in jax.eval_shape(one_part, *first).items()}
+
+    def add(total: Arrays, rows: Any) -> tuple[Arrays, None]:
+        found = one_part(*rows)
+        return {name: total[name] + found[name] for name in total}, None
+
+    return lax.scan(add, zeros, parts)[0]
