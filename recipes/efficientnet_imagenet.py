@@ -20,7 +20,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import RandAugmentConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import model_config
+from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, ParamGroup, RMSPropConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -43,7 +43,7 @@ def recipe(variant: str = "b0") -> Recipe:
             eval_image_size=model.test_image_size,
             eval_crop_margin=32,
             batch_size=4096,
-            eval_batch_size=1024,
+            eval_batch_size=4096,
             augment=CropAugment(),
             randaugment=RandAugmentConfig(num_layers=2, magnitude=10),
             mixing=None,
@@ -61,6 +61,9 @@ def recipe(variant: str = "b0") -> Recipe:
             weight_decay_groups=(ParamGroup("*norm.*", 0.0), ParamGroup("*", 1.0)),
             ema_decay=0.9999,
         ),
+        execution=ExecutionConfig(
+            num_microbatches=128
+        ),  # parts of 32 images, over which BatchNorm averages: up to 128 devices
         checkpoint=CheckpointConfig(every_steps=1000),
         num_epochs=350.0,
         label_smoothing=0.1,

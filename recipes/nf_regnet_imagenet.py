@@ -17,7 +17,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import model_config
+from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -56,6 +56,7 @@ def recipe(variant: str = "b0") -> Recipe:
             weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
             ema_decay=0.99999,
         ),
+        execution=ExecutionConfig(num_microbatches=64),  # parts of 16 images: up to 64 devices
         checkpoint=CheckpointConfig(every_steps=2000),
         num_epochs=360.0,
         label_smoothing=0.1,

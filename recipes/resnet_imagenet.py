@@ -15,7 +15,7 @@ from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import model_config
+from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -59,6 +59,9 @@ def recipe(variant: str = "50") -> Recipe:
             weight_decay=1e-4,
             ema_decay=0.9999,
         ),
+        execution=ExecutionConfig(
+            num_microbatches=32
+        ),  # parts of 32 images, over which BatchNorm averages: up to 32 devices
         checkpoint=CheckpointConfig(every_steps=2000),
         num_epochs=90.0,
         label_smoothing=0.1,

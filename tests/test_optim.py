@@ -14,12 +14,14 @@ from nfnet_flax.models.params import merge
 from nfnet_flax.optim import (
     OptimConfig,
     ParamGroup,
+    SAMConfig,
     adaptive_grad_clip,
     assign,
     learning_rate_schedule,
     make_optimizer,
 )
 from nfnet_flax.optim.optimizer import update_ema
+from nfnet_flax.optim.sam import ascend
 from nfnet_flax.training.gradient import cross_entropy, soft_targets
 from tests import golden
 from tests.networks import FAST_COMPILE
@@ -164,3 +166,19 @@ def test_published_trajectory() -> None:
     np.testing.assert_allclose(norms, want["grad_norm"], rtol=1e-5)
     assert float(optax.tree.norm(params)) == pytest.approx(want["final_param_norm"], rel=1e-6)
     assert float(optax.tree.norm(ema)) == pytest.approx(want["final_ema_norm"], rel=1e-6)
+
+
+def test_sam_takes_the_gradient_uphill() -> None:
+    # Foret et al., equations 2 and 3, on a parabola a * w**2 / 2 with gradient a * w.
+    curvature = jnp.asarray([3.0, 0.5])
+    params = {"w": jnp.asarray([1.0, -2.0]), "v": jnp.asarray([0.5])}
+    gradient = {"w": curvature * params["w"], "v": jnp.asarray([0.0])}
+    norm = optax.tree.norm(gradient)
+    moved = ascend(params, gradient, norm, rho=0.05)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, moved, params))
+    np.testing.assert_allclose(distance, 0.05, rtol=1e-5)
+    assert float(jnp.sum(curvature * moved["w"] ** 2)) > float(jnp.sum(curvature * params["w"] ** 2))
+    still = ascend(params, jax.tree.map(jnp.zeros_like, gradient), jnp.zeros(()), rho=0.05)
+    assert np.array_equal(still["w"], params["w"])
+    with pytest.raises(ConfigError, match="fraction = 0"):
+        SAMConfig(fraction=0.0)

@@ -51,13 +51,12 @@ STEP = """
 import jax, numpy as np
 from nfnet_flax.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
-from nfnet_flax.optim import OptimConfig, SAMConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from nfnet_flax.parallel.mesh import batch_sharding, make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
 config = NFNetConfig(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
-sam = SAMConfig(fraction=0.5)
 
 def run(num_devices):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
@@ -66,7 +65,7 @@ def run(num_devices):
     mesh = make_mesh(jax.devices()[:num_devices])
     state = create_state(structure, 0, optimizer, mesh)
     step = make_train_step(structure, optimizer, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
-                           mean=(128.0,) * 3, std=(64.0,) * 3, sam=sam)
+                           mean=(128.0,) * 3, std=(64.0,) * 3)
     rng = np.random.default_rng(0)
     losses = []
     for i in range(4):
@@ -81,12 +80,10 @@ def run(num_devices):
     return share, losses, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 _, want_losses, want = run(1)
-for num_devices in (2, 4):
-    share, losses, got = run(num_devices)
-    assert losses == want_losses, num_devices
-    assert got == want, num_devices
-    # Twice, as SAM takes two gradients; each is scattered and gathered.
-    assert share < 2 * 2 * 1.1, share
+share, losses, got = run(4)
+assert losses == want_losses
+assert got == want
+assert share < 2.1, share  # scattered once, gathered once
 print("equal")
 """
 

@@ -59,7 +59,7 @@ from flax import nnx
 import nfnet_flax
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "importing the package started a backend"
-from nfnet_flax.models import NFNetConfig
+from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import create_state, model_structure
@@ -67,7 +67,7 @@ from nfnet_flax.training.step import make_train_step
 
 assert len(nfnet_flax.list_models()) == 44
 config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5)
-structure = model_structure(config, 3)
+structure = model_structure(config, 3, ExecutionConfig(num_microbatches=2))
 schedule = lambda step: 0.1
 tx = make_optimizer(OptimConfig(), schedule, structure.members)
 mesh = make_mesh()

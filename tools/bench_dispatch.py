@@ -36,7 +36,7 @@ def main() -> None:
     config = model_config(options.model, drop_rate=0.0, stochdepth_rate=0.0)
     assert isinstance(config, NFNetConfig)
     narrow = dataclasses.replace(config, widths=(16, 16, 32, 32), group_width=8)
-    structure = model_structure(narrow, 10, ExecutionConfig())
+    structure = model_structure(narrow, 10, ExecutionConfig(num_microbatches=1))
 
     def schedule(step: Any) -> jax.Array:
         return jnp.asarray(0.01, jnp.float32) + 0 * step
