@@ -156,6 +156,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per differing field that decides an update; how many threads prepare the input is free to change."""
-    old = dataclasses.replace(old, data=old.data.with_execution_of(new.data))
+    """One line per differing field that decides an update.
+
+    How many threads prepare the input, and over how many devices parameters are divided, is free to change.
+    """
+    execution = dataclasses.replace(old.execution, fsdp=new.execution.fsdp)
+    old = dataclasses.replace(old, data=old.data.with_execution_of(new.data), execution=execution)
     return differences(to_json(old), to_json(new))
