@@ -1,6 +1,7 @@
 """The launch files: real shells run them against stand-ins for the programs of a cluster, which is not at hand here."""
 
 import os
+import re
 import stat
 import subprocess
 import time
@@ -51,7 +52,13 @@ END
 ln -s /bin/true .venv/bin/python
 chmod +x .venv/bin/*
 """
+TRAIN = "train recipes/nfnet_imagenet.py:variant=f0 --workdir"
 NOTHING = "#!/bin/sh\nexit 0\n"
+
+
+def data_options(folder: str) -> str:
+    """Patterns that have reached `nfnet` as they are."""
+    return " ".join(f"--data.source.{split} {folder}/{split}-*.array_record" for split in ("train", "eval"))
 
 
 def program(path: Path, text: str) -> None:
@@ -105,7 +112,7 @@ def test_a_tpu_run_that_was_stopped_is_started_again_and_ends(tmp_path: Path) ->
     done = cloud.script("run")
     assert done.returncode == 0, done.stderr
     assert "the run ended: 75" in done.stdout
-    words = "train recipes/nfnet_imagenet.py:variant=f0 --workdir /mnt/shared/runs/f0"
+    words = f"{TRAIN} /mnt/shared/runs/f0 --platform tpu {data_options('/mnt/shared/imagenet')}"
     assert cloud.starts() == [[f"{words} --optim.clipping 0.02 --name two words"] * 2] * NUM_HOSTS
     (create,) = cloud.calls("queued-resources create")
     options = ("--project=mine", "--zone=here", "--accelerator-type=v5litepod-256", "--node-id=nfnet", "--spot")
@@ -185,7 +192,7 @@ def slurm(folder: Path, code: int, state: str = "RUNNING", **variables: str) -> 
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "17",
         "SLURM_CPUS_PER_TASK": "12",
-        "WORKDIR": "/shared/run",
+        "SHARED": "/shared",
         "OPTIONS": "--seed 3",
     }
     words = ["bash", str(LAUNCH / "slurm.sbatch")]
@@ -197,8 +204,8 @@ def slurm(folder: Path, code: int, state: str = "RUNNING", **variables: str) -> 
 
 def test_slurm_requeues_what_can_go_on(tmp_path: Path) -> None:
     srun = (
-        "srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task=12 .venv/bin/nfnet "
-        "train recipes/nfnet_imagenet.py:variant=f0 --workdir /shared/run --seed 3"
+        f"srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task=12 .venv/bin/nfnet {TRAIN} /shared/runs/f0 "
+        f"--platform gpu {data_options('/shared/imagenet')} --seed 3"
     )
     for code in (cli.EXIT_DONE, cli.EXIT_BAD_INPUT, cli.EXIT_DIVERGED):
         assert slurm(tmp_path, code) == (code, [srun])
@@ -262,6 +269,7 @@ SHAPE = {
                                         "name": str,
                                         "image": str,
                                         "command": [str],
+                                        "args": [str],
                                         "env": [{"name": str, "value": str}],
                                         "ports": [{"containerPort": int}],
                                         "resources": {"requests": dict, "limits": dict},
@@ -324,8 +332,27 @@ def test_the_jobset_is_one_and_agrees_with_the_exit_codes() -> None:
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     (mount,) = container["volumeMounts"]
     assert mount["name"] == volume["name"]
-    workdir = container["command"][container["command"].index("--workdir") + 1]
-    assert workdir.startswith(mount["mountPath"] + "/")
+    options = dict(option.split("=") for option in container["args"])
+    for name in ("--workdir", "--data.source.train", "--data.source.eval"):
+        assert options[name].startswith(mount["mountPath"] + "/")
+    assert int(options["--execution.num-microbatches"]) == width * height
+
+
+def test_the_options_that_the_files_give_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(ROOT / "recipes" / "nfnet_imagenet.py"), "--help"])
+    known = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)) | {"--platform"}
+    given = set()
+    for path in LAUNCH.iterdir():
+        given |= set(re.findall(r"--(?:workdir|platform|(?:data|execution)\.[a-z.-]+)", path.read_text()))
+    assert len(given) >= 5
+    assert given <= known
+
+
+def test_the_docs_tell_what_every_exit_code_means() -> None:
+    text = (ROOT / ".github" / "docs" / "from_laptop_to_pod.md").read_text()
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
+    assert {value for name, value in vars(cli).items() if name.startswith("EXIT_")} <= told
 
 
 def test_every_script_is_one_for_bash() -> None:

@@ -22,10 +22,11 @@ ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-256}       # 64 hosts of 4 chips;
 RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}   # image of the hosts; belongs to the accelerator type
 CAPACITY=${CAPACITY---spot}                               # --spot, --reserved, or empty: on demand
 NFS=${NFS:?set NFS to the shared disk, such as 10.0.0.2:/shared}
-SHARED=${SHARED:-/mnt/shared}                             # where the hosts mount it; data and workdir are on it
-RECIPE=${RECIPE:-recipes/nfnet_imagenet.py:variant=f0}
+SHARED=${SHARED:-/mnt/shared}                             # where the hosts mount it
+DATA=${DATA:-$SHARED/imagenet}                            # what tools/prepare_imagenet.py wrote
 WORKDIR=${WORKDIR:-$SHARED/runs/f0}
-OPTIONS=${OPTIONS:-}                                      # more words of `nfnet train`, as a shell reads them
+RECIPE=${RECIPE:-recipes/nfnet_imagenet.py:variant=f0}
+OPTIONS=${OPTIONS:---execution.num-microbatches 256}      # more words of `nfnet train`, as a shell reads them
 POLL_S=${POLL_S:-30}                                      # between two looks at the run, and before a new start
 MAX_FAILURES=${MAX_FAILURES:-10}                          # of the run, in all
 MAX_SILENT_POLLS=${MAX_SILENT_POLLS:-20}                  # without an answer from all hosts; then the TPU is replaced
@@ -104,7 +105,8 @@ if [ ! -e exit_code ] && kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then echo 
 rm -f exit_code
 cat >train.sh <<'END'
 export JAX_COMPILATION_CACHE_DIR=$SHARED/compiled   # a new TPU compiles nothing that an earlier one did
-.venv/bin/nfnet train $RECIPE --workdir $WORKDIR $OPTIONS
+.venv/bin/nfnet train $RECIPE --workdir $WORKDIR --platform tpu \\
+    --data.source.train '$DATA/train-*.array_record' --data.source.eval '$DATA/eval-*.array_record' $OPTIONS
 echo \$? >exit_code
 END
 nohup bash train.sh >>train.log 2>&1 </dev/null &
