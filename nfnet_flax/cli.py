@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 EXIT_DONE = 0
 """The run reached its last step."""
+EXIT_WRONG = 1
+"""`nfnet doctor` found something wrong."""
 EXIT_BAD_INPUT = 2
 """A recipe, an option or a folder is wrong; the message says what to change."""
 EXIT_DIVERGED = 3
@@ -36,6 +38,7 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet eval --workdir DIR                                  evaluate the newest checkpoint of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        compile the step for a TPU: memory, cost; needs no TPU
+  nfnet doctor [--workdir DIR] [--recipe FILE]              what is wrong with machine, data, run? (code 1: something)
   nfnet models [PATTERN]                                    the named networks, such as 'nf_*'
   nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
@@ -54,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "models": _models,
         "convert": _convert,
         "plan": _plan,
+        "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -204,6 +208,27 @@ def _plan(argv: list[str]) -> int:
     result = search(chosen.recipe, chosen.topology)[-1] if chosen.search else plan(chosen.recipe, chosen.topology)
     print(describe(result))
     return EXIT_DONE
+
+
+def _doctor(argv: list[str]) -> int:
+    @dataclasses.dataclass(frozen=True)
+    class DoctorOptions:
+        workdir: Path | None = None
+        """Folder of a run, begun or not."""
+        recipe: str | None = None
+        """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
+        timeout_s: float = 60.0
+        """Longest wait for a disk or a device that does not answer."""
+
+    options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
+    from nfnet_flax.doctor import describe, examine
+
+    num_wrong = 0
+    for topic, findings in examine(options.workdir, options.recipe, timeout_s=options.timeout_s):
+        print(describe(topic, findings), flush=True)
+        num_wrong += sum(finding.is_wrong for finding in findings)
+    print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")
+    return EXIT_WRONG if num_wrong else EXIT_DONE
 
 
 def _convert(argv: list[str]) -> int:

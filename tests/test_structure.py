@@ -19,7 +19,8 @@ ALLOWED = {
     "training": LEAVES | BASE | {"recipe", "weights"},
     "hlo": set[str](),
     "plan": LEAVES | BASE | {"hlo", "recipe", "training"},
-    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan", "debug"},
+    "doctor": LEAVES | BASE | {"recipe", "training"},
+    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan", "debug", "doctor"},
 }
 
 

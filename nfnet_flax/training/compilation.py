@@ -7,6 +7,15 @@ from pathlib import Path
 import jax
 
 
+def default_folder() -> Path:
+    """Where compiled programs are kept unless JAX was told another place.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfnet_flax" / "compiled"
+
+
 def use_compilation_cache() -> Path | None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told another place.
 
@@ -22,8 +31,7 @@ def use_compilation_cache() -> Path | None:
     if settings["jax_compilation_cache_dir"] is not None:
         return Path(settings["jax_compilation_cache_dir"])
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "nfnet_flax" / "compiled"
+        folder = default_folder()
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
