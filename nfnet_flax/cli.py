@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
-    logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line; its errors are exceptions
+    # Orbax's notices would break the progress line; it logs its errors and raises them, and that is where they are told.
+    logging.set_verbosity(logging.ERROR)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
@@ -76,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INPUT_FAILED
     except StorageFailed as error:
         print(f"nfnet: the run's folder failed: {error}; run again once that is mended", file=sys.stderr)
-        return EXIT_STORAGE_FAILED
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_STORAGE_FAILED)  # threads that still write would be waited for, some of them for minutes
 
 
 def _train(argv: list[str]) -> int:

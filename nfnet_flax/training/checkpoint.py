@@ -54,6 +54,10 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
     sealed = seal(notes, fingerprints(state))
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(sealed))
     with reads_and_writes(manager.directory):
+        # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
+        probe = Path(manager.directory) / f".writable.{jax.process_index()}"
+        probe.write_bytes(b"0")
+        probe.unlink()
         if step in manager.all_steps():
             manager.wait_until_finished()
             manager.delete(step)

@@ -123,19 +123,26 @@ def _read_verified(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainS
         raise
     except Exception as error:  # whatever a reader of damaged files comes upon
         damage = str(error) if isinstance(error, Damaged) else brief(error)
-    if _of_all(found is not None) and found is not None:
+    if _is_undamaged(checkpoint, damage) and found is not None:
         state, notes, saved = found
         # Of what is on the devices, so that nothing between them and the disk goes unnoticed.
         computed = fingerprints(state)
-        damage = next(
-            (f"{name}: {computed[name]} instead of {saved[name]}" for name in saved if computed[name] != saved[name]),
-            "",
-        )
-        if _of_all(not damage):
+        differing = [name for name in saved if computed[name] != saved[name]]
+        damage = f"{differing[0]} is {computed[differing[0]]} instead of {saved[differing[0]]}" if differing else ""
+        if _is_undamaged(checkpoint, damage):
             return state, notes
-    if damage:
-        _say(f"checkpoint {checkpoint} is damaged and skipped: {damage}")
     return None
+
+
+def _is_undamaged(checkpoint: Path, damage: str) -> bool:
+    """Whether no process found damage; the first that did says what it found."""
+    is_good = np.asarray([not damage])
+    if jax.process_count() > 1:
+        _wait_for_all()
+        is_good = multihost_utils.process_allgather(is_good).reshape(-1)
+    if not is_good.all() and jax.process_index() == int(np.argmin(is_good)):
+        _say(f"checkpoint {checkpoint} is damaged and skipped: {damage}")
+    return bool(is_good.all())
 
 
 def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Notes, Fingerprints]:
@@ -214,14 +221,6 @@ def _of_first_process(step: int) -> int:
         return step
     _wait_for_all()
     return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-
-
-def _of_all(condition: bool) -> bool:
-    """Whether a condition holds in all processes."""
-    if jax.process_count() == 1:
-        return condition
-    _wait_for_all()
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def _wait_for_all() -> None:
