@@ -13,6 +13,7 @@ from absl import logging
 
 from nfnet_flax.config import ConfigError, unknown_name
 from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.training.storage import StorageFailed
 
 if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe
@@ -27,6 +28,8 @@ EXIT_DIVERGED = 3
 """The loss is not finite; repeating the run would end alike."""
 EXIT_INPUT_FAILED = 4
 """A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
+EXIT_STORAGE_FAILED = 6
+"""A checkpoint or the metrics cannot be written (disk full, no permission); earlier checkpoints stand."""
 EXIT_STOPPED = 75
 """SIGTERM or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
 
@@ -44,7 +47,8 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
   nfnet convert run DIR --out DIR                           the newest checkpoint of a run -> weights.safetensors
 
-exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 75 stopped and saved (run the same command again)
+exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 6 the run's folder cannot be written,
+            75 stopped and saved (run the same command again)
 """
 
 
@@ -65,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
-    logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line; its errors are exceptions
+    # Orbax's notices would break the progress line; it logs its errors and raises them, and that is where they are told.
+    logging.set_verbosity(logging.ERROR)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return commands[argv[0]](argv[1:])
     except ConfigError as error:
@@ -74,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputFailed as error:
         print(f"nfnet: the input failed: {error}", file=sys.stderr)
         return EXIT_INPUT_FAILED
+    except StorageFailed as error:
+        print(f"nfnet: the run's folder failed: {error}; run again once that is mended", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_STORAGE_FAILED)  # threads that still write would be waited for, some of them for minutes
 
 
 def _train(argv: list[str]) -> int:

@@ -19,6 +19,8 @@ class CheckpointConfig:
 
     every_steps: int = 100
     """A checkpoint is written each time the step is a multiple of this."""
+    every_minutes: float | None = None
+    """A checkpoint is written at the first log step after so many minutes without one, too; None: only by steps."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     best_metric: Literal["eval/top1", "eval_ema/top1"] = "eval_ema/top1"
@@ -28,6 +30,12 @@ class CheckpointConfig:
         check_types(self)
         for name in ("every_steps", "keep_last"):
             require(getattr(self, name) >= 1, f"checkpoint.{name}", getattr(self, name), "must be at least 1")
+        require(
+            self.every_minutes is None or self.every_minutes > 0,
+            "checkpoint.every_minutes",
+            self.every_minutes,
+            "must be positive or None",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,93 +1,111 @@
 """Checkpoints on Orbax: the newest few, and the best apart from them so that neither evicts the other."""
 
-import json
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.training.fingerprints import fingerprints
+from nfnet_flax.training.restoring import NOTES_FILE, Notes, read_sealed, seal, steps_in
 from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.storage import reads_and_writes
 
 Kind = Literal["checkpoints", "best"]
-Notes = dict[str, Any]
-"""What is known of a checkpoint besides its state: JSON."""
 
 
-def open_manager(workdir: Path, kind: Kind, *, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a run; close it to wait for what is still being written."""
+@contextlib.contextmanager
+def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a run; leaving the context waits for what is still being written.
+
+    Raises:
+      StorageFailed: the last of it could not be written.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager((workdir / kind).absolute(), options=options, item_handlers=_handlers())
+    folder = (workdir / kind).absolute()
+    with reads_and_writes(folder):
+        manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
+    try:
+        yield manager
+    finally:
+        with reads_and_writes(folder):
+            manager.close()
 
 
 def _handlers() -> dict[str, Any]:
     # A manager that has not saved anything yet cannot know them from the folder.
-    return {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
+    return {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler(NOTES_FILE)}
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: Notes) -> None:
-    """Starts writing a checkpoint of `step`; a directory appears under its final name only when it is complete.
+    """Starts writing a checkpoint of `step`, with a checksum of every array.
+
+    Its folder appears under its final name only when it is complete. A checkpoint of the same step, left by an earlier
+    process, is replaced.
 
     Raises:
-      Exception: an earlier background write failed (disk full, folder not writable).
+      StorageFailed: this or an earlier background write failed.
     """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
-    manager.save(step, args=items, force=True)
+    sealed = seal(notes, fingerprints(state))
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(sealed))
+    with reads_and_writes(manager.directory):
+        # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
+        probe = Path(manager.directory) / f".writable.{jax.process_index()}"
+        probe.write_bytes(b"0")
+        probe.unlink()
+        if step in manager.all_steps():
+            manager.wait_until_finished()
+            manager.delete(step)
+        manager.save(step, args=items, force=True)
+
+
+def check_written(manager: ocp.CheckpointManager) -> None:
+    """Does not wait: looks whether the background write, if it is over, came to a good end.
+
+    Raises:
+      StorageFailed: it did not; the reason is named.
+    """
+    if not manager.is_saving_in_progress():
+        with reads_and_writes(manager.directory):
+            manager.wait_until_finished()  # there is nothing left to wait for, but only this tells
 
 
 def latest_step(workdir: Path) -> int | None:
-    """Newest complete checkpoint of a run; reads only."""
-    folder = workdir / "checkpoints"
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=None)
-
-
-def restore(manager: ocp.CheckpointManager, step: int, abstract_state: TrainState) -> tuple[TrainState, Notes]:
-    """The state at `step`, onto the shardings of `abstract_state`, bit for bit.
-
-    Raises:
-      ConfigError: the checkpoint holds other parameters, shapes or types than this recipe makes.
-    """
-    stored = manager.item_metadata(step).state
-    _check_matches(stored, abstract_state, step)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), notes=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
-    return restored.state, dict(restored.notes)
-
-
-def read(workdir: Path, step: int, abstract_state: TrainState) -> tuple[TrainState, Notes]:
-    """As `restore`, without a manager and without changing anything in the run's folder."""
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    folder = (workdir / "checkpoints").absolute()
-    with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
-        return restore(manager, step, abstract_state)
+    """Newest step that a run's folder has something of, good or not; reads only names."""
+    return next(iter(steps_in(workdir / "checkpoints")), None)
 
 
 def read_notes(manager: ocp.CheckpointManager) -> Notes | None:
-    """Notes of the newest checkpoint of a manager; None if there is none."""
-    manager.wait_until_finished()
-    step = manager.latest_step()
-    if step is None:
-        return None
-    return dict(manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())).notes)
+    """Notes of the newest checkpoint of a manager; None if there is none.
+
+    Raises:
+      StorageFailed: it is damaged, or a background write failed.
+    """
+    with reads_and_writes(manager.directory):
+        manager.wait_until_finished()
+        step = manager.latest_step()
+        return None if step is None else read_sealed(Path(manager.directory) / str(step))[0]
 
 
-def _check_matches(stored: Any, abstract_state: TrainState, step: int) -> None:
-    """Orbax casts types silently; refuse instead."""
+class SaveClock:
+    """Says when the next checkpoint is due by the time of day, to all processes alike."""
 
-    def summary(tree: Any) -> dict[str, tuple[Any, ...]]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {
-            json.dumps([str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]): (
-                tuple(leaf.shape),
-                str(leaf.dtype),
-            )
-            for path, leaf in leaves
-        }
+    def __init__(self, every_minutes: float | None) -> None:
+        self._every_s = None if every_minutes is None else 60 * every_minutes
+        self._started = time.monotonic()
 
-    have, want = summary(getattr(stored, "tree", stored)), summary(abstract_state)
-    if have != want:
-        names = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        lines = [f"{name}: stored {have.get(name)}, expected {want.get(name)}" for name in names[:5]]
-        raise ConfigError(f"checkpoint {step} does not fit this recipe ({len(names)} entries): " + "; ".join(lines))
+    def restart(self) -> None:
+        """A checkpoint was just written."""
+        self._started = time.monotonic()
+
+    def is_due(self) -> bool:
+        """To be asked by every process at the same step, and seldom: the clock of process 0 decides for all."""
+        if self._every_s is None:
+            return False
+        due = time.monotonic() - self._started >= self._every_s
+        return due if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))

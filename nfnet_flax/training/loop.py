@@ -17,9 +17,11 @@ from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.metrics import MetricsLog
 from nfnet_flax.training.preemption import stop_requests
 from nfnet_flax.training.progress import Progress
+from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run import Setup, assemble, claim_input, claim_workdir
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.step import Metrics
+from nfnet_flax.training.storage import reads_and_writes
 from nfnet_flax.weights.entries import Arrays
 
 _MAX_STEPS_IN_FLIGHT = 2
@@ -54,6 +56,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
       ConfigError: the recipe does not fit the devices or the folder, the input is another than before, or an image
         cannot be decoded.
       InputFailed: the input failed otherwise: a worker died or is stuck, or a file cannot be read.
+      StorageFailed: a checkpoint or the metrics cannot be written.
       TrainingDiverged: the loss or a gradient is not finite.
     """
     workdir = Path(workdir)
@@ -61,21 +64,30 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
     weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
     claim_workdir(workdir, recipe)
     claim_input(workdir, setup.input_identity())
-    newest = checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last)
-    best = checkpoint.open_manager(workdir, "best", keep=1)
-    try:
-        with stop_requests() as stop:
-            return _run(setup, workdir, weights, newest, best, stop)
-    finally:  # waits for what is still being written
-        newest.close()
-        best.close()
+    restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
+    with (  # InputFailed is what reading the input raises
+        reads_and_writes(workdir, OSError),
+        checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last) as newest,
+        checkpoint.open_manager(workdir, "best", keep=1) as best,
+        stop_requests() as stop,
+    ):
+        return _run(setup, workdir, restored or _start(setup, weights), newest, best, stop)
 
 
-def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, stop: threading.Event) -> TrainResult:
+def _run(
+    setup: Setup,
+    workdir: Path,
+    start: tuple[TrainState, Notes],
+    newest: Any,
+    best: Any,
+    stop: threading.Event,
+) -> TrainResult:
     recipe, num_steps = setup.recipe, setup.num_steps
-    state, restored = _restore_or_create(setup, newest, workdir, weights)
+    state, restored = start
     step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
+    if step > 0:
+        print(f"continuing from step {step} in {workdir}", flush=True)
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
@@ -83,6 +95,7 @@ def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, s
     progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
     window = _Window(setup, log, progress, step)
     saved_step = step if step > 0 else None
+    save_clock = checkpoint.SaveClock(recipe.checkpoint.every_minutes)
     batches = train_batches(
         recipe.data,
         setup.train_source,
@@ -107,13 +120,19 @@ def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, s
                 progress.restart_clock(step)
             # 2. Save.
             stopping = stop.is_set()
-            save_due = step > 0 and (step % recipe.checkpoint.every_steps == 0 or step == num_steps or stopping)
+            save_due = False
+            if step > 0 and step % recipe.log_every_steps == 0:
+                checkpoint.check_written(newest)
+                checkpoint.check_written(best)
+                save_due = save_clock.is_due()
+            save_due |= step > 0 and (step % recipe.checkpoint.every_steps == 0 or step == num_steps or stopping)
             if save_due and step != saved_step:
                 window.drain(step)
                 log.flush()
                 # Told to stop during the evaluation, the checkpoint says so, and it is done after the resume.
                 notes = {"evaluated": evaluated or not eval_due, "metrics": eval_metrics}
                 checkpoint.save(newest, state, step, notes)
+                save_clock.restart()
                 saved_step = step
             if step == num_steps or stopping:
                 window.drain(step)
@@ -133,14 +152,8 @@ def _run(setup: Setup, workdir: Path, weights: Arrays, newest: Any, best: Any, s
         batches.close()
 
 
-def _restore_or_create(
-    setup: Setup, newest: Any, workdir: Path, weights: Arrays
-) -> tuple[TrainState, checkpoint.Notes]:
-    step = checkpoint.latest_step(workdir)
-    if step is None:
-        return setup.create_state(weights), {"evaluated": False, "metrics": {}}
-    print(f"continuing from step {step} in {workdir}", flush=True)
-    return checkpoint.restore(newest, step, setup.abstract_state())
+def _start(setup: Setup, weights: Arrays) -> tuple[TrainState, Notes]:
+    return setup.create_state(weights), {"evaluated": False, "metrics": {}}
 
 
 def _evaluate(setup: Setup, state: TrainState, stop: threading.Event) -> dict[str, float] | None:

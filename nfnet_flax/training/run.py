@@ -29,6 +29,7 @@ from nfnet_flax.training import checkpoint
 from nfnet_flax.training.build import build_training
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
 from nfnet_flax.training.gradient import Batch, Metrics
+from nfnet_flax.training.restoring import restore_newest
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -175,18 +176,18 @@ def claim_input(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def read_run(workdir: Path) -> tuple[Setup, TrainState]:
-    """Parts and newest state of a run; changes nothing in its folder.
+    """Parts and newest good state of a run; changes nothing in its folder.
 
     Raises:
-      ConfigError: the folder holds no run or no checkpoint.
+      ConfigError: the folder holds no run or no good checkpoint.
     """
     recipe = read_recipe(workdir / "recipe.json")
-    step = checkpoint.latest_step(workdir)
-    if step is None:
+    if checkpoint.latest_step(workdir) is None:
         raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
     setup = assemble(recipe)
-    state, _ = checkpoint.read(workdir, step, setup.abstract_state())
-    return setup, state
+    restored = restore_newest(workdir, setup.abstract_state(), is_owner=False)
+    assert restored is not None
+    return setup, restored[0]
 
 
 def evaluate(workdir: str | Path) -> dict[str, float]:

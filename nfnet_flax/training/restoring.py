@@ -1,0 +1,229 @@
+"""Reading checkpoints: the newest whose arrays are, bit for bit, what was saved, onto any mesh.
+
+Orbax writes them; they are read with TensorStore, in whose formats (Zarr arrays in an OCDBT database) they lie, since
+Orbax's own reading neither notices flipped bytes in its data nor survives them in its side files, and has processes
+wait for one another in the middle of it. Here every process reads its shards by itself, and then all say how it went.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.training.fingerprints import Fingerprints, describe_type, fingerprints, named_leaves
+from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.storage import brief
+
+Notes = dict[str, Any]
+"""What is known of a checkpoint besides its state: JSON."""
+
+NOTES_FILE = "notes.json"
+SET_ASIDE = "damaged"
+"""Folder within that of a run to which damaged checkpoints are moved, so that their steps can be saved anew."""
+_NUM_READERS = 8
+"""Arrays that are read at the same time."""
+_CACHE_BYTES = 100_000_000
+"""For the index of the arrays, which would be read anew for each."""
+_TIMEOUT_S = 3600
+"""How long processes wait for one that still reads."""
+_NO_STEP = -1
+_barrier_names = (f"checkpoint read {number}" for number in itertools.count())
+
+
+class Damaged(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
+    """A checkpoint is not what was saved."""
+
+
+def seal(notes: Notes, arrays: Fingerprints) -> dict[str, Any]:
+    """What is stored as a checkpoint's `notes`: those of the run, the checksum of every array, and their own."""
+    return {"notes": notes, "arrays": arrays, "checksum": _checksum(notes, arrays)}
+
+
+def _checksum(notes: Notes, arrays: Fingerprints) -> int:
+    return zlib.crc32(json.dumps([notes, arrays], sort_keys=True).encode())
+
+
+def read_sealed(checkpoint: Path) -> tuple[Notes, Fingerprints]:
+    """Notes and checksums of a checkpoint.
+
+    Raises:
+      Damaged: they are missing, or not what was stored.
+    """
+    if checkpoint.is_dir() and not any(checkpoint.iterdir()):
+        raise Damaged("an empty folder")
+    path = checkpoint / "notes" / NOTES_FILE
+    try:
+        stored = json.loads(path.read_bytes())
+        notes, arrays, checksum = (stored[name] for name in ("notes", "arrays", "checksum"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"notes/{NOTES_FILE}: {brief(error)}") from error
+    if checksum != _checksum(notes, arrays):
+        raise Damaged(f"notes/{NOTES_FILE} is not what was saved")
+    return notes, arrays
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps for which a folder holds something under a checkpoint's name, good or not; newest first."""
+    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+
+
+def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
+    """The newest state that is what was saved, bit for bit; each newer one is named on stderr, with the reason.
+
+    Args:
+      workdir: folder of the run.
+      abstract_state: shapes, types and today's shardings.
+      is_owner: of the folder, that is, going to save there: what is damaged or half written is moved out of the way.
+        Otherwise nothing in the folder changes.
+
+    Returns:
+      The state and its notes, of the same step in every process; None where there is no checkpoint yet.
+
+    Raises:
+      ConfigError: there are checkpoints, but all of them are damaged; or the newest good one holds other arrays than
+        this recipe makes.
+    """
+    folder = workdir / "checkpoints"
+    damaged: list[int] = []
+    steps = iter(steps_in(folder) if jax.process_index() == 0 else ())
+    while (step := _of_first_process(next(steps, _NO_STEP))) != _NO_STEP:
+        found = _read_verified(folder / str(step), abstract_state)
+        if found is not None:
+            break
+        damaged.append(step)
+    else:
+        if damaged:
+            raise ConfigError(
+                f"all checkpoints in {str(folder)!r} are damaged: bring a good one back from a copy, "
+                "or move that folder away to start at step 0"
+            )
+        found = None
+    if is_owner and jax.process_index() == 0:
+        _clear(workdir, damaged)
+    return found
+
+
+def _read_verified(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Notes] | None:
+    """State and notes; None, in all processes, where one of them found damage."""
+    found, damage = None, ""
+    try:
+        found = read(checkpoint, abstract_state)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a reader of damaged files comes upon
+        damage = str(error) if isinstance(error, Damaged) else brief(error)
+    if _is_undamaged(checkpoint, damage) and found is not None:
+        state, notes, saved = found
+        # Of what is on the devices, so that nothing between them and the disk goes unnoticed.
+        computed = fingerprints(state)
+        differing = [name for name in saved if computed[name] != saved[name]]
+        damage = f"{differing[0]} is {computed[differing[0]]} instead of {saved[differing[0]]}" if differing else ""
+        if _is_undamaged(checkpoint, damage):
+            return state, notes
+    return None
+
+
+def _is_undamaged(checkpoint: Path, damage: str) -> bool:
+    """Whether no process found damage; the first that did says what it found."""
+    is_good = np.asarray([not damage])
+    if jax.process_count() > 1:
+        _wait_for_all()
+        is_good = multihost_utils.process_allgather(is_good).reshape(-1)
+    if not is_good.all() and jax.process_index() == int(np.argmin(is_good)):
+        _say(f"checkpoint {checkpoint} is damaged and skipped: {damage}")
+    return bool(is_good.all())
+
+
+def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Notes, Fingerprints]:
+    """A checkpoint as it lies on disk, onto the shardings of `abstract_state`; each process reads its own shards.
+
+    Returns:
+      The state, its notes, and the fingerprints that it had when it was saved; they are not compared.
+
+    Raises:
+      ConfigError: the checkpoint holds other arrays than those of `abstract_state`.
+      Damaged: notes or an array are not what was saved.
+      Exception: of TensorStore; an array cannot be read.
+    """
+    notes, saved = read_sealed(checkpoint)
+    wanted = named_leaves(abstract_state)
+    _check_matches(checkpoint, saved, wanted)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    base = {"driver": "file", "path": f"{(checkpoint / 'state').absolute()}/"}
+
+    def read_array(name: str) -> jax.Array:
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        stored = ts.open(spec, read=True, open=True, context=context).result()
+        leaf = wanted[name]
+        if stored.shape != leaf.shape or stored.dtype.numpy_dtype != leaf.dtype:
+            raise Damaged(f"{name} is {stored.dtype.name}{list(stored.shape)}, but {saved[name]} was saved")
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: stored[index].read().result())
+
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        arrays = list(readers.map(read_array, wanted))
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays), notes, saved
+
+
+def _check_matches(checkpoint: Path, saved: Fingerprints, wanted: dict[str, Any]) -> None:
+    have = {name: text.split()[0] for name, text in saved.items()}
+    want = {name: describe_type(leaf) for name, leaf in wanted.items()}
+    if have != want:
+        names = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        lines = [f"{name}: stored {have.get(name)}, expected {want.get(name)}" for name in names[:5]]
+        raise ConfigError(f"{checkpoint} does not fit this recipe ({len(names)} entries): " + "; ".join(lines))
+
+
+def _clear(workdir: Path, damaged: list[int]) -> None:
+    """Moves out of the way what would hinder later saves, or count among the checkpoints to keep."""
+    for kind in ("checkpoints", "best"):
+        for path in sorted((workdir / kind).glob("*.orbax-checkpoint-tmp*")):
+            _say(f"{path} was never completed: deleted")
+            shutil.rmtree(path)
+    for step in damaged:
+        _set_aside(workdir / "checkpoints" / str(step))
+    # Of the best only the notes are read, as only they decide what a run does next.
+    for step in steps_in(workdir / "best"):
+        path = workdir / "best" / str(step)
+        try:
+            read_sealed(path)
+        except Damaged as damage:
+            _say(f"checkpoint {path} is damaged, so the best is chosen anew: {damage}")
+            _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.parent.parent / SET_ASIDE
+    aside.mkdir(exist_ok=True)
+    names = (f"{path.parent.name}-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+    target = next(aside / name for name in names if not (aside / name).exists())
+    path.rename(target)
+    _say(f"moved to {target}; delete it when it is of no more use")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _of_first_process(step: int) -> int:
+    """The step that process 0 gives, in all processes."""
+    if jax.process_count() == 1:
+        return step
+    _wait_for_all()
+    return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+
+
+def _wait_for_all() -> None:
+    # A collective on the devices would not wait for long.
+    everybody = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes(next(_barrier_names), timeout=_TIMEOUT_S, processes=everybody)

@@ -1,0 +1,34 @@
+"""The folder of a run failing under it: disk full, no permission, gone."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from nfnet_flax.config import ConfigError
+
+
+class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """The folder of a run cannot be written or read. The message names it and the reason; older checkpoints stand."""
+
+
+@contextlib.contextmanager
+def reads_and_writes(folder: Any, errors: type[Exception] = Exception) -> Iterator[None]:
+    """Says of `errors` within the context that they happened to `folder`.
+
+    Raises:
+      StorageFailed: instead of the error, which is its cause; a `ConfigError` passes.
+    """
+    try:
+        yield
+    except (ConfigError, StorageFailed):
+        raise
+    except errors as error:
+        raise StorageFailed(f"{folder}: {brief(error)}") from error
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, without the details that TensorStore appends in brackets."""
+    lines = str(error).strip().splitlines()
+    text = re.sub(r" \[(source locations|tensorstore_spec|tensorstore spec)=?.*", "", lines[0]) if lines else ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
