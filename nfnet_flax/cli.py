@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
-    # Orbax's notices would break the progress line; it logs its errors and raises them, and that is where they are told.
+    # Orbax's notices would break the progress line; its errors are raised, too, and told where they are caught.
     logging.set_verbosity(logging.ERROR)
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:

@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--images-per-device", type=int, default=32)
     parser.add_argument("--microbatches-per-device", type=int, default=1)
     parser.add_argument("--rematerialization", choices=("none", "blocks", "full"), default="none")
+    parser.add_argument("--reproducible", action="store_true", help="sums in a fixed order")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are divided")
     parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one compilation")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -38,7 +40,7 @@ def main() -> None:
         print(json.dumps(estimate(options)))
         return
     columns = ["network", "px", "TPU", "images", "rematerialization", "memory", "FLOPs", "estimate", "per image"]
-    columns += ["published v3", "compiled"]
+    columns += ["published v3", "collectives", "compiled"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for model in options.models:
         for topology in options.topologies:
@@ -50,6 +52,7 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
     command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]
     command += ["--images-per-device", str(options.images_per_device), "--rematerialization", options.rematerialization]
     command += ["--microbatches-per-device", str(options.microbatches_per_device)]
+    command += ["--fsdp", str(options.fsdp), *(["--reproducible"] if options.reproducible else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout_s, check=True)
     except subprocess.TimeoutExpired:
@@ -59,12 +62,13 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     time_ms = "" if found["clock_hz"] is None else f" = {1e3 * found['cycles'] / found['clock_hz']:.1f} ms"
     fits = "" if found["peak_bytes"] <= found["hbm_bytes"] else ", does not fit"
+    moved = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in found["collectives"].items())
     published = PUBLISHED_MS.get(model)
     return (
         f"| {model} | {found['image_size']} | {topology} | {found['images_per_device']} | {found['rematerialization']} "
         f"| {found['peak_bytes'] / 2**30:.2f} GiB{fits} | {found['flops'] / 1e9:.0f} G "
         f"| {found['cycles'] / 1e6:.1f} M cycles{time_ms} | {found['cycles'] / found['images_per_device'] / 1e6:.2f} M "
-        f"| {'' if published is None else f'{published} ms'} | {found['compile_s']:.0f} s |"
+        f"| {'' if published is None else f'{published} ms'} | {moved} | {found['compile_s']:.0f} s |"
     )
 
 
@@ -94,6 +98,8 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
         ),
         execution=ExecutionConfig(
             rematerialization=options.rematerialization,
+            reproducible=options.reproducible,
+            fsdp=options.fsdp,
             num_microbatches=options.microbatches_per_device * num_devices,
         ),
     )
