@@ -107,12 +107,12 @@ def test_norms_come_with_the_gradient(offset: float) -> None:
     params = {name: jnp.asarray(offset + rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
     dy = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
     dy |= {name: jnp.zeros(shapes[name]) for name in ("a.gain", "b.gain")}
-    prepared, statistics = prepare(params, "published")
-    assert statistics.keys() == {"a.kernel", "b.kernel"}
+    prepared, facts = prepare(params, "published")
+    assert facts.statistics.keys() == {"a.kernel", "b.kernel"}
     np.testing.assert_allclose(
         prepared["a.kernel"][1], standardize(params["a.kernel"][1], params["a.gain"][1], "published"), rtol=1e-6
     )
-    gradient, norms = pull_back(dy, params, statistics, "published")
+    gradient, norms = pull_back(dy, params, facts, "published")
     for name in ("a.kernel", "b.kernel"):
         known = norms[name]
         assert known is not None

@@ -5,7 +5,7 @@ The training state, parameter groups, converters and checkpoints all speak these
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,16 @@ def _repeated(name: str) -> tuple[int, int, str] | None:
     return (int(match[1]), int(match[2]), match[3]) if match and int(match[2]) > 0 else None
 
 
-def prepare(params: Params, form: StandardizationName) -> tuple[Params, dict[str, KernelStatistics]]:
+class KernelFacts(NamedTuple):
+    """What is found out about kernels on the way to a prepared network, and needed on the way back."""
+
+    statistics: dict[str, KernelStatistics]
+    """Of each kernel that was standardized."""
+    norms: dict[str, jax.Array]
+    """Of each output channel of every kernel, with the reduced axes kept."""
+
+
+def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFacts]:
     """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
 
     Args:
@@ -91,14 +100,21 @@ def prepare(params: Params, form: StandardizationName) -> tuple[Params, dict[str
       form: of the weight standardization.
 
     Returns:
-      The parameters, and the statistics of each kernel that was standardized, for `pull_back`.
+      The parameters, and what `pull_back` needs to know of the kernels.
     """
-    prepared, statistics = dict(params), {}
+    prepared = dict(params)
+    facts = KernelFacts({}, {})
     for name, kernel in params.items():
-        if name.endswith(".kernel") and _gain_of(name) in params:
-            statistics[name] = standardization.kernel_statistics(kernel)
-            prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics[name], form)
-    return prepared, statistics
+        if not name.endswith(".kernel"):
+            continue
+        if _gain_of(name) in params:
+            statistics = facts.statistics[name] = standardization.kernel_statistics(kernel)
+            prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics, form)
+            facts.norms[name] = jnp.sqrt(standardization.squared_norm(kernel, statistics))
+        else:
+            # Here, beside the cast to the type of the computation, it costs no pass over the kernel of its own.
+            facts.norms[name] = _unit_norms(kernel)
+    return prepared, facts
 
 
 UnitNorms = dict[str, tuple[jax.Array, jax.Array] | None]
@@ -107,7 +123,7 @@ kept); None for all that is not a kernel."""
 
 
 def pull_back(
-    gradient: Params, params: Params, statistics: dict[str, KernelStatistics], form: StandardizationName
+    gradient: Params, params: Params, facts: KernelFacts, form: StandardizationName
 ) -> tuple[Params, UnitNorms]:
     """Takes a gradient with respect to prepared parameters back through `prepare`.
 
@@ -117,15 +133,15 @@ def pull_back(
     """
     result = dict(gradient)
     norms: UnitNorms = dict.fromkeys(gradient)
-    for name, kernel in params.items():
-        if name in statistics:
-            gain, of_kernel = params[_gain_of(name)], statistics[name]
-            sums = standardization.gradient_sums(gradient[name], kernel, of_kernel)
-            back = standardization.kernel_gradient(gradient[name], kernel, gain, of_kernel, sums, form)
+    for name, norm in facts.norms.items():
+        if name in facts.statistics:
+            kernel, gain, statistics = params[name], params[_gain_of(name)], facts.statistics[name]
+            sums = standardization.gradient_sums(gradient[name], kernel, statistics)
+            back = standardization.kernel_gradient(gradient[name], kernel, gain, statistics, sums, form)
             result[name], result[_gain_of(name)] = back.kernel, back.gain
-            norms[name] = (jnp.sqrt(back.squared_norm), jnp.sqrt(standardization.squared_norm(kernel, of_kernel)))
-        elif name.endswith(".kernel"):
-            norms[name] = (_unit_norms(gradient[name]), _unit_norms(kernel))
+            norms[name] = (jnp.sqrt(back.squared_norm), norm)
+        else:
+            norms[name] = (_unit_norms(gradient[name]), norm)
     return result, norms
 
 

@@ -56,11 +56,11 @@ def make_train_step(
     def uphill(state: TrainState, batch: Batch) -> Params:
         """SAM's point, at which the gradient is taken."""
         assert sam is not None
-        prepared, statistics = prepare(state.params, form)
+        prepared, facts = prepare(state.params, form)
         gradient, _, metrics = uphill_of(prepared, state.batch_stats, state.step, batch)
 
         def move(params: Params, gradient: Params) -> Params:
-            gradient, unit_norms = pull_back(gradient, params, statistics, form)
+            gradient, unit_norms = pull_back(gradient, params, facts, form)
             return ascend(params, gradient, global_norm(gradient, unit_norms), rho=sam.rho)
 
         return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
@@ -70,11 +70,11 @@ def make_train_step(
         # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
         # pass: that would repeat work in passes over the parameters, and round differently on other layouts.
         point = state.params if sam is None else uphill(state, batch)
-        prepared, statistics = prepare(point, form)
+        prepared, facts = prepare(point, form)
         gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch)
 
         def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-            gradient, norms = pull_back(gradient, point, statistics, form)
+            gradient, norms = pull_back(gradient, point, facts, form)
             norm = global_norm(gradient, norms)
             # AGC compares with the parameters themselves, not with SAM's point.
             known = norms if sam is None else None
