@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"nfnet: unknown command {argv[0]!r}\n{_USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
-    # Orbax's notices would break the progress line; its errors are raised, too, and told where they are caught.
-    logging.set_verbosity(logging.ERROR)
-    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+    logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line
+    # It logs its errors with tracebacks and raises them, too; they are told once.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return commands[argv[0]](argv[1:])
     except ConfigError as error:

@@ -1,6 +1,7 @@
 """The promise: a run that was stopped or killed ends with the same bits as one that was not."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from nfnet_flax.cli import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.cli import EXIT_DONE, EXIT_STOPPED, main
 from tests import runs
 
 UNREPEATABLE = ("throughput/", "time/")
@@ -103,6 +104,35 @@ def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> No
     assert "on 360 examples" in printed
     assert (uninterrupted / "metrics.jsonl").read_bytes() == text
     assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    data = max((workdir / "checkpoints" / "60").glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    skipped = f"checkpoint {workdir / 'checkpoints' / '60'} is damaged and skipped: "
+
+    # Who only reads says so, and touches nothing.
+    before = [(path, path.stat().st_mtime_ns) for path in [workdir, *sorted(workdir.rglob("*"))]]
+    assert main(["eval", "--workdir", str(workdir)]) == EXIT_DONE
+    printed = capsys.readouterr()
+    assert "step 40\n" in printed.out
+    assert printed.err.count(skipped) == 1
+    assert [(path, path.stat().st_mtime_ns) for path in [workdir, *sorted(workdir.rglob("*"))]] == before
+
+    process = runs.start(workdir)
+    printed_again = runs.finish(process)
+    assert process.returncode == EXIT_DONE, printed_again
+    assert printed_again.count(skipped) == 1
+    assert "continuing from step 40 " in printed_again
+    want, got = (runs.saved_arrays(folder, runs.STEPS) for folder in (uninterrupted, workdir))
+    assert want.keys() == got.keys()
+    assert all(want[name].tobytes() == got[name].tobytes() for name in want)
+    assert rows(workdir) == rows(uninterrupted)
 
 
 def test_a_stop_during_an_evaluation_is_not_lost(tmp_path: Path) -> None:
