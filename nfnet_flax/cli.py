@@ -121,7 +121,8 @@ def _train(argv: list[str]) -> int:
     print(f"finished: {result.num_steps} steps")
     _print_accuracy(result.metrics)
     print(f"checkpoints: {chosen.workdir / 'checkpoints'} (newest), {chosen.workdir / 'best'} (best)")
-    print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
+    if chosen.recipe.tensorboard:
+        print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
     return EXIT_DONE
 
 

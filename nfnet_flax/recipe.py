@@ -70,6 +70,9 @@ class Recipe:
     """Share of the target that is spread over all classes."""
     log_every_steps: int = 10
     """Metrics of a step are written each time the step is a multiple of this."""
+    tensorboard: bool = True
+    """Metrics are written for TensorBoard as well as to `metrics.jsonl`; that imports TensorFlow, which takes seconds
+    at each start."""
     eval_every_steps: int = 100
     """The held-out set is evaluated each time the step is a multiple of this, and at the end."""
 
@@ -166,8 +169,10 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line per differing field that decides an update.
 
-    How many threads prepare the input, and over how many devices parameters are divided, is free to change.
+    How many threads prepare the input, over how many devices parameters are divided, and whether TensorBoard's files
+    are written, is free to change.
     """
     execution = dataclasses.replace(old.execution, fsdp=new.execution.fsdp)
-    old = dataclasses.replace(old, data=old.data.with_execution_of(new.data), execution=execution)
+    data = old.data.with_execution_of(new.data)
+    old = dataclasses.replace(old, data=data, execution=execution, tensorboard=new.tensorboard)
     return differences(to_json(old), to_json(new))

@@ -21,9 +21,12 @@ OPTIONS = [
     "--log-every-steps=1",
     "--eval-every-steps=20",
     "--checkpoint.every-steps=20",
+    "--no-tensorboard",
 ]
 SMALL = ["--model.widths=16 16 32 32", "--model.depths=1 1 1 1"]
 """The recipe's NFNet, smaller."""
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""Environment of a run that is compiled as users' runs are; `conftest.py` has the suite's."""
 
 
 def recipe_with(model: str, folder: Path) -> Path:
@@ -44,14 +47,16 @@ def command(workdir: Path, *options: str, recipe: Path = DIGITS) -> list[str]:
     return [sys.executable, "-m", "nfnet_flax.cli", "train", str(recipe), "--workdir", str(workdir), *words]
 
 
-def start(workdir: Path, *options: str, recipe: Path = DIGITS) -> subprocess.Popen[str]:
+def start(
+    workdir: Path, *options: str, recipe: Path = DIGITS, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Starts a run in a process group of its own."""
     return subprocess.Popen(
         command(workdir, *options, recipe=recipe),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **(environment or {})},
         start_new_session=True,
     )
 

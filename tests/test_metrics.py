@@ -15,7 +15,7 @@ def steps_by_tag(workdir: Path) -> dict[str, list[int]]:
 
 
 def test_an_evaluation_that_is_repeated_stands_once(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, resume_step=0, evaluated=False)
+    log = MetricsLog(tmp_path, resume_step=0, evaluated=False, tensorboard=True)
     for step in (1, 2, 3):
         log.write(step, {"train/loss": 1.0 / step})
         log.write(step, {"eval/top1": 0.1 * step})
@@ -24,7 +24,7 @@ def test_an_evaluation_that_is_repeated_stands_once(tmp_path: Path) -> None:
         file.write('{"step": 4, "train/lo')  # cut short by a kill
 
     # The checkpoint of step 2 was made by a stop during its evaluation.
-    log = MetricsLog(tmp_path, resume_step=2, evaluated=False)
+    log = MetricsLog(tmp_path, resume_step=2, evaluated=False, tensorboard=True)
     log.write(2, {"eval/top1": 0.2})
     log.write(3, {"train/loss": 0.5})
     log.close()
@@ -35,7 +35,7 @@ def test_an_evaluation_that_is_repeated_stands_once(tmp_path: Path) -> None:
     ]
     assert steps_by_tag(tmp_path) == {"train/loss": [1, 2, 3], "eval/top1": [1, 2]}
 
-    log = MetricsLog(tmp_path, resume_step=2, evaluated=True)
+    log = MetricsLog(tmp_path, resume_step=2, evaluated=True, tensorboard=True)
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 2, "train/loss": 0.5, "eval/top1": 0.2}
     assert steps_by_tag(tmp_path) == {"train/loss": [1, 2], "eval/top1": [1, 2]}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from tests import runs
 UNREPEATABLE = ("throughput/", "time/")
 
 
+def start(workdir: Path, *options: str) -> subprocess.Popen[str]:
+    """A run as users have it: optimized, and with TensorBoard."""
+    return runs.start(workdir, "--tensorboard", *options, environment=runs.OPTIMIZED)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    process = runs.start(workdir)
+    process = start(workdir)
     assert "finished: 60 steps" in runs.finish(process)
     assert process.returncode == EXIT_DONE
     return workdir
@@ -29,7 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / request.param.name
-    process = runs.start(workdir)
+    process = start(workdir)
     saved = workdir / "checkpoints" / "20" if request.param is signal.SIGKILL else None
     printed = runs.signal_at(process, 31, request.param, saved)
     if request.param is signal.SIGTERM:
@@ -37,7 +43,7 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         assert "run the same command again" in printed
     else:
         assert process.returncode == -signal.SIGKILL
-    process = runs.start(workdir)
+    process = start(workdir)
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE, printed
     if request.param is signal.SIGKILL:
@@ -97,7 +103,7 @@ def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> No
     assert before == ["20", "40", "60"]
     assert len(list((uninterrupted / "best").iterdir())) == 1
     text = (uninterrupted / "metrics.jsonl").read_bytes()
-    process = runs.start(uninterrupted)
+    process = start(uninterrupted)
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE
     assert "finished: 60 steps" in printed
@@ -136,26 +142,27 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
 
 
 def test_a_stop_during_an_evaluation_is_not_lost(tmp_path: Path) -> None:
-    options = ("--num-steps=22", "--data.eval-batch-size=1")
-    process = runs.start(tmp_path, *options)
-    printed = runs.signal_at(process, 20, signal.SIGTERM)  # the evaluation of step 20 begins now
+    # Of the length of the other runs, whose compiled step it finds in the cache: the schedule is part of the program.
+    options = ("--eval-every-steps=50", "--data.eval-batch-size=1")
+    process = start(tmp_path, *options)
+    printed = runs.signal_at(process, 50, signal.SIGTERM)  # the evaluation of step 50 begins now
     assert process.returncode == EXIT_STOPPED
-    assert "stopped at step 20 of 22" in printed
+    assert "stopped at step 50 of 60" in printed
     assert "top-1" not in printed
 
-    process = runs.start(tmp_path, *options)
-    printed = runs.signal_at(process, 22, signal.SIGTERM)  # and now the last one: the run is not finished without it
+    process = start(tmp_path, *options)
+    printed = runs.signal_at(process, 60, signal.SIGTERM)  # and now the last one: the run is not finished without it
     assert process.returncode == EXIT_STOPPED
-    assert "step 20: top-1" in printed
-    assert "stopped at step 22 of 22" in printed
+    assert "step 50: top-1" in printed
+    assert "stopped at step 60 of 60" in printed
     assert "finished" not in printed
 
-    process = runs.start(tmp_path, *options)
+    process = start(tmp_path, *options)
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE
-    assert "finished: 22 steps" in printed
+    assert "finished: 60 steps" in printed
     assert "on 360 examples" in printed
     found = rows(tmp_path)
-    assert [row["step"] for row in found] == list(range(1, 23))
-    assert [row["step"] for row in found if "eval_ema/top1" in row] == [20, 22]
-    assert sorted(step for step, _ in scalars(tmp_path)["eval/top1"]) == [20, 22]
+    assert [row["step"] for row in found] == list(range(1, 61))
+    assert [row["step"] for row in found if "eval_ema/top1" in row] == [50, 60]
+    assert sorted(step for step, _ in scalars(tmp_path)["eval/top1"]) == [50, 60]

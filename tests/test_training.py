@@ -1,9 +1,11 @@
 """Real runs of the digits recipe through the command line: every family learns, starts from weights, goes on."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,11 @@ MODELS = {
     "resnet": "ResNetConfig(widths=(32, 32, 64, 64), depths=(1, 1, 1, 1), stem_width=16)",
     "efficientnet": "EfficientNetConfig(width_multiplier=0.25, depth_multiplier=0.3)",
 }
-OPTIONS = ("--num-steps", "90", "--log-every-steps", "1", "--eval-every-steps", "1000", "--optim.clipping", "0.2")
+NUM_STEPS = 90
+OPTIONS = [
+    *("--num-steps", str(NUM_STEPS), "--optim.clipping", "0.2"),
+    *("--log-every-steps", "1", "--eval-every-steps", "40", "--checkpoint.every-steps", "40"),
+]
 
 
 def losses(workdir: Path) -> list[float]:
@@ -31,29 +37,40 @@ def losses(workdir: Path) -> list[float]:
     return [row["train/loss"] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The recipe of a family; its run, made when first asked for, lies beside it."""
+
+    @functools.cache
+    def recipe_of(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        recipe = runs.recipe_with(MODELS[family], folder)
+        assert cli.main(["train", str(recipe), "--workdir", str(folder / "run"), *OPTIONS]) == cli.EXIT_DONE
+        return recipe
+
+    return recipe_of
+
+
 @pytest.mark.parametrize("family", MODELS)
-def test_a_small_member_of_every_family_learns(family: str, tmp_path: Path) -> None:
-    recipe = runs.recipe_with(MODELS[family], tmp_path)
-    assert cli.main(["train", str(recipe), "--workdir", str(tmp_path / "run"), *OPTIONS]) == cli.EXIT_DONE
-    found = losses(tmp_path / "run")
-    assert len(found) == 90
+def test_a_small_member_of_every_family_learns(family: str, finished: Callable[[str], Path]) -> None:
+    found = losses(finished(family).parent / "run")
+    assert len(found) == NUM_STEPS
     assert np.mean(found[-10:]) < np.mean(found[:10]) - 0.1
 
 
-def test_a_batch_norm_run_resumes_to_the_bit(tmp_path: Path) -> None:
-    recipe = runs.recipe_with(MODELS["resnet"], tmp_path)
-    options = ("--num-steps=24", "--log-every-steps=1", "--eval-every-steps=20", "--checkpoint.every-steps=20")
-    whole = runs.start(tmp_path / "whole", *options, recipe=recipe)
-    assert "finished: 24 steps" in runs.finish(whole)
-    runs.signal_at(runs.start(tmp_path / "cut", *options, recipe=recipe), 9, signal.SIGTERM)
-    resumed = runs.start(tmp_path / "cut", *options, recipe=recipe)
-    assert "continuing from step" in runs.finish(resumed)
-    want, got = (runs.saved_arrays(tmp_path / name, 24) for name in ("whole", "cut"))
-    assert int(want["['batch_stats']['final_bn.count']"]) == 24
+def test_a_batch_norm_run_resumes_to_the_bit(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = finished("resnet")
+    runs.signal_at(runs.start(tmp_path, *OPTIONS, recipe=recipe), 9, signal.SIGTERM)
+    assert (step_of_stop := max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())) < 40
+    resumed = runs.start(tmp_path, *OPTIONS, recipe=recipe)
+    assert f"continuing from step {step_of_stop} " in runs.finish(resumed)
+    whole = recipe.parent / "run"
+    want, got = (runs.saved_arrays(folder, NUM_STEPS) for folder in (whole, tmp_path))
+    assert int(want["['batch_stats']['final_bn.count']"]) == NUM_STEPS
     assert not np.array_equal(want["['batch_stats']['final_bn.mean']"], want["['ema_batch_stats']['final_bn.mean']"])
     assert want.keys() == got.keys()
     assert [name for name in want if want[name].tobytes() != got[name].tobytes()] == []
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert losses(whole) == losses(tmp_path)
 
 
 def test_a_run_starts_from_weights_and_exports_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +109,7 @@ def test_without_tensorflow_training_goes_on(tmp_path: Path) -> None:
         "PathFinder.find_spec = find\n"
     )
     done = subprocess.run(
-        runs.command(tmp_path / "run", "--num-steps=2", recipe=runs.recipe_with(MODELS["resnet"], tmp_path)),
+        runs.command(tmp_path / "run", *OPTIONS, "--tensorboard", recipe=runs.recipe_with(MODELS["resnet"], tmp_path)),
         env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -102,5 +119,5 @@ def test_without_tensorflow_training_goes_on(tmp_path: Path) -> None:
     assert done.returncode == cli.EXIT_DONE, done.stderr
     assert done.stderr.count("only metrics.jsonl is written") == 1
     assert "Traceback" not in done.stderr
-    assert len(losses(tmp_path / "run")) == 2
+    assert len(losses(tmp_path / "run")) == NUM_STEPS
     assert not list((tmp_path / "run").glob("tensorboard/*"))

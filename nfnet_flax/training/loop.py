@@ -91,7 +91,7 @@ def _run(
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
-    log = MetricsLog(workdir, resume_step=step, evaluated=evaluated)
+    log = MetricsLog(workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard)
     progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
     window = _Window(setup, log, progress, step)
     saved_step = step if step > 0 else None

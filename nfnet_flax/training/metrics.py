@@ -10,13 +10,13 @@ from typing import Any
 
 
 class MetricsLog:
-    """Writes one JSON object per step, and the same numbers as TensorBoard scalars.
+    """Writes one JSON object per step and, with `tensorboard`, the same numbers as TensorBoard scalars.
 
     Opening it at `resume_step` removes what an earlier process wrote for later steps, and the evaluation of this step
     unless it was `evaluated` before the checkpoint: those are about to be repeated.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int, evaluated: bool) -> None:
+    def __init__(self, workdir: Path, *, resume_step: int, evaluated: bool, tensorboard: bool) -> None:
         self._path = workdir / "metrics.jsonl"
 
         def stands(step: int, name: str) -> bool:
@@ -38,7 +38,7 @@ class MetricsLog:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         drop_events(folder, stands)
-        self._writer = _open_tensorboard(folder)
+        self._writer = _open_tensorboard(folder) if tensorboard else None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics of a step; steps must not decrease."""
