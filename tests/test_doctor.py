@@ -162,6 +162,7 @@ def test_devices_that_are_missing_hang_or_do_not_fit_are_named(monkeypatch: pyte
     assert problems(findings) == [
         "data.batch_size = 64: must be divisible by the 7 devices",
         "data.eval_batch_size = 120: must be divisible by the 7 devices",
+        "execution.num_microbatches = 8: must be divisible by the 7 devices",
     ]
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     (absent,) = problems(check_devices(None, timeout_s=60))

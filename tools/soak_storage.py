@@ -1,8 +1,9 @@
 """A full and a read-only disk under a real training run: it must stop with the reason, and its checkpoints must stand.
 
-Mounts a small tmpfs, in user and mount namespaces of its own (so no rights are needed where the system allows these),
-and starts `nfnet train` on it: once until the disk is full, and once until it is made read-only. Each time the run must
-end with exit code 6 and name the folder and the reason, and go on from its newest checkpoint when the disk is mended.
+Mounts a small tmpfs in user and mount namespaces of its own (so no rights are needed where the system allows these)
+and starts `nfnet train` on it: once until the disk is full, and once until its folder of checkpoints is made read-only.
+Each time the run must end with exit code 6 and name the folder and the reason, and go on from its newest checkpoint
+when that is mended.
 
 Usage: python tools/soak_storage.py   (about two minutes)
 """
@@ -52,6 +53,7 @@ def main() -> None:
     disk = Path(tempfile.mkdtemp(prefix="soak_storage_"))
     for kind, reason in (("full", "No space left on device"), ("read-only", "Read-only file system")):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
+        checkpoints = disk / "run" / "checkpoints"
         process = start(disk / "run")
         printed = ""
         if kind == "read-only":
@@ -59,13 +61,15 @@ def main() -> None:
             for line in process.stdout:
                 printed += line
                 if re.match(r"step +25/", line):
-                    # Read-only at once, as after an error of the disk; an ordinary remount waits for open files.
-                    subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=False)
-                    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
+                    # Only this folder, as a file system with open files cannot be made read-only.
+                    subprocess.run(["mount", "--bind", str(checkpoints), str(checkpoints)], check=True)
+                    subprocess.run(["mount", "-o", "remount,ro,bind", str(checkpoints)], check=True)
                     break
         printed += process.communicate(timeout=300)[0]
         failed_at = check_stopped(printed, process.returncode, reason)
-        subprocess.run(["mount", "-o", "remount,rw,size=200m", str(disk)], check=True)
+        if kind == "read-only":
+            subprocess.run(["umount", str(checkpoints)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         process = start(disk / "run")
         printed = process.communicate(timeout=300)[0]
         assert process.returncode == 0, printed
