@@ -1,10 +1,18 @@
-"""The persistent compilation cache: a run that comes back compiles nothing that it compiled before."""
+"""Settings of XLA: the persistent compilation cache, and a thread pool of the same size everywhere."""
 
 import os
 import sys
 from pathlib import Path
 
 import jax
+
+
+def fix_thread_pool() -> None:
+    """Gives XLA's thread pool on CPUs a size that does not depend on the machine; call it before JAX's backend starts.
+
+    The pool's size decides where long sums are split, and with it how they are rounded. `NPROC` chooses another size.
+    """
+    os.environ.setdefault("NPROC", "8")
 
 
 def default_folder() -> Path:
