@@ -11,6 +11,7 @@ from nfnet_flax.config import ConfigError, check_types, differences, from_json, 
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.optim import OptimConfig
+from nfnet_flax.parallel.processes import Platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class Recipe:
     """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
     seed: int = 0
     """Of everything random."""
+    platform: Platform = "any"
+    """Kind of device that the run is for; on any other it does not start."""
     num_epochs: float = 1.0
     """Length of the run in passes over the training set; ignored where `num_steps` is given."""
     num_steps: int | None = None
@@ -157,5 +160,5 @@ def read_recipe(path: Path) -> Recipe:
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line per differing field that decides an update; how many threads prepare the input is free to change."""
-    old = dataclasses.replace(old, data=old.data.with_execution_of(new.data))
+    old = dataclasses.replace(old, data=old.data.with_execution_of(new.data), platform=new.platform)
     return differences(to_json(old), to_json(new))

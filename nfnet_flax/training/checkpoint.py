@@ -17,7 +17,12 @@ Notes = dict[str, Any]
 
 def open_manager(workdir: Path, kind: Kind, *, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of a run; close it to wait for what is still being written."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=True,
+        # Both managers may write the same step at once: without names of their own their barriers would collide.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind),
+    )
     return ocp.CheckpointManager((workdir / kind).absolute(), options=options, item_handlers=_handlers())
 
 
