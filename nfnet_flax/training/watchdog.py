@@ -13,6 +13,7 @@ from nfnet_flax.config import check_types, require
 
 Phase = Literal["start", "input", "step", "evaluation", "save", "end"]
 """What the loop is busy with: `start` is devices, sources and restoring; `end` waits for what is being written."""
+_LOOK_INTERVAL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +56,10 @@ class Watchdog:
         with self._lock:
             return f"step {self._step}: {self._phase}, for {time.monotonic() - self._since:.0f} s"
 
-    def is_overdue(self) -> bool:
-        """Whether nothing has moved for too long."""
-        with self._lock:
-            return time.monotonic() - self._since > self._timeout_s
-
     def seconds_left(self) -> float:
-        """Until it is overdue, if nothing moves."""
+        """How much longer nothing may move; at most 0 where it has been too long."""
         with self._lock:
-            return max(0.0, self._since + self._timeout_s - time.monotonic())
+            return self._since + self._timeout_s - time.monotonic()
 
 
 @contextlib.contextmanager
@@ -78,8 +74,8 @@ def watching(config: WatchdogConfig, on_stall: Callable[[str], None]) -> Iterato
     is_over = threading.Event()
 
     def watch() -> None:
-        while not is_over.wait(min(1.0 + watchdog.seconds_left(), 60.0)):
-            if watchdog.is_overdue():
+        while not is_over.wait(_LOOK_INTERVAL_S):
+            if watchdog.seconds_left() <= 0:
                 # Not `sys.stderr`: whoever replaced it need not have a file descriptor.
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
                 message = f"nothing moved ({watchdog.describe()}); the stacks of this process stand above"
