@@ -13,25 +13,20 @@ from absl import logging
 
 from nfnet_flax.config import ConfigError, unknown_name
 from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.exit_codes import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_INPUT_FAILED,
+    EXIT_STOPPED,
+    EXIT_STORAGE_FAILED,
+    EXIT_WRONG,
+)
 from nfnet_flax.training.storage import StorageFailed
 
 if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe
-
-EXIT_DONE = 0
-"""The run reached its last step."""
-EXIT_WRONG = 1
-"""`nfnet doctor` found something wrong."""
-EXIT_BAD_INPUT = 2
-"""A recipe, an option or a folder is wrong; the message says what to change."""
-EXIT_DIVERGED = 3
-"""The loss is not finite; repeating the run would end alike."""
-EXIT_INPUT_FAILED = 4
-"""A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
-EXIT_STORAGE_FAILED = 6
-"""A checkpoint or the metrics cannot be written (disk full, no permission); earlier checkpoints stand."""
-EXIT_STOPPED = 75
-"""SIGTERM or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
+    from nfnet_flax.training.loop import TrainResult
 
 _USAGE = """usage: nfnet COMMAND ...
 
@@ -47,7 +42,8 @@ _USAGE = """usage: nfnet COMMAND ...
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
   nfnet convert run DIR --out DIR                           the newest checkpoint of a run -> weights.safetensors
 
-exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 6 the run's folder cannot be written,
+exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 5 a process died, hung or did not come,
+            6 the run's folder cannot be written,
             75 stopped and saved (run the same command again)
 """
 
@@ -74,24 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return commands[argv[0]](argv[1:])
-    except ConfigError as error:
-        print(f"nfnet: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except InputFailed as error:
-        print(f"nfnet: the input failed: {error}", file=sys.stderr)
-        return EXIT_INPUT_FAILED
-    except StorageFailed as error:
-        print(f"nfnet: the run's folder failed: {error}; run again once that is mended", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_STORAGE_FAILED)  # threads that still write would be waited for, some of them for minutes
+    except Exception as error:
+        known = _explain(error)
+        if known is None:
+            raise
+        code, message = known
+        print(f"nfnet: {message}", file=sys.stderr)
+        if code == EXIT_STORAGE_FAILED:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # threads that still write would be waited for, some of them for minutes
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and message of an error that is the user's or the world's; None for a bug."""
+    match error:
+        case ConfigError():
+            return EXIT_BAD_INPUT, f"error: {error}"
+        case InputFailed():
+            return EXIT_INPUT_FAILED, f"the input failed: {error}"
+        case StorageFailed():
+            return EXIT_STORAGE_FAILED, f"the run's folder failed: {error}; run again once that is mended"
+    return None
 
 
 def _train(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
         return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
+    from nfnet_flax.parallel.processes import DistributedConfig
     from nfnet_flax.recipe import Recipe
+    from nfnet_flax.training.watchdog import WatchdogConfig
 
     recipe_path, *options = argv
     loaded = _load(recipe_path, options)
@@ -102,28 +112,48 @@ def _train(argv: list[str]) -> int:
         """Folder of the run: made, or continued."""
         debug: bool = "--debug" in options
         """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
+        distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+        """The processes of the run."""
+        watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
+        """How long nothing may move."""
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
 
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
-    from nfnet_flax.training.compilation import use_compilation_cache
+    from nfnet_flax.parallel.processes import current
+    from nfnet_flax.training.compilation import fix_thread_pool, use_compilation_cache
+    from nfnet_flax.training.launch import run_together
     from nfnet_flax.training.loop import TrainingDiverged, train
+    from nfnet_flax.training.run import check_same_run
+    from nfnet_flax.training.watchdog import Watchdog
 
+    fix_thread_pool()
     use_compilation_cache()
-    try:
-        result = train(chosen.recipe, chosen.workdir)
-    except TrainingDiverged as error:
-        print(f"nfnet: diverged: {error}", file=sys.stderr)
-        return EXIT_DIVERGED
+
+    def run(watchdog: Watchdog) -> int:
+        check_same_run(current(), chosen.recipe, chosen.workdir, chosen.distributed.start_timeout_s)
+        try:
+            result = train(chosen.recipe, chosen.workdir, watchdog)
+        except TrainingDiverged as error:  # in all processes, as the loss is that of the whole batch
+            if current().is_first:
+                print(f"nfnet: diverged: {error}", file=sys.stderr)
+            return EXIT_DIVERGED
+        if current().is_first:
+            _print_result(result, chosen.workdir)
+        return EXIT_DONE if result.finished else EXIT_STOPPED
+
+    return run_together(chosen.distributed, chosen.watchdog, run, _explain)
+
+
+def _print_result(result: "TrainResult", workdir: Path) -> None:
     if not result.finished:
         print(f"stopped at step {result.step} of {result.num_steps}; run the same command again to continue")
-        return EXIT_STOPPED
+        return
     print(f"finished: {result.num_steps} steps")
     _print_accuracy(result.metrics)
-    print(f"checkpoints: {chosen.workdir / 'checkpoints'} (newest), {chosen.workdir / 'best'} (best)")
-    if chosen.recipe.tensorboard:
-        print(f"curves: tensorboard --logdir {chosen.workdir / 'tensorboard'}")
-    return EXIT_DONE
+    print(f"checkpoints: {workdir / 'checkpoints'} (newest), {workdir / 'best'} (best)")
+    if (workdir / "tensorboard").is_dir():
+        print(f"curves: tensorboard --logdir {workdir / 'tensorboard'}")
 
 
 def _load(recipe_path: str, options: list[str]) -> "Recipe":

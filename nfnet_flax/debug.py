@@ -50,6 +50,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
             prefetch_batches=2,
         ),
         execution=dataclasses.replace(recipe.execution, num_microbatches=_NUM_MICROBATCHES),
+        platform="any",
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=2),
         num_steps=4,
         log_every_steps=1,

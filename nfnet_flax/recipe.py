@@ -11,6 +11,7 @@ from nfnet_flax.config import ConfigError, check_types, differences, from_json, 
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.optim import OptimConfig
+from nfnet_flax.parallel.processes import Platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class Recipe:
     """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
     seed: int = 0
     """Of everything random."""
+    platform: Platform = "any"
+    """Kind of device that the run is for; on any other it does not start."""
     num_epochs: float = 1.0
     """Length of the run in passes over the training set; ignored where `num_steps` is given."""
     num_steps: int | None = None
@@ -169,10 +172,10 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line per differing field that decides an update.
 
-    How many threads prepare the input, over how many devices parameters are divided, and whether TensorBoard's files
-    are written, is free to change.
+    How many threads prepare the input, over how many devices parameters are divided, which platform is asked for, and
+    whether TensorBoard's files are written, is free to change.
     """
     execution = dataclasses.replace(old.execution, fsdp=new.execution.fsdp)
     data = old.data.with_execution_of(new.data)
-    old = dataclasses.replace(old, data=data, execution=execution, tensorboard=new.tensorboard)
+    old = dataclasses.replace(old, data=data, execution=execution, platform=new.platform, tensorboard=new.tensorboard)
     return differences(to_json(old), to_json(new))

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,15 +62,43 @@ def start(
     )
 
 
+def start_all(
+    workdir: Path, num_processes: int, *options: str, of_last: tuple[str, ...] = (), recipe: Path = DIGITS
+) -> list[subprocess.Popen[str]]:
+    """Starts a run of several processes on this machine; `of_last` are options that only the last one gets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = (f"--distributed.coordinator-address={address}", f"--distributed.num-processes={num_processes}")
+    return [
+        start(
+            workdir,
+            *options,
+            *joined,
+            f"--distributed.process-id={index}",
+            *(of_last if index == num_processes - 1 else ()),
+            recipe=recipe,
+        )
+        for index in range(num_processes)
+    ]
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     """Waits for a run and returns what it printed."""
     return process.communicate(timeout=300)[0]
 
 
-def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals, saved: Path | None = None) -> str:
+def signal_at(
+    process: subprocess.Popen[str],
+    step: int,
+    number: signal.Signals,
+    saved: Path | None = None,
+    to: subprocess.Popen[str] | None = None,
+) -> str:
     """Sends a signal to the whole process group once the run reports `step`; returns all that it printed.
 
     Where `saved` is given, it waits for that checkpoint, too: it is written in the background, beside the steps.
+    With `to`, the signal goes to the group of that process instead.
     """
     assert process.stdout is not None
     printed = []
@@ -78,7 +107,7 @@ def signal_at(process: subprocess.Popen[str], step: int, number: signal.Signals,
         if re.match(rf"step +{step}/", line):
             while saved is not None and not saved.exists() and process.poll() is None:
                 time.sleep(0.001)
-            os.killpg(process.pid, number)
+            os.killpg((to or process).pid, number)
             break
     return "".join(printed) + finish(process)
 

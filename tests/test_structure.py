@@ -9,10 +9,11 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config"}
+BASE = {"config", "exit_codes"}
 ALLOWED = {
     "config": set[str](),
-    **{leaf: {"config"} for leaf in LEAVES},
+    "exit_codes": set[str](),
+    **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
     "debug": LEAVES | BASE | {"recipe"},
     "weights": {"models"} | BASE,

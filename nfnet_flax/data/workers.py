@@ -24,7 +24,10 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed, Rows, explain
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What may tell the main process to stop; often sent to all processes of a job."""
+_DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a worker write its stacks."""
 _EXIT_TIMEOUT_S = 5.0
 """How long a worker that closed its socket may take to end."""
 _DUMP_S = 1.0
@@ -93,7 +96,7 @@ class WorkerProcess:
 
     def dump_stacks(self) -> None:
         """Makes the worker write its stacks to stderr, if it still can."""
-        self._process.send_signal(signal.SIGUSR1)
+        self._process.send_signal(_DUMP_SIGNAL)
         time.sleep(_DUMP_S)
 
     def stop(self) -> None:
@@ -144,7 +147,7 @@ def serve(descriptor: int) -> None:
     The first message is a pickled function that makes the batches, every other one is a step. The answer is a dict of
     (dtype, shape) followed by the arrays' bytes, or (class, text) of an error, after which the worker ends.
     """
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(_DUMP_SIGNAL, all_threads=True)
     stream = socket.socket(fileno=descriptor).makefile("rwb")
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 

@@ -26,7 +26,12 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.Checkp
     Raises:
       StorageFailed: the last of it could not be written.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=True,
+        # Both managers may write the same step at once: without names of their own their barriers would collide.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind),
+    )
     folder = (workdir / kind).absolute()
     with reads_and_writes(folder):
         manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())

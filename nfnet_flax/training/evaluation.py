@@ -1,6 +1,5 @@
 """Evaluation: every held-out example exactly once, for raw and EMA parameters."""
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -88,7 +87,7 @@ def run_evaluation(
     weights_of: dict[str, Weights],
     batches: Iterable[dict[str, Any]],
     mesh: Mesh,
-    stop: threading.Event | None = None,
+    is_stopped: Callable[[], bool] | None = None,
 ) -> dict[str, float] | None:
     """Metrics of several sets of weights over the same batches.
 
@@ -97,14 +96,14 @@ def run_evaluation(
       weights_of: prefix of the metrics (`eval`, `eval_ema`) -> parameters and running statistics.
       batches: this process's rows, with `mask`.
       mesh: of the step.
-      stop: ends the evaluation early when set.
+      is_stopped: asked before each batch; true ends the evaluation early. The same in all processes.
 
     Returns:
       `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped.
     """
     found: list[dict[str, Arrays]] = []
     for rows in batches:
-        if stop is not None and stop.is_set():
+        if is_stopped is not None and is_stopped():
             return None
         batch = to_global(rows, batch_sharding(mesh))
         found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})

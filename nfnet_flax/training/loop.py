@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,24 @@ import jax
 
 from nfnet_flax.data.pipeline import train_batches
 from nfnet_flax.parallel.mesh import batch_sharding, to_global
+from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
-from nfnet_flax.training.metrics import MetricsLog
-from nfnet_flax.training.preemption import stop_requests
+from nfnet_flax.training.metrics import MetricsLog, NoMetrics
+from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.restoring import Notes, restore_newest
-from nfnet_flax.training.run import Setup, assemble, claim_input, claim_workdir
+from nfnet_flax.training.run import Setup, assemble, claim
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.step import Metrics
 from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.weights.entries import Arrays
 
 _MAX_STEPS_IN_FLIGHT = 2
+_CLAIM_TIMEOUT_S = 300.0
+"""How long process 0 may take to make the folder of the run, its input's fingerprint included."""
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
@@ -46,11 +49,16 @@ class TrainResult:
     """False if the run was told to stop, be it during the last evaluation; the same call goes on from there."""
 
 
-def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
-    """Trains until the recipe's last step, SIGTERM or Ctrl-C; continues from the newest checkpoint in `workdir`.
+def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None) -> TrainResult:
+    """Trains until the recipe's last step or a signal to stop; continues from the newest checkpoint in `workdir`.
 
     The order within the loop is a contract: evaluate if due, save if due, next batch, step, push metrics. So a
     checkpoint at step N means that everything due at N is done, and a state that is not finite is never saved.
+
+    Args:
+      recipe: the run.
+      workdir: its folder, which all processes see.
+      watchdog: is told what the loop is busy with; None: nobody watches.
 
     Raises:
       ConfigError: the recipe does not fit the devices or the folder, the input is another than before, or an image
@@ -60,18 +68,18 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainResult:
       TrainingDiverged: the loss or a gradient is not finite.
     """
     workdir = Path(workdir)
-    setup = assemble(recipe)
-    weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
-    claim_workdir(workdir, recipe)
-    claim_input(workdir, setup.input_identity())
-    restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
-    with (  # InputFailed is what reading the input raises
-        reads_and_writes(workdir, OSError),
-        checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last) as newest,
-        checkpoint.open_manager(workdir, "best", keep=1) as best,
-        stop_requests() as stop,
-    ):
-        return _run(setup, workdir, restored or _start(setup, weights), newest, best, stop)
+    watchdog = watchdog or Watchdog(WatchdogConfig())
+    with stop_requests(current()) as stop:
+        setup = assemble(recipe)
+        weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
+        claim(current(), workdir, recipe, setup.input_identity(), _CLAIM_TIMEOUT_S)
+        restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
+        with (  # InputFailed is what reading the input raises
+            reads_and_writes(workdir, OSError),
+            checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last) as newest,
+            checkpoint.open_manager(workdir, "best", keep=1) as best,
+        ):
+            return _run(setup, workdir, restored or _start(setup, weights), newest, best, stop, watchdog)
 
 
 def _run(
@@ -80,19 +88,25 @@ def _run(
     start: tuple[TrainState, Notes],
     newest: Any,
     best: Any,
-    stop: threading.Event,
+    stop: StopPoint,
+    watchdog: Watchdog,
 ) -> TrainResult:
     recipe, num_steps = setup.recipe, setup.num_steps
     state, restored = start
     step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
-    if step > 0:
+    if step > 0 and current().is_first:
         print(f"continuing from step {step} in {workdir}", flush=True)
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
-    log = MetricsLog(workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard)
-    progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step)
+    is_first = current().is_first  # the one that writes and prints
+    log = (
+        MetricsLog(workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard)
+        if is_first
+        else NoMetrics()
+    )
+    progress = Progress(num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=is_first)
     window = _Window(setup, log, progress, step)
     saved_step = step if step > 0 else None
     save_clock = checkpoint.SaveClock(recipe.checkpoint.every_minutes)
@@ -111,7 +125,7 @@ def _run(
             eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
             if eval_due and not evaluated:
                 window.drain(step)
-                found = _evaluate(setup, state, stop)
+                found = _evaluate(setup, state, step, stop, watchdog)
                 if found is not None:
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
@@ -119,7 +133,7 @@ def _run(
                     _save_if_best(best, recipe, state, step, found, log)
                 progress.restart_clock(step)
             # 2. Save.
-            stopping = stop.is_set()
+            stopping = stop.reached()
             save_due = False
             if step > 0 and step % recipe.log_every_steps == 0:
                 checkpoint.check_written(newest)
@@ -127,6 +141,7 @@ def _run(
                 save_due = save_clock.is_due()
             save_due |= step > 0 and (step % recipe.checkpoint.every_steps == 0 or step == num_steps or stopping)
             if save_due and step != saved_step:
+                watchdog.enter("save", step)
                 window.drain(step)
                 log.flush()
                 # Told to stop during the evaluation, the checkpoint says so, and it is done after the resume.
@@ -136,18 +151,23 @@ def _run(
                 saved_step = step
             if step == num_steps or stopping:
                 window.drain(step)
+                if stopping:
+                    progress.say(f"stopping at step {step}: {stop.reason}")
                 return TrainResult(step, num_steps, eval_metrics, finished=step == num_steps and evaluated)
             # 3. Next batch.
+            watchdog.enter("input", step + 1)
             started = time.perf_counter()
             rows = next(batches)
             data_wait_s = time.perf_counter() - started
             batch = to_global(rows, batch_sharding(setup.mesh))
             # 4. Step.
+            watchdog.enter("step", step + 1)
             state, metrics = setup.train_step(state, batch)
             step, evaluated = step + 1, False
             # 5. Push metrics.
             window.push(step, metrics, data_wait_s)
     finally:
+        watchdog.enter("end", step)
         log.close()
         batches.close()
 
@@ -156,9 +176,15 @@ def _start(setup: Setup, weights: Arrays) -> tuple[TrainState, Notes]:
     return setup.create_state(weights), {"evaluated": False, "metrics": {}}
 
 
-def _evaluate(setup: Setup, state: TrainState, stop: threading.Event) -> dict[str, float] | None:
+def _evaluate(
+    setup: Setup, state: TrainState, step: int, stop: StopPoint, watchdog: Watchdog
+) -> dict[str, float] | None:
+    def is_stopped() -> bool:
+        watchdog.enter("evaluation", step)
+        return stop.reached()
+
     with setup.eval_batches() as batches:
-        return run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh, stop)
+        return run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh, is_stopped)
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
@@ -169,7 +195,7 @@ def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float])
 
 
 def _save_if_best(
-    best: Any, recipe: Recipe, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog
+    best: Any, recipe: Recipe, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog | NoMetrics
 ) -> None:
     # The best so far is read from its checkpoint: a restarted process knows no less than one that was never killed.
     previous = checkpoint.read_notes(best)
@@ -182,7 +208,7 @@ def _save_if_best(
 class _Window:
     """Metrics of the steps since the last log step. They stay on the device until they are drained together."""
 
-    def __init__(self, setup: Setup, log: MetricsLog, progress: Progress, step: int) -> None:
+    def __init__(self, setup: Setup, log: MetricsLog | NoMetrics, progress: Progress, step: int) -> None:
         self._setup = setup
         self._log = log
         self._progress = progress

@@ -9,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 
+class NoMetrics:
+    """Takes the place of `MetricsLog` in processes that write none."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class MetricsLog:
     """Writes one JSON object per step and, with `tensorboard`, the same numbers as TensorBoard scalars.
 

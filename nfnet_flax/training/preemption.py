@@ -1,35 +1,126 @@
-"""Being told to stop: SIGTERM and Ctrl-C set a flag that the loop reads between steps."""
+"""Being told to stop: SIGTERM, SIGUSR1 (as Slurm sends) or Ctrl-C to any process stops all of them at the same point.
+
+Signals are received by a thread, as a handler in Python would wait until the main thread comes back from a compilation
+or a collective. JAX's own notifier stays off: it knows SIGTERM only, and nothing of a run of one process.
+"""
 
 import contextlib
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
-from types import FrameType
+import time
+from collections.abc import Callable, Iterator
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+import jax
+
+from nfnet_flax.parallel.processes import Processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each of them asks a run to save and stop."""
+_REPEAT_S = 1.0
+"""A signal that follows within this time is the same request: launchers may deliver one to a group and to a process."""
+_POLL_S = 60.0
+_ANSWER_TIMEOUT_S = 600.0
+
+
+class StopPoint:
+    """Where the run is to stop: the same point in all processes.
+
+    All processes pass the same points in the same order and count them. Once one is asked to stop, every process says
+    how many points it has passed and passes no other until all have said so; the first point that no process had
+    passed, the largest count plus one, is where all stop. That needs no step to be waited for: a process that waits
+    for the others in a computation has a thread to answer for it.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        """Listens to the other processes, unless this one is by itself."""
+        self._processes = processes
+        self._lock = threading.Lock()
+        self._num_passed = 0
+        self._stop_at: int | None = None
+        self.reason: str | None = None
+        """Who was asked to stop, and how."""
+        if processes.count > 1:
+            threading.Thread(target=self._listen, name="stop", daemon=True).start()
+
+    def reached(self) -> bool:
+        """Passes a point. True from the point on at which all stop."""
+        with self._lock:
+            self._num_passed += 1
+            return self._stop_at is not None and self._num_passed >= self._stop_at
+
+    def request(self, reason: str) -> None:
+        """Asks all processes to stop at the next point that they can agree on."""
+        if self._processes.count > 1:
+            self._processes.put("stop/requested", reason)
+            return
+        with self._lock:
+            self.reason, self._stop_at = reason, self._num_passed + 1
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                reason = self._processes.wait_for("stop/requested", _POLL_S)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    return  # process 0 is gone, which `parallel.peers` notices, too
+        with self._lock:
+            self._processes.put(f"stop/passed/{self._processes.index}", self._num_passed)
+            try:
+                passed = [
+                    self._processes.wait_for(f"stop/passed/{index}", _ANSWER_TIMEOUT_S)
+                    for index in range(self._processes.count)
+                ]
+            except jax.errors.JaxRuntimeError:
+                return  # as above
+            self.reason, self._stop_at = reason, max(passed) + 1
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or SIGINT sets; a second one ends the process at once.
+def stop_requests(processes: Processes) -> Iterator[StopPoint]:
+    """Yields the point at which to stop; signals are requests for it, and a second one ends the process at once.
 
-    Outside the main thread Python can install no handler; there the event is never set by a signal.
+    Outside the main thread Python can install no handler; there, no signal of this process is a request.
     """
-    requested = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        if requested.is_set():
-            os._exit(128 + number)
-        requested.set()
-
+    point = StopPoint(processes)
     if threading.current_thread() is not threading.main_thread():
-        yield requested
+        yield point
         return
-    previous = {number: signal.signal(number, handle) for number in _SIGNALS}
+    requested_at: list[float] = []
+
+    def on_signal(number: int) -> None:
+        if requested_at and time.monotonic() - requested_at[0] > _REPEAT_S:
+            os._exit(128 + number)
+        if not requested_at:
+            requested_at.append(time.monotonic())
+            point.request(f"{signal.Signals(number).name} to process {processes.index}")
+
+    with _signals_in_a_thread(on_signal):
+        yield point
+
+
+@contextlib.contextmanager
+def _signals_in_a_thread(on_signal: Callable[[int], None]) -> Iterator[None]:
+    received, written = socket.socketpair()
+    written.setblocking(False)
+
+    def receive() -> None:
+        while number := received.recv(1):
+            if number[0] in SIGNALS:
+                on_signal(number[0])
+
+    thread = threading.Thread(target=receive, name="signals", daemon=True)
+    thread.start()
+    previous_fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
     try:
-        yield requested
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_fd)
+        written.close()  # ends the thread
+        thread.join()
+        received.close()

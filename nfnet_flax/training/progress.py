@@ -7,12 +7,14 @@ import time
 class Progress:
     """Step, loss, images/s and remaining time; one line that is rewritten on a terminal, one per log step elsewhere."""
 
-    def __init__(self, *, num_steps: int, batch_size: int, start_step: int) -> None:
+    def __init__(self, *, num_steps: int, batch_size: int, start_step: int, is_shown: bool) -> None:
+        """Starts the clock; where it is not shown, as in all processes but one, it only keeps time."""
         self._num_steps = num_steps
         self._batch_size = batch_size
         self._step = start_step
         self._time = time.perf_counter()
         self._live = sys.stdout.isatty()
+        self._is_shown = is_shown
 
     def restart_clock(self, step: int) -> None:
         """Leaves what happened until now (compiling, evaluating) out of the rate."""
@@ -30,8 +32,10 @@ class Progress:
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:7.4f}  "
             f"{images_per_s:8.1f} images/s  {minutes:3d}:{seconds:02d} left"
         )
-        print(f"\r\033[K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
+        if self._is_shown:
+            print(f"\r\033[K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        print(f"\r\033[K{text}" if self._live else text, flush=True)
+        if self._is_shown:
+            print(f"\r\033[K{text}" if self._live else text, flush=True)

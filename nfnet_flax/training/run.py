@@ -7,23 +7,28 @@ Folder of a run: `recipe.json` (resolved), `input.json` (what the input is made 
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jaxlib
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnet_flax.config import ConfigError, differences, require
+import nfnet_flax
+from nfnet_flax.config import ConfigError, differences, require, to_json
+from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
+from nfnet_flax.parallel.processes import Processes, check_agreement, check_platform
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.build import build_training
@@ -103,6 +108,7 @@ def assemble(recipe: Recipe) -> Setup:
     Raises:
       ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
     """
+    check_platform(recipe.platform)
     mesh = make_mesh(fsdp=recipe.execution.fsdp)
     data = recipe.data
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
@@ -123,6 +129,47 @@ def assemble(recipe: Recipe) -> Setup:
         train_step=training.step,
         eval_step=make_eval_step(training.structure, mesh, mean=data.mean, std=data.std),
     )
+
+
+def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
+    """Checks that all processes are about to run the same; before any of them computes.
+
+    Raises:
+      ConfigError: recipe, workdir or versions differ, or a process did not say in time.
+    """
+
+    def fields(data: Any, path: str) -> dict[str, str]:
+        if not isinstance(data, dict):
+            return {path: repr(data)}
+        return {name: text for key, value in data.items() for name, text in fields(value, f"{path}.{key}").items()}
+
+    shared = dataclasses.replace(recipe, data=recipe.data.with_execution_of(DataConfig(prefetch_batches=2)))
+    versions = {"nfnet_flax": nfnet_flax.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    facts = {
+        **versions,
+        "python": platform.python_version(),
+        "workdir": str(workdir.absolute()),
+        **fields(to_json(shared), "recipe"),
+    }
+    check_agreement(processes, facts, timeout_s)
+
+
+def claim(processes: Processes, workdir: Path, recipe: Recipe, identity: dict[str, Any], timeout_s: float) -> None:
+    """Makes the folder of a run by process 0, and checks in all that it is theirs: the same recipe and input.
+
+    Raises:
+      ConfigError: it cannot be written, belongs to another recipe or input, or is not the same folder in all processes.
+    """
+    if processes.is_first:
+        claim_workdir(workdir, recipe)
+        claim_input(workdir, identity)
+    processes.barrier("claimed", timeout_s)
+    if not processes.is_first:
+        remedy = f"is not the folder that process 0 sees, as process {processes.index} finds no recipe.json in it: "
+        remedy += "give one on a file system that all hosts share"
+        require((workdir / "recipe.json").exists(), "workdir", str(workdir), remedy)
+        claim_workdir(workdir, recipe)
+        claim_input(workdir, identity)
 
 
 def claim_workdir(workdir: Path, recipe: Recipe) -> None:

@@ -1,0 +1,23 @@
+"""How the `nfnet` command ends. With several processes all end with the code of the one that ended first."""
+
+EXIT_DONE = 0
+"""The run reached its last step."""
+EXIT_BUG = 1
+"""An error that nothing was prepared for; its traceback says where."""
+EXIT_WRONG = 1
+"""`nfnet doctor` found something wrong."""
+EXIT_BAD_INPUT = 2
+"""A recipe, an option or a folder is wrong; the message says what to change."""
+EXIT_DIVERGED = 3
+"""The loss is not finite; repeating the run would end alike."""
+EXIT_INPUT_FAILED = 4
+"""A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
+EXIT_LOST = 5
+"""A process did not come, died or is frozen, or nothing moved in time; the last checkpoint stands: run again.
+
+Where process 0 dies, JAX may abort the others first, with SIGABRT (134 to a shell) and its own message.
+"""
+EXIT_STORAGE_FAILED = 6
+"""A checkpoint or the metrics cannot be written (disk full, no permission); earlier checkpoints stand."""
+EXIT_STOPPED = 75
+"""SIGTERM, SIGUSR1 or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""

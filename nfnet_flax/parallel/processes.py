@@ -1,0 +1,277 @@
+"""The processes of a run: how they find one another, agree before the first step, and leave together.
+
+What they tell one another goes through the key-value store of JAX's coordination service, which lives in process 0:
+no device takes part, so it works before the first computation and while the devices are busy or hang.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import jax
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+
+from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.exit_codes import EXIT_LOST
+
+Platform = Literal["any", "accelerator", "gpu", "tpu"]
+"""Kind of device that a recipe wants: `accelerator` is anything but a CPU."""
+_PREFIX = "nfnet_flax"
+_START_MARGIN_S = 60
+"""JAX aborts where it waited too long; it is given so much more time, so that our message comes first."""
+_DEATH_MARGIN_S = 30
+"""As above, for a process that is not heard of."""
+_LAST_OUT_S = 1.0
+"""Process 0 leaves so much later, as JAX ends the others with an abort when it is gone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How the processes of a run find one another, and how long they wait. No update depends on it.
+
+    Nothing need be given on TPU VMs, GKE, Slurm and Open MPI, nor for a run of one process.
+    """
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, reachable from all; None: as the cluster says (`JAX_COORDINATOR_ADDRESS` is honoured)."""
+    num_processes: int | None = None
+    """Of the whole run; None: as the cluster says."""
+    process_id: int | None = None
+    """Of this process, from 0; None: as the cluster says."""
+    start_timeout_s: float = 300.0
+    """How long all processes may take to come, and then to tell one another what they are about to run."""
+    heartbeat_timeout_s: float = 60.0
+    """A process that was not heard of for so long is dead or frozen, and the others end."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        given = {
+            "coordinator_address": self.coordinator_address,
+            "num_processes": self.num_processes,
+            "process_id": self.process_id,
+        }
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            remedy = "is missing; give coordinator_address, num_processes and process_id, or none of them"
+            require(False, f"distributed.{missing[0]}", None, remedy)
+        if self.coordinator_address is not None and self.num_processes is not None and self.process_id is not None:
+            host, _, port = self.coordinator_address.rpartition(":")
+            remedy = "must be HOST:PORT of process 0, such as 10.0.0.2:8476"
+            valid = bool(host) and port.isdecimal() and 0 < int(port) < 65536
+            require(valid, "distributed.coordinator_address", self.coordinator_address, remedy)
+            require(self.num_processes >= 1, "distributed.num_processes", self.num_processes, "must be at least 1")
+            remedy = f"must lie in 0 ... {self.num_processes - 1}, different in each process"
+            require(0 <= self.process_id < self.num_processes, "distributed.process_id", self.process_id, remedy)
+        require(self.start_timeout_s >= 1, "distributed.start_timeout_s", self.start_timeout_s, "must be at least 1")
+        remedy = "must be at least 10, as a busy host may be late"
+        require(self.heartbeat_timeout_s >= 10, "distributed.heartbeat_timeout_s", self.heartbeat_timeout_s, remedy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Where a process stands among those of a run."""
+
+    address: str
+    """HOST:PORT of process 0."""
+    num_processes: int
+    process_id: int
+    local_device_ids: Sequence[int] | None
+    """Devices of this host that are this process's; None: all."""
+
+
+def find_cluster(config: DistributedConfig) -> Cluster | None:
+    """The cluster that is given, or that JAX detects; None for a process by itself. Starts nothing.
+
+    Raises:
+      ConfigError: an address is known and the rest is not, or the cluster's environment cannot be read.
+    """
+    if config.coordinator_address is not None and config.num_processes is not None and config.process_id is not None:
+        return Cluster(config.coordinator_address, config.num_processes, config.process_id, None)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        # The detection of `jax.distributed.initialize`, ahead of it: the wait is to be announced.
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            address, None, None, None, None, round(config.start_timeout_s)
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"the cluster's environment cannot be read ({type(error).__name__}: {error}): give "
+            "--distributed.coordinator-address, --distributed.num-processes and --distributed.process-id"
+        ) from error
+    address, num_processes, process_id, local_device_ids = found
+    if num_processes is None or process_id is None or address is None:
+        remedy = "is set, but no cluster was found; give --distributed.num-processes and --distributed.process-id, too"
+        require(address is None, "JAX_COORDINATOR_ADDRESS", address, remedy)
+        return None
+    return Cluster(address, num_processes, process_id, local_device_ids)
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the other processes; does nothing for a process by itself. To be called before JAX looks for devices.
+
+    The process ends with `EXIT_LOST` and a message where the others do not come in time.
+
+    Raises:
+      ConfigError: what is known of the cluster does not suffice, or process 0 cannot listen at its address.
+    """
+    cluster = find_cluster(config)
+    if cluster is None or cluster.num_processes == 1:
+        return
+    about = f"{cluster.num_processes} processes at {cluster.address}"
+    print(f"process {cluster.process_id}: waiting for {about} for up to {config.start_timeout_s:g} s", flush=True)
+    # JAX waits in C++ and aborts when it has waited too long: a timer ends the process before that.
+    timer = threading.Timer(config.start_timeout_s, _not_all_came, (cluster, config.start_timeout_s))
+    timer.daemon = True
+    timer.start()
+    host = cluster.address.rpartition(":")[0]
+    jax.config.update("jax_enable_preemption_service", False)  # `training.preemption` owns the signals
+    try:
+        jax.distributed.initialize(
+            coordinator_address=cluster.address,
+            num_processes=cluster.num_processes,
+            process_id=cluster.process_id,
+            local_device_ids=cluster.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=round(config.start_timeout_s) + _START_MARGIN_S,
+            heartbeat_timeout_seconds=round(config.heartbeat_timeout_s) + _DEATH_MARGIN_S,
+            # Where all are on this machine, nobody else need reach it.
+            coordinator_bind_address=cluster.address if host in ("127.0.0.1", "localhost") else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"process {cluster.process_id} cannot join {about}: {error}") from error
+    finally:
+        timer.cancel()
+
+
+def _not_all_came(cluster: Cluster, waited_s: float) -> None:
+    role = "process 0 listens there" if cluster.process_id == 0 else "this process calls there"
+    print(
+        f"nfnet: process {cluster.process_id} waited {waited_s:g} s for {cluster.num_processes} processes at "
+        f"{cluster.address}, and not all came ({role}). Check that as many were started, each with a "
+        "distributed.process_id of its own; that this address is that of process 0's host; and that no firewall is "
+        "between them. A longer wait: --distributed.start-timeout-s",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_LOST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Those of this run, seen from one of them."""
+
+    index: int
+    count: int
+    store: Any
+    """Client of the coordination service; None in a process by itself."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes the files that are not checkpoints."""
+        return self.index == 0
+
+    def put(self, key: str, value: Any) -> None:
+        """Stores JSON under a key, in place of what was there."""
+        self.store.key_value_set(f"{_PREFIX}/{key}", json.dumps(value), allow_overwrite=True)
+
+    def wait_for(self, key: str, timeout_s: float) -> Any:
+        """What is stored under a key, once it is.
+
+        Raises:
+          jax.errors.JaxRuntimeError: it was not within the time.
+        """
+        return json.loads(self.store.blocking_key_value_get(f"{_PREFIX}/{key}", round(1000 * timeout_s)))
+
+    def of_all(self, folder: str) -> dict[int, Any]:
+        """What each process has stored under `folder/INDEX`, as far as it has."""
+        found = self.store.key_value_dir_get(f"{_PREFIX}/{folder}/")
+        return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+
+    def barrier(self, name: str, timeout_s: float) -> None:
+        """Waits until all processes are here; each name is for one use.
+
+        Raises:
+          jax.errors.JaxRuntimeError: not all came within the time.
+        """
+        if self.store is not None:
+            self.store.wait_at_barrier(f"{_PREFIX}/{name}", round(1000 * timeout_s))
+
+
+def current() -> Processes:
+    """The processes that `start`, or the caller's own `jax.distributed.initialize`, has joined; starts no backend."""
+    state = distributed.global_state
+    if state.client is None:
+        return Processes(index=0, count=1, store=None)
+    return Processes(index=state.process_id, count=state.num_processes, store=state.client)
+
+
+def check_agreement(processes: Processes, facts: dict[str, str], timeout_s: float) -> None:
+    """Compares what all processes are about to run; with one process there is nothing to compare.
+
+    Args:
+      processes: of this run.
+      facts: name, such as `jax` or `recipe.seed` -> value. To be the same in all.
+      timeout_s: longest wait for the others.
+
+    Raises:
+      ConfigError: some differ, or a process did not tell in time. All processes raise it, with the same lines.
+    """
+    if processes.count == 1:
+        return
+    processes.put(f"facts/{processes.index}", facts)
+    told = []
+    deadline = time.monotonic() + timeout_s
+    for index in range(processes.count):
+        try:
+            told.append(processes.wait_for(f"facts/{index}", max(1.0, deadline - time.monotonic())))
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(
+                f"process {index} did not say within {timeout_s:g} s what it runs: look at its own messages ({error})"
+            ) from error
+    lines = [
+        f"  {name}: {told[0].get(name, '(absent)')} in process 0, {facts.get(name, '(absent)')} in process {index}"
+        for index, facts in enumerate(told)
+        for name in sorted(told[0].keys() | facts.keys())
+        if told[0].get(name) != facts.get(name)
+    ]
+    if lines:
+        raise ConfigError("the processes of this run differ; start all alike:\n" + "\n".join(lines))
+
+
+def check_platform(wanted: Platform) -> None:
+    """Raises `ConfigError` unless JAX runs on the kind of device that a recipe wants."""
+    found = jax.default_backend()
+    if wanted == "any" or found == wanted or (wanted == "accelerator" and found != "cpu"):
+        return
+    extra = {"gpu": "nfnet_flax[cuda]", "tpu": "nfnet_flax[tpu]"}.get(wanted, "nfnet_flax[cuda]' or 'nfnet_flax[tpu]")
+    raise ConfigError(
+        f"platform = {wanted!r}: JAX found only {found} devices ({', '.join(map(str, jax.local_devices()[:4]))}; "
+        f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}). Install the support (pip install '{extra}'), see "
+        "what JAX says (python -c 'import jax; print(jax.devices())'), or give --platform any to train on what there is"
+    )
+
+
+def leave(processes: Processes, code: int, *, timeout_s: float) -> NoReturn:
+    """Ends this process at once, together with the others if they leave, too.
+
+    Not by way of Python's own exit: that waits for minutes for processes that hang in a computation.
+
+    Args:
+      processes: of this run.
+      code: exit code.
+      timeout_s: longest wait for the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one is dead or hangs
+        processes.barrier("leave", timeout_s)
+    if processes.is_first and processes.count > 1:
+        time.sleep(_LAST_OUT_S)
+    os._exit(code)

@@ -1,0 +1,58 @@
+"""From the command line to the loop: the processes join, agree, train under a watchdog, and leave together."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from nfnet_flax.exit_codes import EXIT_BUG, EXIT_LOST
+from nfnet_flax.parallel.peers import Peers
+from nfnet_flax.parallel.processes import DistributedConfig, current, start
+from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
+
+
+def run_together(
+    distributed: DistributedConfig,
+    watchdog: WatchdogConfig,
+    run: Callable[[Watchdog], int],
+    explain: Callable[[BaseException], tuple[int, str] | None],
+) -> int:
+    """Joins the other processes, runs, and ends so that no process is left behind.
+
+    Args:
+      distributed: how the processes find one another.
+      watchdog: how long nothing may move.
+      run: trains, and returns the exit code.
+      explain: exit code and message of an error that is the user's or the world's; None for any other.
+
+    Returns:
+      What `run` does, in a process by itself; with several, the process ends here.
+
+    Raises:
+      BaseException: in a process by itself, what `run` does.
+    """
+    start(distributed)
+    processes = current()
+    peers = Peers(processes, heartbeat_timeout_s=distributed.heartbeat_timeout_s)
+
+    def on_stall(message: str) -> None:
+        positions = [f"\n  {line}" for line in peers.positions()] if processes.count > 1 else []
+        print(f"nfnet: {message}{''.join(positions)}", file=sys.stderr, flush=True)
+        peers.fail(EXIT_LOST, message)
+
+    try:
+        with watching(watchdog, on_stall) as watch:
+            peers.describe = watch.describe
+            code = run(watch)
+    except BaseException as error:
+        if processes.count == 1:
+            raise
+        known = explain(error)
+        if known is None:
+            traceback.print_exc()
+            peers.fail_unless_another_is_lost(EXIT_BUG, f"{type(error).__name__}: {error}")
+        code, message = known
+        print(f"nfnet: {message}", file=sys.stderr, flush=True)
+        peers.fail(code, message)
+    if processes.count > 1:
+        peers.leave(code)
+    return code

@@ -1,0 +1,292 @@
+"""Several processes of one run: they find one another, agree, stop together, and notice who died."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nfnet_flax import exit_codes
+from nfnet_flax.config import ConfigError
+from nfnet_flax.parallel import processes as parallel
+from nfnet_flax.parallel.processes import DistributedConfig, check_agreement, check_platform, find_cluster
+from nfnet_flax.training.preemption import StopPoint, stop_requests
+from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
+from tests import runs
+
+ALONE = parallel.Processes(index=0, count=1, store=None)
+# So small that compiling takes seconds; two processes of one device each.
+TINY = (
+    "--model.widths=8 8 8 8",
+    "--model.group-width=4",
+    "--data.num-threads=1",
+    "--num-steps=40",
+    "--eval-every-steps=1000",
+)
+BOUND_S = 60
+"""Within which the survivors of a killed process end, on a busy machine."""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Store:
+    """The key-value store of a real coordination service, with clients for several processes in this one."""
+
+    def __init__(self, count: int) -> None:
+        from jaxlib import _jax
+
+        address = f"127.0.0.1:{free_port()}"
+        self.service = _jax.get_distributed_runtime_service(address, count)
+        self.clients = [_jax.get_distributed_runtime_client(address, index, init_timeout=30) for index in range(count)]
+        self.in_parallel(lambda index: self.clients[index].connect())
+        self.processes = [parallel.Processes(index, count, client) for index, client in enumerate(self.clients)]
+
+    def in_parallel(self, call: object) -> list[object]:
+        """Results of `call(index)`, or what it raised, of one thread per process."""
+        results: list[object] = [None] * len(self.clients)
+
+        def run(index: int) -> None:
+            try:
+                results[index] = call(index)  # type: ignore[operator]
+            except Exception as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(self.clients))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def close(self) -> None:
+        self.in_parallel(lambda index: self.clients[index].shutdown())
+        self.service.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator_address": "10.0.0.1:1"}, "distributed.num_processes = None: is missing"),
+        ({"num_processes": 2, "process_id": 0}, "distributed.coordinator_address = None: is missing"),
+        ({"coordinator_address": "10.0.0.1", "num_processes": 2, "process_id": 0}, "must be HOST:PORT"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, r"must lie in 0 ... 1"),
+        ({"start_timeout_s": 0.0}, "start_timeout_s"),
+        ({"heartbeat_timeout_s": 1.0}, "heartbeat_timeout_s"),
+    ],
+)
+def test_partial_or_wrong_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistributedConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_clusters_are_found_and_a_laptop_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_cluster(DistributedConfig()) is None
+    given = DistributedConfig(coordinator_address="10.0.0.1:8476", num_processes=4, process_id=3)
+    assert find_cluster(given) == parallel.Cluster("10.0.0.1:8476", 4, 3, None)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:8476")
+    with pytest.raises(ConfigError, match=r"JAX_COORDINATOR_ADDRESS = '10.0.0.1:8476': is set, but no cluster"):
+        find_cluster(DistributedConfig())
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    with monkeypatch.context() as slurm:
+        for name, value in (
+            ("SLURM_JOB_ID", "4096"),
+            ("SLURM_STEP_NODELIST", "node[007-009]"),
+            ("SLURM_NTASKS", "3"),
+            ("SLURM_PROCID", "2"),
+            ("SLURM_LOCALID", "0"),
+        ):
+            slurm.setenv(name, value)
+        found = find_cluster(DistributedConfig())
+        assert found is not None
+        assert (found.address, found.num_processes, found.process_id) == ("node007:61440", 3, 2)
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    found = find_cluster(DistributedConfig())
+    assert found is not None
+    assert (found.address.split(":")[0], found.num_processes, found.process_id) == ("10.96.0.1", 2, 1)
+
+
+def test_a_cpu_is_no_accelerator() -> None:
+    check_platform("any")
+    for wanted in ("accelerator", "gpu", "tpu"):
+        with pytest.raises(ConfigError, match=f"platform = '{wanted}': JAX found only cpu devices") as raised:
+            check_platform(wanted)
+        assert "pip install 'nfnet_flax[" in str(raised.value)
+
+
+def test_processes_that_differ_all_hear_of_every_difference() -> None:
+    check_agreement(ALONE, {"jax": "1"}, 1.0)
+    store = Store(3)
+    try:
+        facts = [{"jax": "1", "recipe.seed": "0"}, {"jax": "1", "recipe.seed": "7"}, {"jax": "2", "recipe.seed": "0"}]
+        found = store.in_parallel(lambda index: check_agreement(store.processes[index], facts[index], 20.0))
+        for error in found:
+            assert isinstance(error, ConfigError)
+            assert "recipe.seed: 0 in process 0, 7 in process 1" in str(error)
+            assert "jax: 1 in process 0, 2 in process 2" in str(error)
+        assert str(found[0]) == str(found[1]) == str(found[2])
+    finally:
+        store.close()
+
+
+def steps_until_stop(points: list[StopPoint], index: int, trial: int) -> int:
+    """Steps of process `index`, at a pace of its own; one of the processes is asked to stop after seven."""
+    rng = np.random.default_rng([trial, index])
+    num_steps = 0
+    while not points[index].reached():
+        num_steps += 1
+        time.sleep(rng.uniform(0, 0.01))
+        if index == trial % 3 and num_steps == 7:
+            points[index].request("a test")
+    return num_steps
+
+
+def test_all_stop_at_the_first_point_that_none_had_passed() -> None:
+    for trial in range(5):
+        store = Store(3)
+        try:
+            points = [StopPoint(process) for process in store.processes]
+            found = store.in_parallel(lambda index, points=points, trial=trial: steps_until_stop(points, index, trial))
+            assert found[0] == found[1] == found[2], found
+            assert all(point.reason == "a test" for point in points)
+            assert all(point.reached() for point in points)  # and from there on
+        finally:
+            store.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_process_stops_at_its_next_point(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_requests(ALONE) as stop:
+        assert not stop.reached()
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while stop.reason is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert stop.reached()
+        os.kill(os.getpid(), number)  # at once again: a launcher that delivers it twice
+    assert stop.reason == f"{number.name} to process 0"
+    assert signal.getsignal(number) == before
+
+
+SECOND = """
+import ctypes
+from nfnet_flax.parallel.processes import Processes
+from nfnet_flax.training.preemption import stop_requests
+mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+with stop_requests(Processes(index=0, count=1, store=None)):
+    print("ready", flush=True)
+    lock(mutex)  # C code that never comes back: no Python handler runs, as in a compilation
+"""
+
+
+def test_a_second_signal_ends_even_a_compilation_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SECOND], stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    called = threading.Event()
+
+    def on_stall(message: str) -> None:
+        said.append(message)
+        called.set()
+
+    with watching(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0), on_stall) as watchdog:
+        for step in range(1, 4):
+            watchdog.enter("input", step)
+            watchdog.enter("step", step)
+        assert called.wait(30)
+    assert re.fullmatch(
+        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process stand above", said[0]
+    )
+    assert "test_processes.py" in capfd.readouterr().err
+
+
+def test_compiling_may_take_longer_than_a_step() -> None:
+    watchdog = Watchdog(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0))
+    limits = []
+    for phase, step in (("step", 1), ("evaluation", 1), ("evaluation", 1), ("step", 2), ("evaluation", 2)):
+        watchdog.enter(phase, step)  # type: ignore[arg-type]
+        limits.append(watchdog.seconds_left() > 10)
+    assert limits == [True, True, True, False, False]
+
+
+START = """
+import sys
+from nfnet_flax.parallel.processes import DistributedConfig, start
+start(DistributedConfig(coordinator_address=sys.argv[1], num_processes=2, process_id=1, start_timeout_s=2.0))
+"""
+
+
+def test_who_waits_in_vain_says_for_what() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    words = [sys.executable, "-c", START, address]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, cwd=runs.ROOT)
+    assert done.returncode == exit_codes.EXIT_LOST, done.stderr
+    assert done.stdout == f"process 1: waiting for 2 processes at {address} for up to 2 s\n"
+    assert f"process 1 waited 2 s for 2 processes at {address}, and not all came" in done.stderr
+    assert "--distributed.start-timeout-s" in done.stderr
+
+
+def test_two_processes_that_differ_end_with_exit_code_2(tmp_path: Path) -> None:
+    started = runs.start_all(tmp_path / "run", 2, *TINY, of_last=("--seed=7",))
+    for process in started:
+        printed = runs.finish(process)
+        assert process.returncode == exit_codes.EXIT_BAD_INPUT, printed
+        assert "recipe.seed: 0 in process 0, 7 in process 1" in printed
+        assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_one_stops_both_and_a_killed_one_ends_the_other(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    first, second = runs.start_all(workdir, 2, *TINY)
+    printed = runs.signal_at(first, 5, signal.SIGUSR1, to=second)
+    others = runs.finish(second)
+    assert (first.returncode, second.returncode) == (exit_codes.EXIT_STOPPED,) * 2, printed + others
+    stopped = re.search(r"stopping at step (\d+): SIGUSR1 to process 1", printed)
+    assert stopped is not None, printed
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [stopped[1]]
+    assert "step" not in others.replace("--step", "")  # one process speaks for all
+
+    first, second = runs.start_all(workdir, 2, *TINY)
+    killed_at = int(stopped[1]) + 3
+    printed = runs.signal_at(first, killed_at, signal.SIGKILL, to=second)
+    ended = time.monotonic()
+    assert f"continuing from step {stopped[1]} " in printed
+    assert first.returncode == exit_codes.EXIT_LOST, printed
+    assert "nfnet: process 1 died or is frozen; last heard:" in printed
+    runs.finish(second)
+    assert time.monotonic() - ended < BOUND_S
+
+    process = runs.start(workdir, *TINY)  # by itself, and from the last checkpoint of two
+    printed = runs.finish(process)
+    assert process.returncode == exit_codes.EXIT_DONE, printed
+    assert f"continuing from step {stopped[1]} " in printed
+    saved = runs.saved_arrays(workdir, 40)
+    assert all(np.all(np.isfinite(array)) for array in saved.values())
+    assert jax.process_count() == 1
