@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -45,11 +46,13 @@ def command(workdir: Path, *options: str, recipe: Path = DIGITS) -> list[str]:
     return [sys.executable, "-m", "nfnet_flax.cli", "train", str(recipe), "--workdir", str(workdir), *words]
 
 
-def start(workdir: Path, *options: str, recipe: Path = DIGITS) -> subprocess.Popen[str]:
-    """Starts a run in a process group of its own."""
+def start(
+    workdir: Path, *options: str, recipe: Path = DIGITS, output: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """Starts a run in a process group of its own; it prints into `output`."""
     return subprocess.Popen(
         command(workdir, *options, recipe=recipe),
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         # The size of the thread pool decides how long contractions are split, and so how they round.
@@ -59,7 +62,11 @@ def start(workdir: Path, *options: str, recipe: Path = DIGITS) -> subprocess.Pop
 
 
 def start_all(
-    workdir: Path, num_processes: int, *options: str, of_last: tuple[str, ...] = (), recipe: Path = DIGITS
+    workdir: Path,
+    num_processes: int,
+    *options: str,
+    of_last: tuple[str, ...] = (),
+    outputs: Sequence[int | IO[str]] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts a run of several processes on this machine; `of_last` are options that only the last one gets."""
     with socket.socket() as free:
@@ -73,7 +80,7 @@ def start_all(
             *joined,
             f"--distributed.process-id={index}",
             *(of_last if index == num_processes - 1 else ()),
-            recipe=recipe,
+            output=subprocess.PIPE if outputs is None else outputs[index],
         )
         for index in range(num_processes)
     ]

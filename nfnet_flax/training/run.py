@@ -29,7 +29,7 @@ from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
 from nfnet_flax.optim import make_optimizer, make_schedule
 from nfnet_flax.parallel.mesh import check_batch_size, check_microbatches, make_mesh
-from nfnet_flax.parallel.processes import Processes, check_agreement, check_platform
+from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
@@ -108,7 +108,6 @@ def assemble(recipe: Recipe) -> Setup:
     Raises:
       ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
     """
-    check_platform(recipe.platform)
     mesh = make_mesh()
     check_batch_size("data.batch_size", recipe.data.batch_size, mesh)
     check_batch_size("data.eval_batch_size", recipe.data.eval_batch_size, mesh)
