@@ -35,6 +35,7 @@ def recipe(variant: str = "b0") -> Recipe:
         name=f"efficientnet_{variant}",
         model=model,
         num_classes=1000,
+        platform="accelerator",
         data=DataConfig(
             source=ArrayRecordSource(
                 train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)

@@ -30,6 +30,7 @@ def recipe(variant: str = "50") -> Recipe:
         name=f"nf_resnet{variant}",
         model=model,
         num_classes=1000,
+        platform="accelerator",
         data=DataConfig(
             source=ArrayRecordSource(
                 train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)

@@ -36,6 +36,7 @@ def recipe(variant: str = "50") -> Recipe:
         name=NAMES[variant],
         model=model,
         num_classes=1000,
+        platform="accelerator",
         data=DataConfig(
             source=ArrayRecordSource(
                 train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)

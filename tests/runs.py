@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -49,12 +50,16 @@ def command(workdir: Path, *options: str, recipe: Path = DIGITS) -> list[str]:
 
 
 def start(
-    workdir: Path, *options: str, recipe: Path = DIGITS, environment: dict[str, str] | None = None
+    workdir: Path,
+    *options: str,
+    recipe: Path = DIGITS,
+    environment: dict[str, str] | None = None,
+    output: int | IO[str] = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
-    """Starts a run in a process group of its own."""
+    """Starts a run in a process group of its own; it prints into `output`."""
     return subprocess.Popen(
         command(workdir, *options, recipe=recipe),
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **(environment or {})},
@@ -63,7 +68,12 @@ def start(
 
 
 def start_all(
-    workdir: Path, num_processes: int, *options: str, of_last: tuple[str, ...] = (), recipe: Path = DIGITS
+    workdir: Path,
+    num_processes: int,
+    *options: str,
+    of_last: tuple[str, ...] = (),
+    outputs: Sequence[int | IO[str]] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts a run of several processes on this machine; `of_last` are options that only the last one gets."""
     with socket.socket() as free:
@@ -77,7 +87,8 @@ def start_all(
             *joined,
             f"--distributed.process-id={index}",
             *(of_last if index == num_processes - 1 else ()),
-            recipe=recipe,
+            output=subprocess.PIPE if outputs is None else outputs[index],
+            environment=environment,
         )
         for index in range(num_processes)
     ]

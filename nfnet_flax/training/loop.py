@@ -10,7 +10,7 @@ import jax
 
 from nfnet_flax.data.pipeline import train_batches
 from nfnet_flax.parallel.mesh import batch_sharding, to_global
-from nfnet_flax.parallel.processes import current
+from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
@@ -70,6 +70,7 @@ def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None)
     workdir = Path(workdir)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     with stop_requests(current()) as stop:
+        check_platform(recipe.platform)  # of training only: a run may be evaluated anywhere
         setup = assemble(recipe)
         weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
         claim(current(), workdir, recipe, setup.input_identity(), _CLAIM_TIMEOUT_S)

@@ -28,7 +28,7 @@ from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
-from nfnet_flax.parallel.processes import Processes, check_agreement, check_platform
+from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.build import build_training
@@ -108,7 +108,6 @@ def assemble(recipe: Recipe) -> Setup:
     Raises:
       ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
     """
-    check_platform(recipe.platform)
     mesh = make_mesh(fsdp=recipe.execution.fsdp)
     data = recipe.data
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)

@@ -1,0 +1,243 @@
+"""Kills a run of several processes again and again, and compares what it ends with with a run that nobody touched.
+
+    python tools/soak.py --kills 50 --processes 2
+
+Trains a small digits recipe in `--processes` processes on this machine. A random process gets SIGTERM or SIGKILL at a
+random moment: while it starts or compiles, between steps, or while a checkpoint is being written. All processes must
+end in bounded time, with the exit codes that are promised; then the same command is given again, until the run is done.
+Parameters, optimizer state, EMA and the metrics of every step must equal those of the uninterrupted run bit for bit.
+Prints a row for each kill and a summary; exits with 1 if anything is not as promised.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
+from nfnet_flax.training.metrics import read_rows
+from tests import runs
+
+OPTIONS = (
+    "--model.widths=8 8 8 8",
+    "--model.group-width=4",
+    "--data.num-threads=1",
+    "--eval-every-steps=15",
+    "--checkpoint.every-steps=5",
+    "--distributed.start-timeout-s=60",
+    "--distributed.heartbeat-timeout-s=20",
+)
+MAX_STEPS_A_LIFE = 10
+BOUND_S = 150.0
+"""Within which all processes end once one was killed; the start timeout is the longest of the waits."""
+UNREPEATABLE = ("throughput/", "time/")
+
+Moment = Literal["start", "step", "save"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Life:
+    """The processes of a run from one start to its end."""
+
+    start_step: int | None
+    """Step that it went on from; None if it ended before that."""
+    last_step: int
+    """Last step that it reported."""
+    first_step_s: float | None
+    """From the start of the processes to the end of the first step; None if it did not come so far."""
+    had_begun: bool
+    """Whether the loop ran when the signal was sent, so that a SIGTERM is answered by saving."""
+    exit_codes: tuple[int, ...]
+    ending_s: float
+    """From the signal to the end of the last process."""
+    printed: str
+
+
+def lines_of(folder: Path, index: int) -> str:
+    """What a process has printed so far."""
+    path = folder / f"{index}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def live(workdir: Path, folder: Path, options: list[str], count: int, plan: "Plan | None") -> Life:
+    """Starts or continues the run, carries the plan out, and waits for the end of all processes."""
+    folder.mkdir()
+    started = time.monotonic()
+    outputs = [(folder / f"{index}.txt").open("w") for index in range(count)]
+    processes = runs.start_all(workdir, count, *OPTIONS, *options, outputs=outputs)
+    first_step_s, signalled, had_begun = None, None, False
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.01)
+        now, printed = time.monotonic(), lines_of(folder, 0)
+        if first_step_s is None and "first step after" in printed:
+            first_step_s = now - started
+        if plan is not None and signalled is None and plan.is_due(workdir, printed, now - started):
+            had_begun = "first step after" in printed
+            processes[plan.process].send_signal(plan.number)
+            signalled = now
+        if signalled is not None and now - signalled > BOUND_S:
+            for process in processes:
+                process.kill()
+    steps = [int(step) for step in re.findall(r"^step +(\d+)/", lines_of(folder, 0), re.MULTILINE)]
+    continued = re.search(r"continuing from step (\d+)", lines_of(folder, 0))
+    start_step = int(continued[1]) if continued else 0 if steps else None
+    for output in outputs:
+        output.close()
+    return Life(
+        start_step=start_step,
+        last_step=steps[-1] if steps else start_step or 0,
+        first_step_s=first_step_s,
+        had_begun=had_begun,
+        exit_codes=tuple(process.wait() for process in processes),
+        ending_s=time.monotonic() - (signalled or started),
+        printed="".join(lines_of(folder, index) for index in range(count)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which process gets which signal, and when."""
+
+    number: signal.Signals
+    process: int
+    moment: Moment
+    after_s: float
+    """From the start, for the moment `start`."""
+    after_steps: int
+    """Reported by this life, for the others; a save is then waited for."""
+
+    def is_due(self, workdir: Path, printed: str, elapsed_s: float) -> bool:
+        """Whether the signal is to be sent now."""
+        if self.moment == "start":
+            return elapsed_s > self.after_s
+        if len(re.findall(r"^step +\d+/", printed, re.MULTILINE)) < self.after_steps:
+            return False
+        # A checkpoint that is being written has a name of its own until it is complete.
+        return self.moment == "step" or any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def draw(rng: random.Random, num_processes: int, start_s: float) -> Plan:
+    """A random plan; `start_s` is how long a start takes about."""
+    return Plan(
+        number=rng.choice((signal.SIGTERM, signal.SIGKILL)),
+        process=rng.randrange(num_processes),
+        moment=rng.choices(("start", "step", "save"), weights=(1, 3, 2))[0],
+        after_s=rng.uniform(0.0, start_s),
+        after_steps=rng.randint(1, MAX_STEPS_A_LIFE),
+    )
+
+
+def as_promised(plan: Plan, life: Life) -> bool:
+    """Whether every process ended as it should."""
+    if life.ending_s > BOUND_S:
+        return False
+    if plan.number is signal.SIGTERM and life.had_begun:
+        return all(code == EXIT_STOPPED for code in life.exit_codes)
+    # Before the loop runs, nothing is there to be saved, and the signal ends the process as any other program.
+    # JAX aborts the others where process 0 died.
+    allowed = {EXIT_LOST, -signal.SIGABRT, EXIT_STOPPED}
+    return all(
+        code in allowed | {-plan.number} if index == plan.process else code in allowed
+        for index, code in enumerate(life.exit_codes)
+    )
+
+
+def soak(folder: Path, options: list[str], num_kills: int, num_processes: int, rng: random.Random) -> bool:
+    """Kills the run `num_kills` times, prints a row for each, and lets it end."""
+    workdir = folder / "killed"
+    print(f"{'':>4}{'signal':>9}{'to':>4}{'at':>7}{'from':>6}{'last':>6}{'first step s':>14}{'end s':>7}  exit codes")
+    lives: list[Life] = []
+    good, start_s = True, 30.0
+    for index in range(num_kills):
+        plan = draw(rng, num_processes, start_s)
+        life = live(workdir, folder / f"life_{index}", options, num_processes, plan)
+        lives.append(life)
+        is_good = as_promised(plan, life)
+        good &= is_good
+        start_s = life.first_step_s or start_s
+        first = f"{life.first_step_s:.1f}" if life.first_step_s is not None else "-"
+        start = "-" if life.start_step is None else str(life.start_step)
+        print(
+            f"{index + 1:>4}{plan.number.name:>9}{plan.process:>4}{plan.moment:>7}{start:>6}"
+            f"{life.last_step:>6}{first:>14}{life.ending_s:>7.1f}  {' '.join(map(str, life.exit_codes))}"
+            f"{'' if is_good else '  WRONG'}",
+            flush=True,
+        )
+        if not is_good:
+            print(life.printed)
+    last = live(workdir, folder / "last", options, num_processes, None)
+    lives.append(last)
+    if any(code != EXIT_DONE for code in last.exit_codes):
+        print(f"the last life did not end the run: {last.exit_codes}\n{last.printed}")
+        return False
+    summarise(lives)
+    return good
+
+
+def summarise(lives: list[Life]) -> None:
+    """Prints the totals."""
+    repeated, reached = [], 0
+    for life in lives:
+        if life.start_step is not None:
+            repeated.append(max(0, reached - life.start_step))
+            reached = life.last_step
+    starts = [life.first_step_s for life in lives if life.first_step_s is not None]
+    print(
+        f"kills {len(lives) - 1}, steps repeated {sum(repeated)} (at most {max(repeated, default=0)} after a kill), "
+        f"seconds from start to first step: median {statistics.median(starts):.1f}, longest {max(starts):.1f}"
+    )
+
+
+def is_equal(whole: Path, killed: Path, num_steps: int) -> bool:
+    """Whether two runs ended with the same bits and logged the same, each step once; prints what differs."""
+    want, got = (runs.saved_arrays(workdir, num_steps) for workdir in (whole, killed))
+    unequal = [name for name in want.keys() | got.keys() if name not in want or name not in got]
+    unequal += [name for name in want.keys() & got.keys() if want[name].tobytes() != got[name].tobytes()]
+    rows = [
+        [
+            {name: value for name, value in row.items() if not name.startswith(UNREPEATABLE)}
+            for row in read_rows(workdir / "metrics.jsonl")
+        ]
+        for workdir in (whole, killed)
+    ]
+    print(f"arrays that differ: {len(unequal)} of {len(want)} {unequal[:5]}")
+    print(f"metrics of {len(rows[1])} steps {'are equal' if rows[0] == rows[1] else 'DIFFER'}")
+    return not unequal and rows[0] == rows[1] and len(rows[1]) == num_steps
+
+
+def main() -> int:
+    """Runs all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="how often a process is killed")
+    parser.add_argument("--processes", type=int, default=2, help="of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of signals, processes and moments")
+    options = parser.parse_args()
+    # Compiling is most of a life, and how fast the program is does not matter.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # A life ends within so many steps of the last checkpoint; so the run cannot be done before the last kill.
+    num_steps = (MAX_STEPS_A_LIFE + 10) * options.kills + 15
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder, length = Path(name), [f"--num-steps={num_steps}"]
+        whole = live(folder / "whole", folder / "whole_life", length, options.processes, None)
+        if any(code != EXIT_DONE for code in whole.exit_codes):
+            print(f"the uninterrupted run failed: {whole.exit_codes}\n{whole.printed}")
+            return 1
+        good = soak(folder, length, options.kills, options.processes, rng)
+        good = good and is_equal(folder / "whole", folder / "killed", num_steps)
+    print("all as promised" if good else "NOT as promised")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""One run on several layouts of processes and devices, and one that is moved between them: the same bits everywhere.
+
+    python tools/soak_layouts.py
+
+Trains a small digits recipe (dropout, stochastic depth and augmentation on) on real processes of this machine, with
+forced host devices. First a run on each layout, compared bit for bit with that of one device: parameters, momentum, EMA
+and the metrics of every step. Then one run that is stopped or killed, and goes on elsewhere each time:
+1x4 -> SIGTERM -> 2x2 -> SIGKILL of one process -> 4x1 -> SIGTERM during an evaluation -> 1x8. Exits with 1 if anything
+differs.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
+from nfnet_flax.training.metrics import read_rows
+from tests import runs
+
+NUM_STEPS = 30
+OPTIONS = (
+    f"--num-steps={NUM_STEPS}",
+    "--model.widths=8 8 16 16",
+    "--model.group-width=4",
+    "--eval-every-steps=15",
+    "--checkpoint.every-steps=5",
+    "--data.num-threads=1",
+    "--distributed.start-timeout-s=120",
+    "--distributed.heartbeat-timeout-s=20",
+)
+LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 1), (2, 4))
+UNREPEATABLE = ("throughput/", "time/")
+
+
+def start(workdir: Path, num_processes: int, num_devices: int, *options: str) -> list[subprocess.Popen[str]]:
+    """Starts a run on so many processes with so many devices each; they print into files beside the workdir."""
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        # Compiling is most of it, and how fast the program is does not matter.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    life = len(list(workdir.parent.glob(f"{workdir.name}.*.0.txt")))
+    outputs = [(workdir.parent / f"{workdir.name}.{life}.{index}.txt").open("w") for index in range(num_processes)]
+    words = (*OPTIONS, *options)
+    if num_processes == 1:
+        return [runs.start(workdir, *words, environment=environment, output=outputs[0])]
+    return runs.start_all(workdir, num_processes, *words, outputs=outputs, environment=environment)
+
+
+def printed(workdir: Path) -> str:
+    """What the first process of the newest life printed."""
+    files = sorted(workdir.parent.glob(f"{workdir.name}.*.0.txt"), key=lambda path: int(path.name.split(".")[1]))
+    return files[-1].read_text()
+
+
+def end(workdir: Path, processes: list[subprocess.Popen[str]], *allowed: int) -> None:
+    """Waits for all processes of a life and checks their exit codes."""
+    codes = [process.wait(timeout=600) for process in processes]
+    if any(code not in allowed for code in codes):
+        raise SystemExit(f"{workdir.name}: exit codes {codes}, allowed {allowed}\n{printed(workdir)}")
+
+
+def signal_when(
+    workdir: Path, processes: list[subprocess.Popen[str]], pattern: str, to: int, number: signal.Signals
+) -> None:
+    """Sends a signal to one process as soon as the run has printed something."""
+    while not re.search(pattern, printed(workdir), re.MULTILINE):
+        if any(process.poll() is not None for process in processes):
+            raise SystemExit(f"{workdir.name}: a process ended too early\n{printed(workdir)}")
+        time.sleep(0.005)
+    processes[to].send_signal(number)
+
+
+def rows_of(workdir: Path) -> list[dict[str, float]]:
+    """Metrics of every step, without times."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(UNREPEATABLE)}
+        for row in read_rows(workdir / "metrics.jsonl")
+    ]
+
+
+def compare(want: Path, got: Path) -> bool:
+    """Whether two runs ended alike; prints what differs."""
+    arrays = [runs.saved_arrays(workdir, NUM_STEPS) for workdir in (want, got)]
+    unequal = [name for name in arrays[0] if arrays[0][name].tobytes() != arrays[1][name].tobytes()]
+    rows = [rows_of(workdir) for workdir in (want, got)]
+    same_rows = rows[0] == rows[1] and len(rows[1]) == NUM_STEPS
+    line = f"{got.name:<12} arrays that differ {len(unequal):>3} of {len(arrays[0])}; metrics "
+    print(line + ("equal" if same_rows else "DIFFER"), flush=True)
+    if unequal:
+        worst = max(
+            float(
+                np.max(np.abs(arrays[1][name].astype(np.float64) - arrays[0][name])) / np.max(np.abs(arrays[0][name]))
+            )
+            for name in unequal
+        )
+        print(f"{'':<12} largest difference {worst:.1e} of the array's largest value; {unequal[:3]}")
+    if not same_rows:
+        differing = [(a, b) for a, b in zip(*rows, strict=False) if a != b]
+        print(f"{'':<12} {len(differing)} rows differ, the first: {differing[:1]}")
+    return not unequal and same_rows
+
+
+def moved(folder: Path) -> Path:
+    """The run that is moved."""
+    workdir = folder / "moved"
+    processes = start(workdir, 1, 4)
+    signal_when(workdir, processes, r"^step +7/", 0, signal.SIGTERM)
+    end(workdir, processes, EXIT_STOPPED)
+    processes = start(workdir, 2, 2)
+    signal_when(workdir, processes, r"^step +11/", 1, signal.SIGKILL)
+    end(workdir, processes, -signal.SIGKILL, EXIT_LOST, -signal.SIGABRT)
+    processes = start(workdir, 4, 1)
+    signal_when(workdir, processes, r"^step +15/", 2, signal.SIGTERM)  # the evaluation is due after this step
+    end(workdir, processes, EXIT_STOPPED)
+    end(workdir, start(workdir, 1, 8), EXIT_DONE)
+    return workdir
+
+
+def main() -> int:
+    """Runs all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only-moved", action="store_true", help="the layout of one device and the moved run alone")
+    parser.add_argument("--fsdp", action="store_true", help="also divide parameters over 2 and 4 devices, and compare")
+    options = parser.parse_args()
+    os.environ.setdefault("NPROC", "8")
+    good = True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        reference = folder / "1x1"
+        end(reference, start(reference, 1, 1), EXIT_DONE)
+        for num_processes, num_devices in () if options.only_moved else LAYOUTS[1:]:
+            workdir = folder / f"{num_processes}x{num_devices}"
+            end(workdir, start(workdir, num_processes, num_devices), EXIT_DONE)
+            good &= compare(reference, workdir)
+        for fsdp in (2, 4) if options.fsdp else ():
+            workdir = folder / f"1x4 fsdp {fsdp}"
+            end(workdir, start(workdir, 1, 4, f"--execution.fsdp={fsdp}"), EXIT_DONE)
+            compare(reference, workdir)  # on CPUs equal to rounding: the update is compiled for another shape
+        good &= compare(reference, moved(folder))
+    print("all equal" if good else "NOT equal")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
