@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
     assert printed.err.count(skipped) == 1
     assert [(path, path.stat().st_mtime_ns) for path in [workdir, *sorted(workdir.rglob("*"))]] == before
 
-    process = runs.start(workdir)
+    process = start(workdir)
     printed_again = runs.finish(process)
     assert process.returncode == EXIT_DONE, printed_again
     assert printed_again.count(skipped) == 1

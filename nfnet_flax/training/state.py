@@ -138,4 +138,10 @@ def abstract_state(structure: Structure, optimizer: optax.GradientTransformation
 def create_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update, born with its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
-    return jax.jit(lambda: _initial_state(structure, seed, optimizer), out_shardings=shardings)()
+    # It runs once: on CPUs compiling it well takes several times as long as running it.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    options: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if is_cpu else None
+    init = jax.jit(
+        lambda: _initial_state(structure, seed, optimizer), out_shardings=shardings, compiler_options=options
+    )
+    return init()

@@ -89,7 +89,8 @@ def make_train_step(
                 ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
             )
             # The norm is finite if every gradient is; a choice per element costs no pass.
-            return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(norm), new, old), updated, state), norm
+            is_finite = jnp.isfinite(norm)
+            return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
 
         def keep(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
             del batch_stats
