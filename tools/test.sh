@@ -7,4 +7,4 @@ export JAX_PLATFORMS=cpu
 ruff format --check .
 ruff check .
 mypy
-pytest "$@"
+pytest -n 2 --dist loadfile "$@"
