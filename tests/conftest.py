@@ -1,12 +1,14 @@
 """Compilation is most of the suite's time: what the compiler's last passes gain in speed, short runs never earn back.
 
 Processes that tests start inherit the setting. Tests of the promise itself run as users' runs do
-(`runs.OPTIMIZED`).
+(`runs.OPTIMIZED`). The thread pool has the size that `nfnet train` gives it, so that runs within pytest's own process
+round as others do.
 """
 
 import os
 
 import jax
 
+os.environ.setdefault("NPROC", "8")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)

@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
 
 def test_a_stop_during_an_evaluation_is_not_lost(tmp_path: Path) -> None:
     # Of the length of the other runs, whose compiled step it finds in the cache: the schedule is part of the program.
-    options = ("--eval-every-steps=50", "--data.eval-batch-size=1")
+    options = ("--eval-every-steps=50", "--data.eval-batch-size=8")
     process = start(tmp_path, *options)
     printed = runs.signal_at(process, 50, signal.SIGTERM)  # the evaluation of step 50 begins now
     assert process.returncode == EXIT_STOPPED
