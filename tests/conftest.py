@@ -6,9 +6,20 @@ round as others do.
 """
 
 import os
+from collections.abc import Iterator
 
 import jax
+import pytest
 
 os.environ.setdefault("NPROC", "8")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """A test leaves the environment as it was: commands run within pytest's own process set what libraries read."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
