@@ -11,6 +11,7 @@ from flax import nnx
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
+from nfnet_flax.models.params import MIN_STACKED_BLOCKS
 from nfnet_flax.models.stages import run_stage
 
 HEAD_NORMAL = nnx.initializers.normal(0.01)
@@ -48,9 +49,9 @@ class ExecutionConfig:
 
     rematerialization: Literal["none", "blocks", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing; the inside of each block; of each stage."""
-    scan_min_blocks: int | None = 6
-    """A stage with at least so many identical blocks is a compiled loop over them, which compiles in the time of one
-    block; None: every block is compiled by itself."""
+    scan_stages: bool = True
+    """A stage of at least seven blocks is a compiled loop over all but its first, which compiles in the time of one
+    block. Off: every block is compiled by itself."""
     num_microbatches: int | None = 8
     """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
     device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
@@ -64,12 +65,10 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("scan_min_blocks", "num_microbatches"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"execution.{name}", value, "must be at least 1, or None")
+        parts = self.num_microbatches
+        require(parts is None or parts >= 1, "execution.num_microbatches", parts, "must be at least 1, or None")
         require(self.fsdp >= 1, "execution.fsdp", self.fsdp, "must be at least 1")
         if self.reproducible:
-            parts = self.num_microbatches
             remedy = "must be a power of two, or turn execution.reproducible off"
             require(parts is not None and parts & (parts - 1) == 0, "execution.num_microbatches", parts, remedy)
 
@@ -81,8 +80,8 @@ class Classifier(nnx.Module):
     family sets `stages` (lists of blocks that map `(x, keys, plan)` to `(y, residual branch)`), calls `_add_head`, and
     says what comes before and after the blocks in `_stem` and `_final`.
 
-    All blocks of a stage but its first are alike. A *compact* network has one module for them, whose arrays have a
-    leading axis over blocks (`params.compact`); it is what the training step computes with.
+    All blocks of a stage but its first are alike. A *compact* network has one module for those of a long stage, whose
+    arrays have a leading axis over blocks (`params.compact`); it is what the training step computes with.
     """
 
     stages: nnx.List
@@ -95,12 +94,14 @@ class Classifier(nnx.Module):
         *,
         is_compact: bool,
     ) -> None:
-        """Builds `make_block(stage, position)` for every block, or for two of each stage if compact."""
+        """Builds `make_block(stage, position)` for every block, or for two of each long stage if compact."""
+
+        def num_modules(num_blocks: int) -> int:
+            return 2 if is_compact and num_blocks > MIN_STACKED_BLOCKS else num_blocks
+
         self.stages = nnx.List(
             [
-                nnx.List(
-                    [make_block(stage, position) for position in range(min(len(row), 2) if is_compact else len(row))]
-                )
+                nnx.List([make_block(stage, position) for position in range(num_modules(len(row)))])
                 for stage, row in enumerate(plans)
             ]
         )

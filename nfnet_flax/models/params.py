@@ -20,6 +20,9 @@ BatchStats = dict[str, jax.Array]
 """Running statistics of BatchNorm; empty for the normalizer-free networks."""
 GraphDef = Any
 """Structure of a network without its arrays; static and hashable."""
+MIN_STACKED_BLOCKS = 6
+"""A stage with at least so many blocks after its first has their arrays stacked in the compact network. In a shorter
+one, cutting the stacks up and putting gradients together again would cost more than a few arrays more do."""
 
 
 def split(model: nnx.Module) -> tuple[GraphDef, Params, BatchStats]:
@@ -45,42 +48,41 @@ def update(model: nnx.Module, arrays: dict[str, Any]) -> None:
 
 
 def compact(arrays: dict[str, Any], stack: Callable[[list[Any]], Any] = jnp.stack) -> dict[str, Any]:
-    """Arrays of a network -> arrays of its compact form: those of all blocks of a stage but the first are stacked.
+    """Arrays of a network -> arrays of its compact form: those of all blocks of a long stage but the first are stacked.
 
     `stages.2.1.conv0.kernel` (H, W, I, O), `stages.2.2.conv0.kernel`, ... become `stages.2.1.conv0.kernel`
     (blocks, H, W, I, O). All other arrays are passed on.
     """
-    stacks: dict[str, dict[int, Any]] = {}
+    alike: dict[str, list[str]] = {}
+    for name in arrays:
+        alike.setdefault(re.sub(r"^(stages\.\d+)\.[1-9]\d*\.", r"\1.1.", name), []).append(name)
     result: dict[str, Any] = {}
-    for name, value in arrays.items():
-        if (place := _repeated(name)) is None:
-            result[name] = value
+    for name, blocks in alike.items():
+        if len(blocks) < MIN_STACKED_BLOCKS:
+            result |= {block: arrays[block] for block in blocks}
         else:
-            stage, block, rest = place
-            stacks.setdefault(f"stages.{stage}.1.{rest}", {})[block] = value
-    return result | {name: stack([blocks[i] for i in sorted(blocks)]) for name, blocks in stacks.items()}
-
-
-def expand(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `compact`."""
-    result: dict[str, Any] = {}
-    for name, value in arrays.items():
-        if (place := _repeated(name)) is None:
-            result[name] = value
-        else:
-            stage, _, rest = place
-            result |= {f"stages.{stage}.{1 + i}.{rest}": value[i] for i in range(value.shape[0])}
+            result[name] = stack(
+                [arrays[block] for block in sorted(blocks, key=lambda block: int(block.split(".")[2]))]
+            )
     return result
 
 
-def members(names: Iterable[str]) -> dict[str, str | tuple[str, ...]]:
-    """For each array of a compact network, the names in the whole network: one, or a tuple of those it stacks."""
+Members = dict[str, str | tuple[str, ...]]
+"""For each array of a compact network, the names in the whole network: one, or a tuple of those it stacks."""
+
+
+def members(names: Iterable[str]) -> Members:
+    """Of the compact form of a network whose arrays have these names."""
     return compact({name: name for name in names}, stack=tuple)
 
 
-def _repeated(name: str) -> tuple[int, int, str] | None:
-    match = re.match(r"stages\.(\d+)\.(\d+)\.(.+)", name)
-    return (int(match[1]), int(match[2]), match[3]) if match and int(match[2]) > 0 else None
+def expand(arrays: dict[str, Any], members: Members) -> dict[str, Any]:
+    """The inverse of `compact`; `members` may name more arrays."""
+    result: dict[str, Any] = {}
+    for name, value in arrays.items():
+        whole = members[name]
+        result |= {whole: value} if isinstance(whole, str) else dict(zip(whole, value, strict=True))
+    return result
 
 
 class KernelFacts(NamedTuple):

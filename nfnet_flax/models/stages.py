@@ -17,7 +17,7 @@ def run_stage(blocks: list[Any], x: jax.Array, keys: jax.Array | None, plans: tu
     """One stage of a compact network.
 
     Args:
-      blocks: its first block, and one module for all others, whose arrays have a leading axis over them.
+      blocks: all of them; or the first, and one module for all others, whose arrays have a leading axis over them.
       x: (N, H, W, C) input.
       keys: (N,) PRNG keys, one per example.
       plans: a `BlockPlan` per block.
@@ -30,23 +30,22 @@ def run_stage(blocks: list[Any], x: jax.Array, keys: jax.Array | None, plans: tu
     arrays = [(params, batch_stats) for _, params, batch_stats in parts]
 
     def run(x: jax.Array, arrays: list[tuple[Params, BatchStats]]) -> tuple[jax.Array, list[BatchStats]]:
-        first = _block_function(parts[0][0], keys, execution.rematerialization != "none")
-        x, moved = first(x, *arrays[0], plans[0])
-        if len(arrays) == 1:
-            return x, [moved]
-        rest = _block_function(parts[1][0], keys, execution.rematerialization != "none")
-        run_rest = _scan if _is_scanned(plans, execution) else _unroll
-        x, moved_rest = run_rest(rest, x, *arrays[1], plans[1:])
-        return x, [moved, moved_rest]
+        functions = [_block_function(graphdef, keys, execution.rematerialization != "none") for graphdef, *_ in parts]
+        moved = []
+        single = len(plans) if len(blocks) == len(plans) else 1
+        for run_block, own, plan in zip(functions[:single], arrays, plans, strict=False):
+            x, after = run_block(x, *own, plan)
+            moved.append(after)
+        if single < len(plans):
+            run_rest = _scan if execution.scan_stages else _unroll
+            x, after = run_rest(functions[1], x, *arrays[1], plans[1:])
+            moved.append(after)
+        return x, moved
 
     x, moved = (jax.checkpoint(run) if execution.rematerialization == "full" else run)(x, arrays)
     for block, batch_stats in zip(blocks, moved, strict=True):
         update(block, dict(batch_stats))
     return x
-
-
-def _is_scanned(plans: tuple[Any, ...], execution: Any) -> bool:
-    return execution.scan_min_blocks is not None and len(plans) - 1 >= execution.scan_min_blocks
 
 
 def _block_function(graphdef: Any, keys: jax.Array | None, is_rematerialized: bool) -> Any:

@@ -113,6 +113,8 @@ def sum_over_devices(
 
 
 def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
+    if math.prod(mesh_shape.values()) == 1:
+        return value  # the library would copy it
     if sharded_axis is None:
         return lax.psum(value, (DATA_AXIS, FSDP_AXIS))
     value = lax.psum_scatter(value, FSDP_AXIS, scatter_dimension=sharded_axis, tiled=True)

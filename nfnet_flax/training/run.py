@@ -77,7 +77,7 @@ class Setup:
         """The state before the first update: random, but for the weights that are given."""
         recipe = self.recipe
         state = create_state(self.structure, recipe.seed, self.optimizer, self.mesh)
-        return with_weights(state, weights)
+        return with_weights(state, weights, self.structure)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state."""
@@ -262,7 +262,8 @@ def export_weights(workdir: Path, out: Path, *, parameters: Literal["raw", "ema"
     setup, state = read_run(workdir)
     recipe = setup.recipe
     chosen = weights_to_evaluate(state)["eval" if parameters == "raw" else "eval_ema"]
-    arrays = expand({name: np.asarray(value) for part in chosen for name, value in part.items()})
+    members = setup.structure.members | setup.structure.batch_stat_members
+    arrays = expand({name: np.asarray(value) for part in chosen for name, value in part.items()}, members)
     source = f"run {recipe.name!r}, step {int(state.step)}, seed {recipe.seed}"
     info = WeightsInfo(model=recipe.model, num_classes=recipe.num_classes, source=source, parameters=parameters)
     path = out / "weights.safetensors"

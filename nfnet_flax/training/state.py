@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
-from nfnet_flax.models.params import BatchStats, GraphDef, Params, compact, mark_prepared, members, split
+from nfnet_flax.models.params import BatchStats, GraphDef, Members, Params, compact, mark_prepared, members, split
 from nfnet_flax.parallel.mesh import partition_spec
 
 
@@ -20,8 +20,8 @@ from nfnet_flax.parallel.mesh import partition_spec
 class TrainState:
     """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides.
 
-    Parameters and running statistics are those of the compact network, in which equal blocks of a stage are stacked:
-    a few hundred arrays even for the deepest network, so that handing them to a step costs the host next to nothing.
+    Parameters and running statistics are those of the compact network, in which equal blocks of a long stage are
+    stacked: a few hundred arrays even for the deepest network, so that handing them to a step costs the host little.
     """
 
     step: jax.Array
@@ -47,8 +47,10 @@ class Structure:
     """The same for parameters whose kernels are standardized already (`params.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
     """Of the compact network's parameters."""
-    members: dict[str, str | tuple[str, ...]]
+    members: Members
     """Array of the compact network -> parameter of the network, or the parameters that it stacks."""
+    batch_stat_members: Members
+    """The same for running statistics."""
 
 
 def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionConfig | None = None) -> Structure:
@@ -65,6 +67,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
     graphdef, shapes, _ = split(model)
     mark_prepared(model)
     prepared, _, _ = split(model)
+    _, params, batch_stats = split(build(is_compact=False))
     return Structure(
         config=config,
         num_classes=num_classes,
@@ -72,7 +75,8 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
         graphdef=graphdef,
         prepared=prepared,
         shapes={name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in shapes.items()},
-        members=members(split(build(is_compact=False))[1]),
+        members=members(params),
+        batch_stat_members=members(batch_stats),
     )
 
 
@@ -90,25 +94,27 @@ def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTra
     )
 
 
-def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+def with_weights(state: TrainState, arrays: dict[str, np.ndarray], structure: Structure) -> TrainState:
     """A state whose raw and EMA weights are replaced where `arrays` names them, with the shardings that it has.
 
     Args:
       state: as `create_state` made it.
       arrays: by the names of the whole network, not of its compact form.
+      structure: of the network.
     """
-    names = members(arrays)
+    names = structure.members | structure.batch_stat_members
 
     def replace(name: str, value: jax.Array) -> jax.Array:
-        given = names.get(name, ())
-        if isinstance(given, str):
-            return jax.device_put(arrays[given], value.sharding)
+        whole = names[name]
+        if isinstance(whole, str):
+            return jax.device_put(arrays[whole], value.sharding) if whole in arrays else value
+        given = [position for position, member in enumerate(whole) if member in arrays]
         if not given:
             return value
-        whole = np.array(value)
-        for member in given:
-            whole[int(member.split(".")[2]) - 1] = arrays[member]
-        return jax.device_put(whole, value.sharding)
+        stack = np.array(value)
+        for position in given:
+            stack[position] = arrays[whole[position]]
+        return jax.device_put(stack, value.sharding)
 
     def placed(current: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: replace(name, value) for name, value in current.items()}
