@@ -234,7 +234,7 @@ def main() -> int:
             print(f"the uninterrupted run failed: {whole.exit_codes}\n{whole.printed}")
             return 1
         good = soak(folder, length, options.kills, options.processes, rng)
-        good = good and is_equal(folder / "whole", folder / "killed", num_steps)
+        good = is_equal(folder / "whole", folder / "killed", num_steps) and good
     print("all as promised" if good else "NOT as promised")
     return 0 if good else 1
 

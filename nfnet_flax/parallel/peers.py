@@ -81,14 +81,16 @@ class Peers:
         if is_claimed:
             time.sleep(2 * _ORDERLY_TIMEOUT_S)  # another thread of this process is about to end it
 
-    def fail_unless_another_is_lost(self, code: int, reason: str) -> NoReturn:
-        """As `fail`, for an error that the death of another process may have caused: then that one is named."""
+    def fail_if_another_is_lost(self) -> None:
+        """After an error that the death of another process may have caused: waits until that would be known, and then
+        names that process and ends this one; returns if all others are alive."""
+        if self._processes.count == 1:
+            return
         deadline = time.monotonic() + _SILENT_AFTER_S + BEAT_INTERVAL_S
         while time.monotonic() < deadline:
             time.sleep(0.1)
             if silent := self._silent(_SILENT_AFTER_S):
                 self._lost(silent)
-        self.fail(code, reason)
 
     def _silent(self, after_s: float) -> list[int]:
         with self._lock:

@@ -39,6 +39,15 @@ def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, An
         return lax.fori_loop(0, jnp.minimum(num_turns, num_turns + not_negative.astype(jnp.int32)), turn, held)
 
 
+def rows_of_turn(parts: Any, index: jax.Array) -> Any:
+    """The part that turn `index` works on, of a tree of arrays with a leading axis over parts.
+
+    It is tied to the turn: the rows of a single turn are the same in each, so compilers would move half of the loop's
+    body out of it, where it is fused, and rounded, with what surrounds it.
+    """
+    return lax.optimization_barrier((jax.tree.map(lambda rows: rows[index], parts), index))[0]
+
+
 def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
     """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
 

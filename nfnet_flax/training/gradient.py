@@ -17,7 +17,7 @@ from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
 from nfnet_flax.parallel.mesh import BATCH_AXES, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices
+from nfnet_flax.parallel.reduce import Arrays, gathered, rows_of_turn, sum_of_turns, sum_over_devices
 from nfnet_flax.training.state import Structure
 
 Batch = dict[str, Any]
@@ -137,7 +137,7 @@ def _over_parts(
 ) -> Arrays:
     """What the parts give, added: in the order of the tree if there is a step, else as they come."""
     if step is not None:
-        return sum_of_turns(lambda index: one_part(*jax.tree.map(lambda rows: rows[index], parts)), num_turns, step)
+        return sum_of_turns(lambda index: one_part(*rows_of_turn(parts, index)), num_turns, step)
     first = jax.tree.map(lambda rows: rows[0], parts)
     if num_turns == 1:
         return one_part(*first)

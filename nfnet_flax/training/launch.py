@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from nfnet_flax.exit_codes import EXIT_BUG, EXIT_LOST
+from nfnet_flax.exit_codes import EXIT_BUG, EXIT_LOST, EXIT_STORAGE_FAILED
 from nfnet_flax.parallel.peers import Peers
 from nfnet_flax.parallel.processes import DistributedConfig, current, start
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
@@ -49,8 +49,10 @@ def run_together(
         known = explain(error)
         if known is None:
             traceback.print_exc()
-            peers.fail_unless_another_is_lost(EXIT_BUG, f"{type(error).__name__}: {error}")
+            known = EXIT_BUG, f"{type(error).__name__}: {error}"
         code, message = known
+        if code in (EXIT_BUG, EXIT_STORAGE_FAILED):  # saving is done together, too
+            peers.fail_if_another_is_lost()
         print(f"nfnet: {message}", file=sys.stderr, flush=True)
         peers.fail(code, message)
     if processes.count > 1:
