@@ -39,13 +39,13 @@ def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, An
         return lax.fori_loop(0, jnp.minimum(num_turns, num_turns + not_negative.astype(jnp.int32)), turn, held)
 
 
-def rows_of_turn(parts: Any, index: jax.Array) -> Any:
-    """The part that turn `index` works on, of a tree of arrays with a leading axis over parts.
+def tied(values: Any, index: jax.Array) -> Any:
+    """`values`, a tree of arrays, bound to the turn `index`.
 
-    It is tied to the turn: the rows of a single turn are the same in each, so compilers would move half of the loop's
-    body out of it, where it is fused, and rounded, with what surrounds it.
+    What is the same in every turn, as all is where there is but one, compilers move out of the loop: half of the body
+    would then be fused, and rounded, with what surrounds it.
     """
-    return lax.optimization_barrier((jax.tree.map(lambda rows: rows[index], parts), index))[0]
+    return lax.optimization_barrier((values, index))[0]
 
 
 def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
@@ -61,7 +61,8 @@ def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negati
     """
     num_levels = num_turns.bit_length()
     shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    # Zeros would cost a pass over memory; each level is set before it is read.
+    unset = {name: lax.empty(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
     def carry_to(level: int) -> Callable[[list[Arrays], Arrays], list[Arrays]]:
         # As in counting: what stands in the lower levels is added to what is carried on.
@@ -76,19 +77,19 @@ def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negati
         num_ones = lax.population_count(index ^ (index + 1)) - 1
         return lax.switch(num_ones, [carry_to(level) for level in range(num_levels)], held, turn(index))
 
-    return _loop(num_turns, not_negative, one_turn, [zeros] * num_levels)[-1]
+    return _loop(num_turns, not_negative, one_turn, [unset] * num_levels)[-1]
 
 
 def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
     """What `turn(index)` gives for index 0 to `num_turns - 1`, stacked along a new first axis."""
     shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
-    empty = {name: jnp.zeros((num_turns, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
+    unset = {name: lax.empty((num_turns, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
 
     def one_turn(index: jax.Array, held: Arrays) -> Arrays:
         found = turn(index)
         return {name: lax.dynamic_update_index_in_dim(held[name], found[name], index, 0) for name in held}
 
-    return _loop(num_turns, not_negative, one_turn, empty)
+    return _loop(num_turns, not_negative, one_turn, unset)
 
 
 def sum_over_devices(

@@ -13,7 +13,7 @@ from nfnet_flax.models import NFNetConfig, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
 from nfnet_flax.parallel.mesh import BATCH_AXES, batch_sharding, replicated, to_global
-from nfnet_flax.parallel.reduce import Arrays, rows_of_turn, stack_of_turns
+from nfnet_flax.parallel.reduce import Arrays, stack_of_turns, tied
 from nfnet_flax.training.gradient import Batch, cross_entropy, normalise
 from nfnet_flax.training.state import Structure, TrainState
 
@@ -52,7 +52,9 @@ def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...],
         parts = jax.tree.map(lambda rows: rows.reshape(num_turns, num_rows, *rows.shape[1:]), batch)
 
         def turn(index: jax.Array) -> Arrays:
-            return part(prepared, batch_stats, rows_of_turn(parts, index))
+            rows = jax.tree.map(lambda rows: rows[index], parts)
+            own_weights, rows = tied((prepared, rows), index)
+            return part(own_weights, batch_stats, rows)
 
         found = stack_of_turns(turn, num_turns, batch["mask"][0])
         return {name: lax.all_gather(jnp.ravel(value), BATCH_AXES, tiled=True) for name, value in found.items()}

@@ -17,7 +17,7 @@ from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
 from nfnet_flax.parallel.mesh import BATCH_AXES, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import Arrays, gathered, rows_of_turn, sum_of_turns, sum_over_devices
+from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices, tied
 from nfnet_flax.training.state import Structure
 
 Batch = dict[str, Any]
@@ -89,7 +89,7 @@ def make_gradient(
         share = loss / num_parts
         return share, (batch_stats_of(model), {"train/loss": share, "train/top1": top1 / num_parts})
 
-    def part(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> Arrays:
+    def part(batch_stats: BatchStats, weights: Params, keys: jax.Array, batch: Batch) -> Arrays:
         gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
         # Whole numbers (BatchNorm's counts) are the same in all parts, and their shares are exact.
         statistics = {name: value / num_parts for name, value in moved.items()}
@@ -102,10 +102,14 @@ def make_gradient(
         num_rows = batch["label"].shape[0]
         rows = lax.axis_index(BATCH_AXES) * num_rows + jnp.arange(num_rows)
         keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
+        if num_turns == 1:
+            # Else a TPU brings the bytes themselves into the layout that the loop asks for, which is slow.
+            images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])
+            batch = batch | {"image": images}
         weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
         parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
-        one_part = functools.partial(part, weights, batch_stats)
-        total = _over_parts(one_part, parts, num_turns, step if execution.reproducible else None)
+        one_part = functools.partial(part, batch_stats)
+        total = _over_parts(one_part, weights, parts, num_turns, step if execution.reproducible else None)
         axes |= dict.fromkeys(total.keys() - axes.keys())
         total = sum_over_devices(total, axes, mesh.shape, reproducible=execution.reproducible)
         return (
@@ -133,18 +137,28 @@ def _first(parts: jax.Array, fraction: float) -> jax.Array:
 
 
 def _over_parts(
-    one_part: Callable[[jax.Array, Batch], Arrays], parts: Any, num_turns: int, step: jax.Array | None
+    one_part: Callable[[Params, jax.Array, Batch], Arrays],
+    weights: Params,
+    parts: tuple[jax.Array, Batch],
+    num_turns: int,
+    step: jax.Array | None,
 ) -> Arrays:
     """What the parts give, added: in the order of the tree if there is a step, else as they come."""
+
+    def turn(index: jax.Array) -> Arrays:
+        keys, batch = jax.tree.map(lambda rows: rows[index], parts)
+        return one_part(*tied((weights, keys, batch), index))
+
     if step is not None:
-        return sum_of_turns(lambda index: one_part(*rows_of_turn(parts, index)), num_turns, step)
+        return sum_of_turns(turn, num_turns, step)
     first = jax.tree.map(lambda rows: rows[0], parts)
     if num_turns == 1:
-        return one_part(*first)
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in jax.eval_shape(one_part, *first).items()}
+        return one_part(weights, *first)
+    shapes = jax.eval_shape(one_part, weights, *first)
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
     def add(total: Arrays, rows: Any) -> tuple[Arrays, None]:
-        found = one_part(*rows)
+        found = one_part(weights, *rows)
         return {name: total[name] + found[name] for name in total}, None
 
     return lax.scan(add, zeros, parts)[0]
