@@ -29,7 +29,7 @@ step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.
                        mean=(128.0, 128.0, 128.0), std=(64.0, 64.0, 64.0))
 rng = np.random.default_rng(0)
 def batch():
-    rows = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 16)}
+    rows = {"image": rng.integers(0, 256, (64, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 64)}
     return to_global(rows, batch_sharding(mesh))
 first = batch()
 compiled = step.lower(state, first).compile()
@@ -38,6 +38,9 @@ program = parse(text)
 print("payload", sum(collective_bytes(program).values()) / (4 * sum(leaf.size for leaf in state.params.values())))
 print("gathers", len(re.findall(r"all-gather|all-to-all|collective-permute", text)))
 print("flops", compiled.cost_analysis()["flops"])
+if len(sys.argv) == 2 and sys.argv[1] == "1":
+    eighth = jax.tree.map(lambda rows: jax.ShapeDtypeStruct((8, *rows.shape[1:]), rows.dtype), first)
+    print("eighth", step.lower(state, eighth).compile().cost_analysis()["flops"])
 losses = []
 for i in range(10):
     state, metrics = compiled(state, batch() if i else first)
@@ -72,8 +75,9 @@ def one() -> dict[str, list[float]]:
     return run(1)
 
 
-def test_microbatches_give_the_losses_of_the_whole_batch(one: dict[str, list[float]]) -> None:
-    np.testing.assert_allclose(run(1, 4)["losses"], one["losses"], rtol=1e-5)
+@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
+def test_microbatches_give_the_losses_of_the_whole_batch(num_microbatches: int, one: dict[str, list[float]]) -> None:
+    np.testing.assert_allclose(run(1, num_microbatches)["losses"], one["losses"], rtol=1e-5)
 
 
 def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, list[float]]) -> None:
@@ -84,5 +88,6 @@ def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, 
     assert eight["gathers"] == [0]
     # One sum of the gradient, and little else. Gains are not summed: their gradient follows from the kernels' sum.
     assert 0.95 < eight["payload"][0] < 1.1
-    # Everything but the update and the standardization is divided by eight; a gathered batch would not be.
-    assert eight["flops"][0] < one["flops"][0] / 4
+    # Each device does what one device does with an eighth of the batch, whose update is not divided, and the sums.
+    assert eight["flops"][0] == pytest.approx(one["eighth"][0], rel=0.02)
+    assert one["eighth"][0] < one["flops"][0] / 4
