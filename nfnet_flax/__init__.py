@@ -1,6 +1,7 @@
 """Normalizer-free image classifiers in JAX, trained so that a run can be stopped and resumed to the last bit."""
 
 import importlib
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from nfnet_flax.weights import create_model as create_model
 
 __version__ = "0.1.0"
+IMPORTED_AT_S = time.perf_counter()
+"""When the process imported the package: for the command `nfnet`, its start."""
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _EXPORTS = {

@@ -39,3 +39,21 @@ def test_an_evaluation_that_is_repeated_stands_once(tmp_path: Path) -> None:
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 2, "train/loss": 0.5, "eval/top1": 0.2}
     assert steps_by_tag(tmp_path) == {"train/loss": [1, 2], "eval/top1": [1, 2]}
+
+
+def test_a_kill_right_after_the_resume_loses_nothing(tmp_path: Path) -> None:
+    def on_disk() -> list[dict[str, float]]:
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    log = MetricsLog(tmp_path, resume_step=0, evaluated=False, tensorboard=False)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": 1.0 / step})
+    log.close()
+    resumed = MetricsLog(tmp_path, resume_step=2, evaluated=False, tensorboard=False)
+    assert on_disk() == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
+    # What comes late for the step completes its line.
+    resumed.flush()
+    resumed.write(2, {"eval/top1": 0.2})
+    resumed.flush()
+    assert on_disk() == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5, "eval/top1": 0.2}]
+    resumed.close()

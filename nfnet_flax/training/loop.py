@@ -1,6 +1,7 @@
 """The one training loop: it only orchestrates, and is meant to be read from top to bottom."""
 
 import dataclasses
+import itertools
 import math
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.data.pipeline import train_batches
 from nfnet_flax.parallel.mesh import batch_sharding, to_global
 from nfnet_flax.parallel.processes import check_platform, current
@@ -69,18 +71,22 @@ def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None)
     """
     workdir = Path(workdir)
     watchdog = watchdog or Watchdog(WatchdogConfig())
+    times_s = [IMPORTED_AT_S, time.perf_counter()]
     with stop_requests(current()) as stop:
         check_platform(recipe.platform)  # of training only: a run may be evaluated anywhere
         setup = assemble(recipe)
         weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
         claim(current(), workdir, recipe, setup.input_identity(), _CLAIM_TIMEOUT_S)
+        times_s.append(time.perf_counter())
         restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
         with (  # InputFailed is what reading the input raises
             reads_and_writes(workdir, OSError),
             checkpoint.open_manager(workdir, "checkpoints", keep=recipe.checkpoint.keep_last) as newest,
             checkpoint.open_manager(workdir, "best", keep=1) as best,
         ):
-            return _run(setup, workdir, restored or _start(setup, weights), newest, best, stop, watchdog)
+            start = restored or _start(setup, weights)
+            _report_start([*times_s, time.perf_counter()])
+            return _run(setup, workdir, start, newest, best, stop, watchdog)
 
 
 def _run(
@@ -177,6 +183,17 @@ def _start(setup: Setup, weights: Arrays) -> tuple[TrainState, Notes]:
     return setup.create_state(weights), {"evaluated": False, "metrics": {}}
 
 
+def _report_start(times_s: list[float]) -> None:
+    # The first step, with what it waited for and compiled, is reported when it is done.
+    if current().is_first:
+        imports, data, state = (after - before for before, after in itertools.pairwise(times_s))
+        print(
+            f"ready {times_s[-1] - times_s[0]:.1f} s after the start: imports and joining {imports:.1f} s, "
+            f"data and folder {data:.1f} s, state {state:.1f} s",
+            flush=True,
+        )
+
+
 def _evaluate(
     setup: Setup, state: TrainState, step: int, stop: StopPoint, watchdog: Watchdog
 ) -> dict[str, float] | None:
@@ -224,7 +241,10 @@ class _Window:
         self._data_wait_s += data_wait_s
         if step == self._first_step:
             jax.block_until_ready(metrics)
-            self._progress.say(f"first step after {time.perf_counter() - self._started:.1f} s (compilation included)")
+            self._progress.say(
+                f"first step after {time.perf_counter() - self._started:.1f} s more: input {data_wait_s:.1f} s, "
+                "the rest compilation or its cache, and the step"
+            )
         elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # bounds the batches held, and how late a stop is noticed
             jax.block_until_ready(self._pending[-1 - _MAX_STEPS_IN_FLIGHT][1])
         if step % self._setup.recipe.log_every_steps == 0:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class NoMetrics:
@@ -40,12 +40,12 @@ class MetricsLog:
             for row in read_rows(self._path)
             if row["step"] <= resume_step
         ]
+        rows = [row for row in rows if len(row) > 1]
         # An object of the very step may still be completed, by the evaluation that is due there.
-        self._row: dict[str, Any] = rows.pop() if rows and rows[-1]["step"] == resume_step else {"step": resume_step}
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
+        self._written: dict[str, Any] = rows[-1] if rows and rows[-1]["step"] == resume_step else {}
+        """Of the current step: the last line of the file; empty if there is none yet."""
+        self._row: dict[str, Any] = self._written or {"step": resume_step}
+        self._file = self._replaced_by([json.dumps(row) for row in rows])
         folder = workdir / "tensorboard"
         # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -57,19 +57,35 @@ class MetricsLog:
         """Adds metrics of a step; steps must not decrease."""
         if step != self._row["step"]:
             self._emit()
-            self._row = {"step": step}
-        self._row |= metrics
+            self._row, self._written = {"step": step}, {}
+        self._row = self._row | metrics
         if self._writer is not None:
             self._writer.write_scalars(step, metrics)
 
     def _emit(self) -> None:
-        if len(self._row) > 1:
+        if len(self._row) == 1 or self._row == self._written:
+            return
+        if self._written:
+            self._file.close()
+            *lines, _ = self._path.read_text().splitlines()
+            self._file = self._replaced_by([*lines, json.dumps(self._row)])
+        else:
             self._file.write(json.dumps(self._row) + "\n")
+        self._written = self._row
+
+    def _replaced_by(self, lines: list[str]) -> TextIO:
+        # A process may be killed at any moment: the file is never without a line that a checkpoint relies on.
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+        return self._path.open("a")
 
     def flush(self) -> None:
         """Puts everything on disk; to be called before a checkpoint is, so that none is ahead of its metrics."""
         self._emit()
-        self._row = {"step": self._row["step"]}
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._writer is not None:
