@@ -20,6 +20,8 @@ from nfnet_flax.parallel.mesh import DATA_AXIS, FSDP_AXIS
 Arrays = dict[str, jax.Array]
 _BUCKET_BYTES = 1 << 18
 """Arrays below this travel together: on small ones a collective's latency is all that counts."""
+_MAX_PIECES = 16
+"""More devices add level by level, so many at a time: the 256th part of a kernel is less than a tile of memory."""
 
 
 def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
@@ -135,32 +137,47 @@ def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[s
     shape, undo = value.shape, []
     # Neighbours of the tree lie along the minor axis of the mesh.
     for name in (FSDP_AXIS, DATA_AXIS):
-        num_devices = mesh_shape[name]
-        if num_devices == 1:
+        if name == FSDP_AXIS and sharded_axis is not None and mesh_shape[name] > 1:
+            value = _sum_of_piece(value, name, mesh_shape[name], sharded_axis, None)
             continue
-        axis = _piece_axis(value.shape, num_devices)
-        keeps = False
-        if name == FSDP_AXIS and sharded_axis is not None:
-            axis, keeps = sharded_axis, True
-        padding = -value.shape[axis] % num_devices
-        if padding:
-            value = jnp.pad(value, [(0, padding if i == axis else 0) for i in range(value.ndim)])
-        value = _sum_of_piece(value, name, num_devices, axis)
-        if not keeps:
-            undo.append((name, axis, padding))
-    for name, axis, padding in reversed(undo):
-        value = lax.all_gather(value, name, axis=axis, tiled=True)
+        for num_pieces, groups in _levels(mesh_shape[name]):
+            axis = _piece_axis(value.shape, num_pieces)
+            padding = -value.shape[axis] % num_pieces
+            if padding:
+                value = jnp.pad(value, [(0, padding if i == axis else 0) for i in range(value.ndim)])
+            value = _sum_of_piece(value, name, num_pieces, axis, groups)
+            undo.append((name, axis, padding, groups))
+    for name, axis, padding, groups in reversed(undo):
+        value = lax.all_gather(value, name, axis=axis, tiled=True, axis_index_groups=groups)
         value = lax.slice_in_dim(value, 0, value.shape[axis] - padding, axis=axis)
     assert sharded_axis is not None or value.shape == shape
     return value
 
 
-def _sum_of_piece(value: jax.Array, axis_name: str, num_devices: int, axis: int) -> jax.Array:
-    """All devices' versions of this device's piece of an array along one of its axes, added in a binary tree."""
-    size = value.shape[axis] // num_devices
-    pieces = value.reshape(*value.shape[:axis], num_devices, size, *value.shape[axis + 1 :])
-    versions = lax.all_to_all(pieces, axis_name, split_axis=axis, concat_axis=0)
-    return tree_sum([versions[i] for i in range(num_devices)])
+_Groups = list[list[int]] | None
+"""Positions along a mesh axis that exchange with one another; None: all."""
+
+
+def _levels(num_devices: int) -> list[tuple[int, _Groups]]:
+    """Number of devices that add together, and their groups, level by level: neighbours first."""
+    if num_devices <= _MAX_PIECES:
+        return [(num_devices, None)] if num_devices > 1 else []
+    found: list[tuple[int, _Groups]] = []
+    stride = 1
+    while stride < num_devices:
+        size = min(_MAX_PIECES, num_devices // stride)
+        starts = [start for start in range(num_devices) if start // stride % size == 0]
+        found.append((size, [[start + stride * i for i in range(size)] for start in starts]))
+        stride *= size
+    return found
+
+
+def _sum_of_piece(value: jax.Array, axis_name: str, num_pieces: int, axis: int, groups: _Groups) -> jax.Array:
+    """All versions, within a group, of this device's piece of an array along an axis, added in a binary tree."""
+    size = value.shape[axis] // num_pieces
+    pieces = value.reshape(*value.shape[:axis], num_pieces, size, *value.shape[axis + 1 :])
+    versions = lax.all_to_all(pieces, axis_name, split_axis=axis, concat_axis=0, axis_index_groups=groups)
+    return tree_sum([versions[i] for i in range(num_pieces)])
 
 
 def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
