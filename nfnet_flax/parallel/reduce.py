@@ -100,8 +100,8 @@ def sum_over_devices(
     """Adds the arrays of all devices; to be called under `shard_map` over `data` and `fsdp`.
 
     In reproducible form every device adds one piece of each array, of which it is sent all devices' versions, in a
-    binary tree; the pieces are then gathered. That moves as many bytes as the usual ring does. Arrays that are not
-    sharded and small travel together.
+    binary tree; the pieces are then gathered. That moves as many bytes as the usual ring does, and with
+    more than 16 devices a sixteenth more. Arrays that are not sharded and small travel together.
 
     Args:
       values: float32, of this device's part of the batch.
