@@ -121,13 +121,14 @@ def _train(argv: list[str]) -> int:
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
     from nfnet_flax.parallel.processes import current
-    from nfnet_flax.training.compilation import fix_thread_pool, use_compilation_cache
+    from nfnet_flax.training.compilation import fix_thread_pool, keep_freed_memory, use_compilation_cache
     from nfnet_flax.training.launch import run_together
     from nfnet_flax.training.loop import TrainingDiverged, train
     from nfnet_flax.training.run import check_same_run
     from nfnet_flax.training.watchdog import Watchdog
 
     fix_thread_pool()
+    keep_freed_memory()
     use_compilation_cache()
 
     def run(watchdog: Watchdog) -> int:
@@ -174,9 +175,10 @@ def _eval(argv: list[str]) -> int:
     options = tyro.cli(
         EvalOptions, args=argv, prog="nfnet eval", description="Evaluate the newest checkpoint of a run."
     )
-    from nfnet_flax.training.compilation import use_compilation_cache
+    from nfnet_flax.training.compilation import keep_freed_memory, use_compilation_cache
     from nfnet_flax.training.run import evaluate
 
+    keep_freed_memory()
     use_compilation_cache()
     metrics = evaluate(options.workdir)
     print(f"step {metrics['step']:.0f}")
