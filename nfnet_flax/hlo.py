@@ -5,6 +5,8 @@ import dataclasses
 import math
 import re
 
+from nfnet_flax.hlo_products import product_flops
+
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
@@ -26,6 +28,10 @@ class Operation:
     """Of a loop, where the compiler says it."""
     literal: int | None
     """Of a whole-number constant."""
+    fused: tuple[str, ...]
+    """Computations that are fused into it."""
+    flops: int
+    """Of a convolution or matrix product: twice its multiplications with what is not padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +46,18 @@ def parse(text: str) -> Program:
     """Reads `compiled.as_text()`."""
     computations: dict[str, list[Operation]] = {}
     entry, current = "", None
+    results: dict[str, str] = {}
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = computations.setdefault(header[2], [])
+            current, results = computations.setdefault(header[2], []), {}
             entry = header[2] if header[1] else entry
-        elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)", line)):
-            current.append(_operation(found[1]))
+        elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
+            current.append(_operation(found[2], results))
+            results[found[1]] = current[-1].result
     return Program(entry, computations)
 
 
-def _operation(text: str) -> Operation:
+def _operation(text: str, results: dict[str, str]) -> Operation:
     opcode = re.search(r" ([a-z][a-z0-9\-]*)\(", text)
     assert opcode is not None, text
     called: tuple[str, ...] = ()
@@ -64,6 +72,7 @@ def _operation(text: str) -> Operation:
     cycles = re.search(r'"estimated_cycles":"(\d+)"', text)
     source = re.search(r'op_name="([^"]*)"', text)
     constant = re.search(r"s32\[\]\S* constant\((\d+)\)", text)
+    fused = re.findall(r"calls=%?([\w.\-]+)", text) if opcode[1] == "fusion" else ()
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
     return Operation(
         opcode=opcode[1],
@@ -73,6 +82,8 @@ def _operation(text: str) -> Operation:
         called=called,
         trip_count=int(trips[1]) if trips else None,
         literal=int(constant[1]) if constant else None,
+        fused=tuple(fused),
+        flops=product_flops(opcode[1], text, results) if opcode[1] in ("convolution", "dot") else 0,
     )
 
 
@@ -121,6 +132,20 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
         return total
 
     return cost(program.entry, 1, by_source), by_source
+
+
+def flops(program: Program) -> int:
+    """Of all convolutions and matrix products of one run on one device, loops multiplied, each branch taken."""
+
+    def walk(name: str) -> int:
+        total = 0
+        for operation in program.computations[name]:
+            times = _trip_count(program, operation) if operation.called else 1
+            inside = sum(walk(body) for body in operation.called + operation.fused)
+            total += operation.flops + times * inside
+        return total
+
+    return walk(program.entry)
 
 
 def collective_bytes(program: Program) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Compiling a recipe's training step for a TPU that nobody has to own: will it fit, and what will it cost?
 
-libtpu holds the real compiler, which runs on any x86 machine. What it says of memory, collectives and FLOPs is exact;
-its cycles are an estimate, good for ratios within one version of it.
+libtpu holds the real compiler, which runs on any x86 machine. What it says of memory is exact, as are
+collectives and FLOPs, counted in its program; its cycles are an estimate, good for ratios within one version of it.
 """
 
 import collections
@@ -11,7 +11,7 @@ import time
 from typing import Any, Literal
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.hlo import collective_bytes, estimated_cycles, parse
+from nfnet_flax.hlo import collective_bytes, estimated_cycles, flops, parse
 from nfnet_flax.recipe import Recipe
 
 # Of each device that JAX sees: HBM in GiB, and the clock in GHz where the published peak tells it.
@@ -57,7 +57,7 @@ class Plan:
     peak_bytes: int
     hbm_bytes: int
     flops: float
-    """Of one step; the compiler does not multiply loops."""
+    """Of the convolutions and matrix products of one step."""
     collectives: dict[str, int]
     """Kind -> payload in bytes."""
     cycles: int
@@ -139,7 +139,7 @@ def _report(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
         hbm_bytes=int(hbm_gib * 2**30),
-        flops=float(compiled.cost_analysis().get("flops", 0.0)),
+        flops=float(flops(program)),
         collectives=collective_bytes(program),
         cycles=cycles,
         clock_hz=None if clock_ghz is None else 1e9 * clock_ghz,
@@ -177,7 +177,7 @@ def describe(found: Plan) -> str:
         f"memory per device: parameters {gib(found.parameter_bytes)}, optimizer and EMA "
         f"{gib(found.state_bytes - found.parameter_bytes)}, within the step {gib(found.temporary_bytes)}",
         f"  peak {gib(found.peak_bytes)} of {gib(found.hbm_bytes)}: {'fits' if found.fits else 'DOES NOT FIT'}",
-        f"FLOPs per device and step: {found.flops / 1e9:.0f} G (a loop counts once)",
+        f"FLOPs per device and step: {found.flops / 1e9:.0f} G",
         *(
             f"{kind}: {size / 1e6:.1f} MB per device and step ({size / (4 * found.num_parameters):.2f} x the gradient)"
             for kind, size in found.collectives.items()

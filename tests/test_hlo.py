@@ -2,9 +2,15 @@
 
 # ruff: noqa: E501 - the lines of a program are as long as they are
 
-import pytest
+from collections.abc import Callable
+from typing import Any
 
-from nfnet_flax.hlo import collective_bytes, estimated_cycles, parse
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from nfnet_flax.hlo import collective_bytes, estimated_cycles, flops, parse
 
 TEXT = """HloModule step
 
@@ -57,3 +63,33 @@ def test_a_loop_without_a_stated_length_is_read_from_its_condition() -> None:
     assert estimated_cycles(parse(text))[0] == 4 * (7 + 2) + 100 + 50
     with pytest.raises(ValueError, match="cannot be read"):
         estimated_cycles(parse(text.replace("constant(4)", "parameter(1)")))
+
+
+def flops_of(function: Callable[..., jax.Array], *shapes: tuple[int, ...]) -> tuple[int, float]:
+    """By `flops`, and by the compiler, which counts loops once and elementwise work, too."""
+    abstract = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    compiled: Any = jax.jit(function).lower(*abstract).compile()
+    return flops(parse(compiled.as_text())), compiled.cost_analysis()["flops"]
+
+
+def test_flops_of_a_strided_convolution_and_its_gradients_leave_out_padding() -> None:
+    def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+
+    shapes = (3, 3, 8, 16), (4, 33, 20, 8)
+    # Of 33 rows the 17 windows meet 49 (one less at each end); of 20 columns the 10 windows meet 29.
+    once = 2 * 4 * 8 * 16 * 49 * 29
+    assert flops_of(loss, *shapes)[0] == once
+    for gradient in (jax.grad(loss), jax.grad(loss, argnums=1)):
+        ours, theirs = flops_of(gradient, *shapes)
+        assert ours == once
+        assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_flops_of_a_loop_are_multiplied() -> None:
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.scan(lambda a, _: (jnp.sin(a @ b), None), a, None, length=5)[0]
+
+    ours, theirs = flops_of(product, (30, 50), (50, 50))
+    assert ours == 5 * 2 * 30 * 50 * 50
+    assert ours > 4 * theirs
