@@ -39,7 +39,7 @@ from tests.networks import FAST_COMPILE, SMALL, relative
 
 COMPACT: dict[str, ModelConfig] = {
     "nfnet": dataclasses.replace(golden.TINY, depths=(1, 2, 7, 1), stochdepth_rate=0.5),
-    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 7, 1), stem_width=8),
+    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 8, 1), stem_width=8),
 }
 
 

@@ -3,9 +3,18 @@
 import os
 import subprocess
 import sys
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from nfnet_flax.models import ExecutionConfig, NFNetConfig
+from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.state import abstract_state, model_structure
+from nfnet_flax.training.step import make_train_step
 
 SCRIPT = """
 import dataclasses, re, sys
@@ -91,3 +100,34 @@ def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, 
     # Each device does what one device does with an eighth of the batch, whose update is not divided, and the sums.
     assert eight["flops"][0] == pytest.approx(one["eighth"][0], rel=0.02)
     assert one["eighth"][0] < one["flops"][0] / 4
+
+
+def temporary_bytes(rematerialization: Literal["none", "blocks", "full"]) -> int:
+    """By the compiler's analysis of the step of a network with one deep stage."""
+    config = NFNetConfig(widths=(16, 16, 32, 32), depths=(65, 1, 1, 1), group_width=4)
+    execution = ExecutionConfig(num_microbatches=None, reproducible=False, rematerialization=rematerialization)
+    structure = model_structure(config, 10, execution)
+    schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    mesh = make_mesh(jax.devices()[:1])
+    step = make_train_step(
+        structure,
+        optimizer,
+        schedule,
+        mesh,
+        seed=0,
+        label_smoothing=0.1,
+        ema_decay=0.9,
+        mean=(128.0, 128.0, 128.0),
+        std=(64.0, 64.0, 64.0),
+    )
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.uint8)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct((64,), jnp.int32)}
+    analysis: Any = step.lower(abstract_state(structure, optimizer, mesh), batch).compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+def test_each_rematerialization_takes_less_memory_than_the_one_before() -> None:
+    none, blocks, full = (temporary_bytes(policy) for policy in ("none", "blocks", "full"))
+    assert blocks < none / 4
+    assert full < 0.8 * blocks

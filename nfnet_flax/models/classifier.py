@@ -48,7 +48,8 @@ class ExecutionConfig:
     """How a network is computed in training: memory, speed and compile time, but not which function it is."""
 
     rematerialization: Literal["none", "blocks", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; the inside of each block; of each stage."""
+    """What the backward pass computes again instead of keeping: nothing; the inside of each block; or also the inputs
+    of most blocks: of n blocks of a stage it holds about 2 sqrt(n) at a time."""
     scan_stages: bool = True
     """A stage of at least seven blocks is a compiled loop over all but its first, which compiles in the time of one
     block. Off: every block is compiled by itself."""

@@ -3,6 +3,7 @@
 None of it changes what is computed: a loop's body rounds as the unrolled block does up to the compiler's fusions.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -29,20 +30,23 @@ def run_stage(blocks: list[Any], x: jax.Array, keys: jax.Array | None, plans: tu
     parts = [split(block) for block in blocks]
     arrays = [(params, batch_stats) for _, params, batch_stats in parts]
 
+    is_stacked, is_full = len(blocks) < len(plans), execution.rematerialization == "full"
+    functions = [_block_function(graphdef, keys, execution.rematerialization != "none") for graphdef, *_ in parts]
+
     def run(x: jax.Array, arrays: list[tuple[Params, BatchStats]]) -> tuple[jax.Array, list[BatchStats]]:
-        functions = [_block_function(graphdef, keys, execution.rematerialization != "none") for graphdef, *_ in parts]
         moved = []
-        single = len(plans) if len(blocks) == len(plans) else 1
+        single = 1 if is_stacked else len(plans)
         for run_block, own, plan in zip(functions[:single], arrays, plans, strict=False):
             x, after = run_block(x, *own, plan)
             moved.append(after)
-        if single < len(plans):
-            run_rest = _scan if execution.scan_stages else _unroll
+        if is_stacked:
+            run_rest = (_scan_groups if is_full else _scan) if execution.scan_stages else _unroll
             x, after = run_rest(functions[1], x, *arrays[1], plans[1:])
             moved.append(after)
         return x, moved
 
-    x, moved = (jax.checkpoint(run) if execution.rematerialization == "full" else run)(x, arrays)
+    is_one_group = is_full and not (is_stacked and execution.scan_stages)
+    x, moved = (jax.checkpoint(run) if is_one_group else run)(x, arrays)
     for block, batch_stats in zip(blocks, moved, strict=True):
         update(block, dict(batch_stats))
     return x
@@ -67,10 +71,39 @@ def _stacked_plans(plans: tuple[Any, ...]) -> Any:
 
 
 def _scan(run_block: Any, x: jax.Array, params: Params, batch_stats: BatchStats, plans: tuple[Any, ...]) -> Any:
+    return _scan_stacked(run_block, x, (params, batch_stats, _stacked_plans(plans)))
+
+
+def _scan_stacked(run_block: Any, x: jax.Array, stacked: Any) -> Any:
     def body(x: jax.Array, block: Any) -> Any:
         return run_block(x, *block)
 
-    return lax.scan(body, x, (params, batch_stats, _stacked_plans(plans)))
+    return lax.scan(body, x, stacked)
+
+
+def _scan_groups(run_block: Any, x: jax.Array, params: Params, batch_stats: BatchStats, plans: tuple[Any, ...]) -> Any:
+    """As `_scan`, but of n blocks only the inputs of about 2 sqrt(n) are held at a time (arXiv 1604.06174, section 4).
+
+    The inputs of groups of blocks are kept, and those of a group's blocks while the gradient passes it.
+    """
+    size = max(1, math.isqrt(len(plans)))
+    num_groups = len(plans) // size
+    num_grouped = num_groups * size
+    stacked = (params, batch_stats, _stacked_plans(plans))
+
+    @jax.checkpoint
+    def run_group(x: jax.Array, group: Any) -> Any:
+        return _scan_stacked(run_block, x, group)
+
+    def cut(values: Any) -> Any:
+        return values[:num_grouped].reshape(num_groups, size, *values.shape[1:])
+
+    x, grouped = lax.scan(run_group, x, jax.tree.map(cut, stacked))
+    moved = {name: value.reshape(num_grouped, *value.shape[2:]) for name, value in grouped.items()}
+    if num_grouped < len(plans):
+        x, rest = run_group(x, jax.tree.map(lambda values: values[num_grouped:], stacked))
+        moved = {name: jnp.concatenate([value, rest[name]]) for name, value in moved.items()}
+    return x, moved
 
 
 def _unroll(run_block: Any, x: jax.Array, params: Params, batch_stats: BatchStats, plans: tuple[Any, ...]) -> Any:
