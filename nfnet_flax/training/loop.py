@@ -15,6 +15,7 @@ from nfnet_flax.parallel.mesh import batch_sharding, to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training import checkpoint
+from nfnet_flax.training.compilation import return_freed_memory
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
@@ -241,6 +242,7 @@ class _Window:
         self._data_wait_s += data_wait_s
         if step == self._first_step:
             jax.block_until_ready(metrics)
+            return_freed_memory()
             self._progress.say(
                 f"first step after {time.perf_counter() - self._started:.1f} s more: input {data_wait_s:.1f} s, "
                 "the rest compilation or its cache, and the step"
@@ -277,4 +279,5 @@ class _Window:
         self._pending.clear()
         if step % recipe.log_every_steps == 0:
             self._data_wait_s = 0.0
+            return_freed_memory()
             self._progress.restart_clock(step)
