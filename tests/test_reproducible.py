@@ -1,10 +1,17 @@
 """The same bits on any number of devices: the sums, and the whole step, on forced host devices."""
 
+import functools
 import os
 import subprocess
 import sys
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from nfnet_flax.training.gradient import over_parts
 
 SUMS = """
 import functools
@@ -104,3 +111,30 @@ def test_the_same_bits_on_any_number_of_devices(script: str, num_devices: int) -
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
+
+
+@pytest.mark.parametrize("num_turns", [1, 4])
+def test_kernels_that_are_cast_within_a_turn_give_the_bits_of_those_cast_before(num_turns: int) -> None:
+    rng = np.random.default_rng(0)
+    kernels = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in {"a": (24, 40), "b": (40, 8)}.items()
+    }
+    batch = {"image": jnp.asarray(rng.standard_normal((num_turns, 16, 24)), jnp.float32)}
+    keys = jnp.zeros((num_turns, 16), jnp.uint32)
+
+    def loss(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        hidden = jnp.tanh(images.astype(jnp.bfloat16) @ weights["a"].astype(jnp.bfloat16))
+        return jnp.sum((hidden @ weights["b"].astype(jnp.bfloat16)).astype(jnp.float32) ** 2)
+
+    def one_part(weights: dict[str, jax.Array], _: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: value.astype(jnp.float32) for name, value in jax.grad(loss)(weights, batch["image"]).items()}
+
+    def total(weights: dict[str, Any], cast_in_turns: tuple[str, ...]) -> dict[str, np.ndarray]:
+        run = functools.partial(over_parts, one_part, num_turns=num_turns, cast_in_turns=cast_in_turns)
+        return jax.device_get(jax.jit(lambda weights, step: run(weights, (keys, batch), step=step))(weights, 0))
+
+    before = total({name: jnp.asarray(value, jnp.bfloat16) for name, value in kernels.items()}, ())
+    within = total(kernels, ("a", "b"))
+    for name, value in before.items():
+        assert np.abs(value).max() > 0
+        assert value.tobytes() == within[name].tobytes()

@@ -50,6 +50,15 @@ def tied(values: Any, index: jax.Array) -> Any:
     return lax.optimization_barrier((values, index))[0]
 
 
+def used_in_turn(value: jax.Array, index: jax.Array) -> jax.Array:
+    """`value` times a one that the compiler cannot know: what is made of it is made in the turn `index`.
+
+    A TPU's compiler moves the conversion of what is `tied`, too, out of the loop, where it is a pass over memory; here
+    it becomes part of the product that it is for.
+    """
+    return value * jnp.where(index < 0, 0.0, 1.0).astype(value.dtype)
+
+
 def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
     """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
 

@@ -17,7 +17,7 @@ from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
 from nfnet_flax.parallel.mesh import BATCH_AXES, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices, tied
+from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices, tied, used_in_turn
 from nfnet_flax.training.state import Structure
 
 Batch = dict[str, Any]
@@ -78,6 +78,8 @@ def make_gradient(
     platform = mesh.devices.flat[0].platform
     num_parts = execution.num_microbatches or mesh.size
     num_turns = num_parts // mesh.size
+    # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
+    cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
     def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
         model = merge(structure.prepared, weights, batch_stats)
@@ -107,9 +109,12 @@ def make_gradient(
             images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])
             batch = batch | {"image": images}
         weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
+        # Layers cast what is not cast yet. What fsdp gathered becomes wide again, so that all layouts run one loop.
+        weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
         parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
         one_part = functools.partial(part, batch_stats)
-        total = _over_parts(one_part, weights, parts, num_turns, step if execution.reproducible else None)
+        order = step if execution.reproducible else None
+        total = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
         axes |= dict.fromkeys(total.keys() - axes.keys())
         total = sum_over_devices(total, axes, mesh.shape, reproducible=execution.reproducible)
         return (
@@ -128,6 +133,14 @@ def make_gradient(
     )
 
 
+def _dense_kernels(structure: Structure) -> tuple[str, ...]:
+    return tuple(name for name, whole in structure.shapes.items() if name.endswith(".kernel") and len(whole.shape) == 2)
+
+
+def _widened(weight: jax.Array, prepared: jax.Array, sharded_axis: int | None) -> jax.Array:
+    return prepared if sharded_axis is None else weight.astype(prepared.dtype)
+
+
 def _cut(rows: jax.Array, num_parts: int) -> jax.Array:
     return rows.reshape(num_parts, rows.shape[0] // num_parts, *rows.shape[1:])
 
@@ -136,18 +149,29 @@ def _first(parts: jax.Array, fraction: float) -> jax.Array:
     return parts[:, : max(1, round(fraction * parts.shape[1]))]
 
 
-def _over_parts(
+def over_parts(
     one_part: Callable[[Params, jax.Array, Batch], Arrays],
     weights: Params,
     parts: tuple[jax.Array, Batch],
     num_turns: int,
     step: jax.Array | None,
+    cast_in_turns: tuple[str, ...],
 ) -> Arrays:
-    """What the parts give, added: in the order of the tree if there is a step, else as they come."""
+    """What the parts give, added: in the order of the tree if there is a step, else as they come.
+
+    Args:
+      one_part: of weights, and of the keys and rows of one part.
+      weights: the same for all parts.
+      parts: keys and batch, cut along a new first axis.
+      num_turns: length of that axis.
+      step: any number that is never negative; see `sum_of_turns`.
+      cast_in_turns: names of weights that `one_part` casts, where the sum is in the order of the tree.
+    """
 
     def turn(index: jax.Array) -> Arrays:
         keys, batch = jax.tree.map(lambda rows: rows[index], parts)
-        return one_part(*tied((weights, keys, batch), index))
+        held, keys, batch = tied((weights, keys, batch), index)
+        return one_part(held | {name: used_in_turn(held[name], index) for name in cast_in_turns}, keys, batch)
 
     if step is not None:
         return sum_of_turns(turn, num_turns, step)
