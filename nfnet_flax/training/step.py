@@ -14,7 +14,7 @@ from nfnet_flax.optim import SAMConfig
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
 from nfnet_flax.training.gradient import Batch, Metrics, make_gradient
-from nfnet_flax.training.state import Structure, TrainState
+from nfnet_flax.training.state import Structure, TrainState, abstract_state
 
 
 def make_train_step(
@@ -107,4 +107,6 @@ def make_train_step(
             metrics["agc/clipped_fraction"] = clipped_fraction
         return state, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    # Else the state could come out divided otherwise than it went in, and the second step would be compiled, too.
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
