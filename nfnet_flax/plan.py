@@ -45,6 +45,8 @@ class Plan:
     device_kind: str
     num_devices: int
     images_per_device: int
+    """Under `spatial` those of a group of devices, each of which holds a part of their height."""
+    batch_size: int
     image_size: int
     rematerialization: str
     num_parameters: int
@@ -91,14 +93,13 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     from nfnet_flax.training.build import build_training
     from nfnet_flax.training.state import abstract_state
 
-    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp)
+    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     batch_size, size = recipe.data.batch_size, recipe.data.image_size
     training = build_training(recipe, mesh, _NUM_EXAMPLES)
     state = abstract_state(training.structure, training.optimizer, mesh)
-    rows = batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=batch_sharding(mesh, 4)),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
     }
     started = time.perf_counter()
     try:
@@ -112,6 +113,8 @@ def _report(
     recipe: Recipe, topology: str, mesh: Any, state: Any, compiled: Any, compile_s: float, num_dearest: int
 ) -> Plan:
     import jax
+
+    from nfnet_flax.parallel.mesh import num_batch_shards
 
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
@@ -127,7 +130,8 @@ def _report(
         topology=topology,
         device_kind=device.device_kind,
         num_devices=mesh.size,
-        images_per_device=recipe.data.batch_size // mesh.size,
+        images_per_device=recipe.data.batch_size // num_batch_shards(mesh),
+        batch_size=recipe.data.batch_size,
         image_size=recipe.data.image_size,
         rematerialization=recipe.execution.rematerialization,
         num_parameters=sum(leaf.size for leaf in state.params.values()),
@@ -186,7 +190,7 @@ def describe(found: Plan) -> str:
     ]
     if found.clock_hz is not None:
         seconds = found.cycles / found.clock_hz
-        rate = found.num_devices * found.images_per_device / seconds
+        rate = found.batch_size / seconds
         lines[-1] += f" = {1e3 * seconds:.1f} ms at {found.clock_hz / 1e9:.2f} GHz, {rate:.0f} images/s"
     lines.append("dearest operations (estimated M cycles):")
     lines += [f"  {cycles / 1e6:8.2f}  {source}" for source, cycles in found.dearest]
@@ -201,7 +205,7 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
     Returns:
       The plans that were compiled, the one to take last.
     """
-    num_devices = len(devices_of(topology))
+    num_groups = len(devices_of(topology)) // recipe.execution.spatial
     found: list[Plan] = []
     best: Plan | None = None
     for rematerialization in _REMATERIALIZATIONS:
@@ -210,9 +214,9 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
             tried = dataclasses.replace(
                 recipe,
                 # Mixing happens on the host, in groups that few images per device need not fill.
-                data=dataclasses.replace(recipe.data, batch_size=images * num_devices, mixing=None),
+                data=dataclasses.replace(recipe.data, batch_size=images * num_groups, mixing=None),
                 execution=dataclasses.replace(
-                    recipe.execution, rematerialization=rematerialization, num_microbatches=num_devices
+                    recipe.execution, rematerialization=rematerialization, num_microbatches=num_groups
                 ),
             )
             result = plan(tried, topology)

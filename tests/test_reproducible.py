@@ -69,7 +69,7 @@ import jax, numpy as np
 from nfnet_flax.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
-from nfnet_flax.parallel.mesh import batch_sharding, make_mesh, to_global
+from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
@@ -87,7 +87,7 @@ def run(num_devices):
     losses = []
     for i in range(4):
         rows = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 16)}
-        batch = to_global(rows, batch_sharding(mesh))
+        batch = to_global(rows, mesh)
         if i == 0:
             compiled = step.lower(state, batch).compile()
             moved = sum(collective_bytes(parse(compiled.as_text())).values())

@@ -22,7 +22,7 @@ import jax, numpy as np
 from nfnet_flax.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
-from nfnet_flax.parallel.mesh import batch_sharding, make_mesh, to_global
+from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
@@ -39,7 +39,7 @@ step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.
 rng = np.random.default_rng(0)
 def batch():
     rows = {"image": rng.integers(0, 256, (64, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 64)}
-    return to_global(rows, batch_sharding(mesh))
+    return to_global(rows, mesh)
 first = batch()
 compiled = step.lower(state, first).compile()
 text = compiled.as_text()

@@ -63,12 +63,16 @@ class ExecutionConfig:
     fsdp: int = 1
     """Number of devices over which kernels, momentum and EMA are divided, gathered for each step; divides the number of
     devices."""
+    spatial: int = 1
+    """Number of neighbouring devices that share the images they compute, each a part of the height: for resolutions
+    that do not fit one. Equal to rounding, not to the bit, to any other number."""
 
     def __post_init__(self) -> None:
         check_types(self)
         parts = self.num_microbatches
         require(parts is None or parts >= 1, "execution.num_microbatches", parts, "must be at least 1, or None")
         require(self.fsdp >= 1, "execution.fsdp", self.fsdp, "must be at least 1")
+        require(self.spatial >= 1, "execution.spatial", self.spatial, "must be at least 1")
         if self.reproducible:
             remedy = "must be a power of two, or turn execution.reproducible off"
             require(parts is not None and parts & (parts - 1) == 0, "execution.num_microbatches", parts, remedy)

@@ -7,7 +7,7 @@ import optax
 from jax.sharding import Mesh
 
 from nfnet_flax.optim import make_optimizer, make_schedule
-from nfnet_flax.parallel.mesh import check_batch_size
+from nfnet_flax.parallel.mesh import check_batch_size, check_image_size
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.state import Structure, model_structure
 from nfnet_flax.training.step import make_train_step
@@ -37,6 +37,7 @@ def build_training(recipe: Recipe, mesh: Mesh, num_examples: int) -> Training:
     """
     data, execution = recipe.data, recipe.execution
     check_batch_size("data.batch_size", data.batch_size, mesh, execution.num_microbatches)
+    check_image_size("data.image_size", data.image_size, mesh)
     structure = model_structure(recipe.model, recipe.num_classes, execution)
     num_steps = recipe.total_steps(num_examples)
     schedule = make_schedule(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nfnet_flax.models import NFNetConfig, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
-from nfnet_flax.parallel.mesh import BATCH_AXES, batch_sharding, replicated, to_global
+from nfnet_flax.parallel.mesh import BATCH_AXES, num_batch_shards, replicated, to_global
 from nfnet_flax.parallel.reduce import Arrays, stack_of_turns, tied
 from nfnet_flax.training.gradient import Batch, cross_entropy, normalise
 from nfnet_flax.training.state import Structure, TrainState
@@ -32,7 +32,8 @@ def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...],
     config, execution = structure.config, structure.execution
     form = config.standardization if isinstance(config, NFNetConfig) else "published"
     platform = mesh.devices.flat[0].platform
-    num_turns = (execution.num_microbatches or mesh.size) // mesh.size
+    num_shards = num_batch_shards(mesh)
+    num_turns = (execution.num_microbatches or num_shards) // num_shards
     num_candidates = min(5, structure.num_classes)
 
     def part(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
@@ -62,6 +63,7 @@ def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...],
     per_device = jax.shard_map(
         local,
         mesh=mesh,
+        axis_names=set(BATCH_AXES),
         in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
         out_specs=PartitionSpec(),
         check_vma=False,
@@ -107,7 +109,7 @@ def run_evaluation(
     for rows in batches:
         if is_stopped is not None and is_stopped():
             return None
-        batch = to_global(rows, batch_sharding(mesh))
+        batch = to_global(rows, mesh)
         found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})
         if len(found) > _MAX_BATCHES_IN_FLIGHT:  # bounds the images that wait on the devices
             jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
-from nfnet_flax.parallel.mesh import BATCH_AXES, partition_spec, sharded_axis
+from nfnet_flax.parallel.mesh import BATCH_AXES, batch_shape, num_batch_shards, partition_spec, sharded_axis
 from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices, tied, used_in_turn
 from nfnet_flax.training.state import Structure
 
@@ -76,8 +76,8 @@ def make_gradient(
     """
     config, execution = structure.config, structure.execution
     platform = mesh.devices.flat[0].platform
-    num_parts = execution.num_microbatches or mesh.size
-    num_turns = num_parts // mesh.size
+    num_parts = execution.num_microbatches or num_batch_shards(mesh)
+    num_turns = num_parts // num_batch_shards(mesh)
     # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
@@ -116,7 +116,7 @@ def make_gradient(
         order = step if execution.reproducible else None
         total = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
         axes |= dict.fromkeys(total.keys() - axes.keys())
-        total = sum_over_devices(total, axes, mesh.shape, reproducible=execution.reproducible)
+        total = sum_over_devices(total, axes, batch_shape(mesh), reproducible=execution.reproducible)
         return (
             {name: total[name].astype(value.dtype) for name, value in prepared.items()},
             {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},
@@ -127,6 +127,7 @@ def make_gradient(
     return jax.shard_map(
         local_gradient,
         mesh=mesh,
+        axis_names=set(BATCH_AXES),  # the height of images is left to the partitioner, which exchanges borders
         in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
         out_specs=(of_params, PartitionSpec(), PartitionSpec()),
         check_vma=False,

@@ -11,7 +11,7 @@ import jax
 
 from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.data.pipeline import train_batches
-from nfnet_flax.parallel.mesh import batch_sharding, to_global
+from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training import checkpoint
@@ -167,7 +167,7 @@ def _run(
             started = time.perf_counter()
             rows = next(batches)
             data_wait_s = time.perf_counter() - started
-            batch = to_global(rows, batch_sharding(setup.mesh))
+            batch = to_global(rows, setup.mesh)
             # 4. Step.
             watchdog.enter("step", step + 1)
             state, metrics = setup.train_step(state, batch)

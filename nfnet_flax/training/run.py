@@ -27,7 +27,7 @@ from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
 from nfnet_flax.models.params import expand
-from nfnet_flax.parallel.mesh import check_batch_size, make_mesh
+from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
@@ -108,9 +108,10 @@ def assemble(recipe: Recipe) -> Setup:
     Raises:
       ConfigError: the recipe does not fit the devices, or its parameter groups do not fit the network.
     """
-    mesh = make_mesh(fsdp=recipe.execution.fsdp)
+    mesh = make_mesh(fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     data = recipe.data
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
+    check_image_size("data.eval_image_size", data.eval_image_size, mesh)
     train_source, eval_source = open_split(data, "train"), open_split(data, "eval")
     for source in (train_source, eval_source):
         remedy = f"must be at least {len(source.class_names)}, as the images have so many classes"
