@@ -204,8 +204,14 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
 
     Returns:
       The plans that were compiled, the one to take last.
+
+    Raises:
+      ConfigError: as `plan` does.
     """
-    num_groups = len(devices_of(topology)) // recipe.execution.spatial
+    from nfnet_flax.parallel.mesh import make_mesh, num_batch_shards
+
+    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
+    num_groups = num_batch_shards(mesh)
     found: list[Plan] = []
     best: Plan | None = None
     for rematerialization in _REMATERIALIZATIONS:

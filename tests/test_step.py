@@ -65,6 +65,21 @@ pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(state), strict=True)
 assert all(a.tobytes() == np.array(b).tobytes() for a, b in pairs)
 """
 
+BYTES = """
+import jax
+from nfnet_flax.models import ExecutionConfig, model_config
+from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.state import abstract_state, model_structure
+
+structure = model_structure(model_config("nfnet_f0"), 1000, ExecutionConfig())
+optimizer = make_optimizer(OptimConfig(), learning_rate_schedule(0.1, warmup_steps=1, num_steps=10), structure.members)
+for fsdp in (1, 4):
+    state = abstract_state(structure, optimizer, make_mesh(fsdp=fsdp))
+    compiled = jax.jit(lambda state: state, donate_argnums=0).lower(state).compile()
+    print(compiled.memory_analysis().argument_size_in_bytes)
+"""
+
 
 def run(num_devices: int, *num_microbatches: int) -> dict[str, list[float]]:
     env = {
@@ -100,6 +115,16 @@ def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, 
     # Each device does what one device does with an eighth of the batch, whose update is not divided, and the sums.
     assert eight["flops"][0] == pytest.approx(one["eighth"][0], rel=0.02)
     assert one["eighth"][0] < one["flops"][0] / 4
+
+
+def test_four_fsdp_devices_hold_little_more_than_a_quarter_of_the_state() -> None:
+    flags = "--xla_force_host_platform_device_count=4"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    replicated, divided = map(int, done.stdout.split())
+    assert replicated > 3 * 4 * 71e6  # parameters, momentum and EMA of F0
+    assert divided <= 0.27 * replicated
 
 
 def temporary_bytes(rematerialization: Literal["none", "blocks", "full"]) -> int:

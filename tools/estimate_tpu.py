@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rematerialization", choices=("none", "blocks", "full"), default="none")
     parser.add_argument("--reproducible", action="store_true", help="sums in a fixed order")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are divided")
+    parser.add_argument("--spatial", type=int, default=1, help="devices over which the height of images is divided")
     parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one compilation")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -52,6 +53,7 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
     command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]
     command += ["--images-per-device", str(options.images_per_device), "--rematerialization", options.rematerialization]
     command += ["--microbatches-per-device", str(options.microbatches_per_device)]
+    command += ["--spatial", str(options.spatial)]
     command += ["--fsdp", str(options.fsdp), *(["--reproducible"] if options.reproducible else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout_s, check=True)
@@ -83,8 +85,8 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
 
     config = model_config(options.models[0], compute_dtype="bfloat16")
     base = load_recipe(ROOT / "recipes" / "nfnet_imagenet.py")
-    num_devices = len(devices_of(options.topologies[0]))
-    batch_size = options.images_per_device * num_devices
+    num_groups = len(devices_of(options.topologies[0])) // options.spatial
+    batch_size = options.images_per_device * num_groups
     recipe = dataclasses.replace(
         base,
         model=config,
@@ -100,7 +102,8 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
             rematerialization=options.rematerialization,
             reproducible=options.reproducible,
             fsdp=options.fsdp,
-            num_microbatches=options.microbatches_per_device * num_devices,
+            spatial=options.spatial,
+            num_microbatches=options.microbatches_per_device * num_groups,
         ),
     )
     found = dataclasses.asdict(plan(recipe, options.topologies[0]))
