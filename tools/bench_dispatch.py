@@ -3,14 +3,20 @@
 `python tools/bench_dispatch.py` takes NFNet-F7's blocks, and so its number of arrays, with narrow layers, so that the
 device is soon done. The call returns before the computation does; what it took is what the host cannot spend on the
 next batch. On CPUs the computation would begin on the same core meanwhile: it gets the other cores, the call the first.
+
+A program that only returns the arrays is called before every timed call. Both programs are timed right after it, and
+after a pause in which the host computed something else. So is a walk over a chain of Python objects, which knows
+nothing of JAX: it tells how much slower anything is on this machine that was not used for that long.
 """
 
 import argparse
 import dataclasses
 import os
+import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,37 @@ from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
 _WARMUP_CALLS = 3
+_PAUSE_S = 0.05
+_CHAIN_LENGTH = 1000
+
+
+class Link:
+    """Of a chain."""
+
+    __slots__ = ("next",)
+    next: "Link"
+
+
+def chain(length: int) -> Link:
+    """A ring of objects in random order."""
+    links = [Link() for _ in range(length)]
+    order = random.Random(0).sample(links, length)
+    for link, following in zip(order, order[1:] + order[:1], strict=True):
+        link.next = following
+    return links[0]
+
+
+def walk(link: Link) -> None:
+    """Goes round the ring once."""
+    for _ in range(_CHAIN_LENGTH):
+        link = link.next
+
+
+def pause(seconds: float) -> None:
+    """Keeps the core busy with something that touches no memory."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
 
 
 def main() -> None:
@@ -64,22 +101,32 @@ def main() -> None:
         os.sched_setaffinity(0, [host_core])  # of this thread alone
     print(f"{options.model}: {len(state.params)} arrays of parameters, {len(jax.tree.leaves(state))} of the state")
     unchanged = jax.jit(lambda state, batch: (state, batch), donate_argnums=0)
-    programs = {"the training step": step, "a program that returns the state as it is": unchanged}
-    # Each by itself, then both in turn: the figures differ much.
-    for together in (*([name] for name in programs), list(programs)):
-        times: dict[str, list[float]] = {name: [] for name in together}
-        for _ in range(_WARMUP_CALLS + options.calls):
-            for name in together:
-                jax.block_until_ready((state, batch))
+    ring = chain(_CHAIN_LENGTH)
+    held = [state]
+
+    def call(program: Any) -> None:
+        held[0], _ = program(held[0], batch)
+
+    timed: dict[str, Callable[[], None]] = {
+        "the training step": lambda: call(step),
+        "a program that returns the state as it is": lambda: call(unchanged),
+        f"a walk over {_CHAIN_LENGTH} Python objects": lambda: walk(ring),
+    }
+    for name, function in timed.items():
+        for pause_s in (0.0, _PAUSE_S):
+            times = []
+            for _ in range(_WARMUP_CALLS + options.calls):
+                jax.block_until_ready(held[0])
+                call(unchanged)
+                walk(ring)
+                jax.block_until_ready(held[0])
+                pause(pause_s)
                 started = time.perf_counter()
-                state, _ = programs[name](state, batch)
-                times[name].append(1e3 * (time.perf_counter() - started))
-        for name, calls in times.items():
-            timed = calls[_WARMUP_CALLS:]
-            print(
-                f"{name}, {'by itself' if len(together) == 1 else 'in turn'}: a call takes the host at least "
-                f"{min(timed):.2f} ms, {statistics.median(timed):.2f} ms in the median of {len(timed)}"
-            )
+                function()
+                times.append(1e3 * (time.perf_counter() - started))
+            when = f"{1e3 * pause_s:.0f} ms later" if pause_s else "at once"
+            least, median = min(times[_WARMUP_CALLS:]), statistics.median(times[_WARMUP_CALLS:])
+            print(f"{name}, {when}: at least {least:.2f} ms, {median:.2f} ms in the median of {options.calls}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class Contestant:
     run: Run
     compile_s: float
     memory: str
+    text: str = ""
+    """The compiled program of ours, for `tools/profile_step.py`."""
     times: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -110,7 +112,7 @@ def our_training(
         held[0], metrics = compiled(held[0], batch)
         jax.block_until_ready(metrics)
 
-    return Contestant(name, "train", run, compile_s, memory_of(compiled))
+    return Contestant(name, "train", run, compile_s, memory_of(compiled), compiled.as_text() or "")
 
 
 def our_inference(options: argparse.Namespace, name: str, folded: bool) -> Contestant:

@@ -6,7 +6,7 @@ Trains a small digits recipe (dropout, stochastic depth and augmentation on) on 
 forced host devices. First a run on each layout, compared bit for bit with that of one device: parameters, momentum, EMA
 and the metrics of every step. Then one run that is stopped or killed, and goes on elsewhere each time:
 1x4 -> SIGTERM -> 2x2 -> SIGKILL of one process -> 4x1 -> SIGTERM during an evaluation -> 1x8. Exits with 1 if anything
-differs.
+differs. With `--fast`: the layouts with `reproducible` off, which may differ by 1e-5.
 """
 
 import argparse
@@ -39,6 +39,9 @@ OPTIONS = (
     "--distributed.heartbeat-timeout-s=20",
 )
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 1), (2, 4))
+FAST = ("--execution.no-reproducible", "--execution.num-microbatches=None")
+TOLERANCE = 1e-5
+"""Of the fast mode, relative."""
 UNREPEATABLE = ("throughput/", "time/")
 
 
@@ -98,17 +101,39 @@ def compare(want: Path, got: Path) -> bool:
     line = f"{got.name:<12} arrays that differ {len(unequal):>3} of {len(arrays[0])}; metrics "
     print(line + ("equal" if same_rows else "DIFFER"), flush=True)
     if unequal:
-        worst = max(
-            float(
-                np.max(np.abs(arrays[1][name].astype(np.float64) - arrays[0][name])) / np.max(np.abs(arrays[0][name]))
-            )
-            for name in unequal
-        )
+        worst = max(distance(arrays[0][name], arrays[1][name]) for name in unequal)
         print(f"{'':<12} largest difference {worst:.1e} of the array's largest value; {unequal[:3]}")
     if not same_rows:
         differing = [(a, b) for a, b in zip(*rows, strict=False) if a != b]
         print(f"{'':<12} {len(differing)} rows differ, the first: {differing[:1]}")
     return not unequal and same_rows
+
+
+def distance(want: np.ndarray, got: np.ndarray) -> float:
+    """Largest difference of two arrays, as a share of the largest value."""
+    return float(np.max(np.abs(got.astype(np.float64) - want)) / max(np.max(np.abs(want)), np.finfo(np.float32).tiny))
+
+
+def compare_roughly(want: Path, got: Path) -> bool:
+    """Whether losses, parameters, momentum and EMA of two runs are equal to `TOLERANCE`; prints how far they are apart.
+
+    A kind of array is compared as a whole, by the norm of its difference. The single array that is farthest off is
+    named: a number that began as zero is but the sum of its gradients, and those cancel.
+    """
+    losses = [np.array([row["train/loss"] for row in rows_of(workdir)]) for workdir in (want, got)]
+    assert losses[0].shape == losses[1].shape == (NUM_STEPS,), losses
+    apart = {"losses": float(np.max(np.abs(losses[1] - losses[0]) / losses[0]))}
+    arrays = [runs.saved_arrays(workdir, NUM_STEPS) for workdir in (want, got)]
+    for kind, key in {"parameters": "['params']", "momentum": "['trace']", "EMA": "['ema_params']"}.items():
+        names = [name for name in arrays[0] if key in name]
+        one, other = (np.concatenate([each[name].ravel() for name in names], dtype=np.float64) for each in arrays)
+        apart[kind] = float(np.linalg.norm(other - one) / np.linalg.norm(one))
+    farthest, worst = max(
+        ((name, distance(arrays[0][name], arrays[1][name])) for name in arrays[0]), key=lambda x: x[1]
+    )
+    print(f"{got.name:<12} {', '.join(f'{kind} {value:.1e}' for kind, value in apart.items())}", flush=True)
+    print(f"{'':<12} farthest off: {farthest}, {worst:.1e} of its largest value")
+    return max(apart.values()) <= TOLERANCE
 
 
 def moved(folder: Path) -> Path:
@@ -132,23 +157,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-moved", action="store_true", help="the layout of one device and the moved run alone")
     parser.add_argument("--fsdp", action="store_true", help="also divide parameters over 2 and 4 devices, and compare")
+    parser.add_argument("--fast", action="store_true", help="the layouts alone, without the fixed order of sums")
     options = parser.parse_args()
+    words, alike = (FAST, compare_roughly) if options.fast else ((), compare)
     os.environ.setdefault("NPROC", "8")
     good = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         reference = folder / "1x1"
-        end(reference, start(reference, 1, 1), EXIT_DONE)
+        end(reference, start(reference, 1, 1, *words), EXIT_DONE)
         for num_processes, num_devices in () if options.only_moved else LAYOUTS[1:]:
             workdir = folder / f"{num_processes}x{num_devices}"
-            end(workdir, start(workdir, num_processes, num_devices), EXIT_DONE)
-            good &= compare(reference, workdir)
+            end(workdir, start(workdir, num_processes, num_devices, *words), EXIT_DONE)
+            good &= alike(reference, workdir)
         for fsdp in (2, 4) if options.fsdp else ():
             workdir = folder / f"1x4 fsdp {fsdp}"
-            end(workdir, start(workdir, 1, 4, f"--execution.fsdp={fsdp}"), EXIT_DONE)
-            compare(reference, workdir)  # on CPUs equal to rounding: the update is compiled for another shape
-        good &= compare(reference, moved(folder))
-    print("all equal" if good else "NOT equal")
+            end(workdir, start(workdir, 1, 4, f"--execution.fsdp={fsdp}", *words), EXIT_DONE)
+            # On CPUs equal to rounding only: the update is compiled for another shape.
+            good &= alike(reference, workdir) or not options.fast
+        if not options.fast:
+            good &= compare(reference, moved(folder))
+    print((f"all within {TOLERANCE}" if options.fast else "all equal") if good else "NOT equal")
     return 0 if good else 1
 
 

@@ -1,0 +1,109 @@
+"""Where the time of our training step goes, by JAX's profiler: of one part and of several, side by side.
+
+`python tools/profile_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`. Times are summed over the
+threads that ran an operation: operations that ran at once are counted each, the helpers of one that was divided are
+not. So the sum is neither the wall time nor that of all cores: compare its lines.
+"""
+
+import argparse
+import collections
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+from jax.profiler import ProfileData
+
+from nfnet_flax.training.compilation import keep_freed_memory
+from tools.bench_step import our_training, timed
+
+
+def kinds_of(text: str) -> dict[str, tuple[str, str]]:
+    """What each instruction of a compiled program does: (phase of the step, kind of work), by its name."""
+    lines: dict[str, str] = {}
+    opcodes: dict[str, set[str]] = collections.defaultdict(set)
+    computation = ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = header[1]
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(", line):
+            lines[found[1]] = line
+            opcodes[computation].add(found[2])
+            opcodes[computation].update(*(opcodes[called] for called in _called(line)))
+            opcodes[found[1]] = {found[2]}.union(*(opcodes[called] for called in _called(line))) - {"fusion", "call"}
+    return {name: (_phase(line), _kind(opcodes[name])) for name, line in lines.items()}
+
+
+def _called(line: str) -> list[str]:
+    return re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
+
+
+def _phase(line: str) -> str:
+    source = re.search(r'op_name="([^"]*)"', line)
+    path = source[1] if source else ""
+    if "/cond/branch" in path:
+        return "update"
+    if "transpose(jvp" in path:
+        return "backward"
+    if "jvp(" in path:
+        return "forward"
+    return "loop over the parts" if "/while" in path else "rest"
+
+
+def _kind(opcodes: set[str]) -> str:
+    if opcodes & {"convolution", "dot"}:
+        return "convolutions" if "convolution" in opcodes else "matrix products"
+    return "with a transpose" if opcodes & {"transpose", "copy"} else "element-wise, sums, cuts"
+
+
+def profile(options: argparse.Namespace, num_parts: int | None) -> tuple[float, collections.Counter[tuple[str, str]]]:
+    """Median wall time of a step, and milliseconds of each phase and kind."""
+    step = our_training(options, "ours", num_parts, library=False, reproducible=options.reproducible)
+    kinds = kinds_of(step.text)
+    for _ in range(2):
+        step.run()
+    wall = statistics.median(timed(step.run) for _ in range(options.steps))
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(options.steps):
+                step.run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        trace = ProfileData.from_file(str(file))
+    for event in (event for plane in trace.planes for line in plane.lines for event in line.events):
+        name: Any = dict(event.stats).get("hlo_op")
+        if name in kinds:
+            found[kinds[name]] += event.duration_ns / 1e6 / options.steps
+    return 1e3 * wall, found
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nfnet_f0", help="one of `nfnet models`")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--microbatches", type=int, default=4, help="of the second step")
+    parser.add_argument("--reproducible", action="store_true", help="sums in the fixed order")
+    parser.add_argument("--steps", type=int, default=5, help="that are traced")
+    options = parser.parse_args()
+    keep_freed_memory()  # as `nfnet train` does
+    walls, tables = zip(*(profile(options, parts) for parts in (None, options.microbatches)), strict=True)
+    heads = ("one part", f"{options.microbatches} parts")
+    print(f"{options.model}, batch {options.batch}, {options.size} px, {options.dtype}; ms of a step")
+    print(f"{'':<48}{heads[0]:>10}{heads[1]:>10}{'more':>10}")
+    for key in sorted(set(tables[0]) | set(tables[1]), key=lambda key: -tables[0][key]):
+        one, several = (table[key] for table in tables)
+        print(f"{key[0]:<22}{key[1]:<26}{one:>10.0f}{several:>10.0f}{several - one:>+10.0f}")
+    for name, (one, several) in (("sum over threads", [sum(table.values()) for table in tables]), ("wall time", walls)):
+        print(f"{name:<48}{one:>10.0f}{several:>10.0f}{several - one:>+10.0f}")
+
+
+if __name__ == "__main__":
+    main()
