@@ -126,7 +126,7 @@ def main() -> None:
                 times.append(1e3 * (time.perf_counter() - started))
             when = f"{1e3 * pause_s:.0f} ms later" if pause_s else "at once"
             least, median = min(times[_WARMUP_CALLS:]), statistics.median(times[_WARMUP_CALLS:])
-            print(f"{name}, {when}: at least {least:.2f} ms, {median:.2f} ms in the median of {options.calls}")
+            print(f"{name}, {when}: at least {least:.3f} ms, {median:.3f} ms in the median of {options.calls}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +63,30 @@ def _kind(opcodes: set[str]) -> str:
 
 
 def profile(options: argparse.Namespace, num_parts: int | None) -> tuple[float, collections.Counter[tuple[str, str]]]:
-    """Median wall time of a step, and milliseconds of each phase and kind."""
+    """Wall time of a step, and milliseconds of each phase and kind: medians."""
     step = our_training(options, "ours", num_parts, library=False, reproducible=options.reproducible)
     kinds = kinds_of(step.text)
     for _ in range(2):
         step.run()
     wall = statistics.median(timed(step.run) for _ in range(options.steps))
+    tables = [traced(step.run, kinds) for _ in range(options.steps)]
+    keys = set().union(*tables)
+    return 1e3 * wall, collections.Counter({key: statistics.median(table[key] for table in tables) for key in keys})
+
+
+def traced(run: Callable[[], None], kinds: dict[str, tuple[str, str]]) -> collections.Counter[tuple[str, str]]:
+    """Milliseconds of each phase and kind in one step."""
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(options.steps):
-                step.run()
+            run()
         (file,) = Path(folder).rglob("*.xplane.pb")
         trace = ProfileData.from_file(str(file))
     for event in (event for plane in trace.planes for line in plane.lines for event in line.events):
         name: Any = dict(event.stats).get("hlo_op")
         if name in kinds:
-            found[kinds[name]] += event.duration_ns / 1e6 / options.steps
-    return 1e3 * wall, found
+            found[kinds[name]] += event.duration_ns / 1e6
+    return found
 
 
 def main() -> None:
@@ -91,7 +98,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     parser.add_argument("--microbatches", type=int, default=4, help="of the second step")
     parser.add_argument("--reproducible", action="store_true", help="sums in the fixed order")
-    parser.add_argument("--steps", type=int, default=5, help="that are traced")
+    parser.add_argument("--steps", type=int, default=7, help="that are timed, and as many that are traced")
     options = parser.parse_args()
     keep_freed_memory()  # as `nfnet train` does
     walls, tables = zip(*(profile(options, parts) for parts in (None, options.microbatches)), strict=True)
