@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,3 +33,20 @@ def brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = re.sub(r" \[(source locations|tensorstore_spec|tensorstore spec)=?.*", "", lines[0]) if lines else ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def hush_abandoned_writes() -> None:
+    """Keeps the end of a write that nobody waits for any more from being printed, for the rest of the process.
+
+    When one array of a checkpoint cannot be written, Orbax raises and closes its event loop. TensorStore then fails to
+    report each of the other writes there, and prints a traceback: hundreds, around the one line that says why.
+    """
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        is_abandoned = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not (is_abandoned and unraisable.object is None):
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook
