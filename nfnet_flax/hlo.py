@@ -15,6 +15,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 class Operation:
     """One instruction of a compiled program."""
 
+    name: str
     opcode: str
     result: str
     """Its type: `f32[8,128]{1,0}`, or a tuple of them."""
@@ -52,12 +53,12 @@ def parse(text: str) -> Program:
             current, results = computations.setdefault(header[2], []), {}
             entry = header[2] if header[1] else entry
         elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
-            current.append(_operation(found[2], results))
+            current.append(_operation(found[1], found[2], results))
             results[found[1]] = current[-1].result
     return Program(entry, computations)
 
 
-def _operation(text: str, results: dict[str, str]) -> Operation:
+def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
     opcode = re.search(r" ([a-z][a-z0-9\-]*)\(", text)
     assert opcode is not None, text
     called: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ def _operation(text: str, results: dict[str, str]) -> Operation:
     fused = re.findall(r"calls=%?([\w.\-]+)", text) if opcode[1] == "fusion" else ()
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
     return Operation(
+        name=name,
         opcode=opcode[1],
         result=text[: opcode.start()],
         cycles=int(cycles[1]) if cycles else 0,

@@ -1,13 +1,12 @@
 """Where the time of our training step goes, by JAX's profiler: of one part and of several, side by side.
 
-`python tools/profile_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`. Times are summed over the
-threads that ran an operation: operations that ran at once are counted each, the helpers of one that was divided are
-not. So the sum is neither the wall time nor that of all cores: compare its lines.
+`JAX_PLATFORMS=cpu python tools/profile_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`. Times are
+summed over the threads that ran an operation: operations that ran at once are counted each, the helpers of one that was
+divided are not. So the sum is neither the wall time nor that of all cores: compare its lines.
 """
 
 import argparse
 import collections
-import re
 import statistics
 import sys
 import tempfile
@@ -20,33 +19,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from jax.profiler import ProfileData
 
+from nfnet_flax.hlo import Operation, parse
 from nfnet_flax.training.compilation import keep_freed_memory
 from tools.bench_step import our_training, timed
 
 
 def kinds_of(text: str) -> dict[str, tuple[str, str]]:
     """What each instruction of a compiled program does: (phase of the step, kind of work), by its name."""
-    lines: dict[str, str] = {}
-    opcodes: dict[str, set[str]] = collections.defaultdict(set)
-    computation = ""
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = header[1]
-        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(", line):
-            lines[found[1]] = line
-            opcodes[computation].add(found[2])
-            opcodes[computation].update(*(opcodes[called] for called in _called(line)))
-            opcodes[found[1]] = {found[2]}.union(*(opcodes[called] for called in _called(line))) - {"fusion", "call"}
-    return {name: (_phase(line), _kind(opcodes[name])) for name, line in lines.items()}
+    program = parse(text)
+
+    def opcodes(operation: Operation) -> set[str]:
+        inside = operation.fused + (operation.called if operation.opcode == "call" else ())  # a loop only waits
+        return {operation.opcode}.union(*(opcodes(each) for name in inside for each in program.computations[name]))
+
+    return {
+        operation.name: (_phase(operation.source), _kind(opcodes(operation)))
+        for operations in program.computations.values()
+        for operation in operations
+    }
 
 
-def _called(line: str) -> list[str]:
-    return re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
-
-
-def _phase(line: str) -> str:
-    source = re.search(r'op_name="([^"]*)"', line)
-    path = source[1] if source else ""
+def _phase(path: str) -> str:
     if "/cond/branch" in path:
         return "update"
     if "transpose(jvp" in path:

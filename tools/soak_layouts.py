@@ -118,7 +118,7 @@ def compare_roughly(want: Path, got: Path) -> bool:
     """Whether losses, parameters, momentum and EMA of two runs are equal to `TOLERANCE`; prints how far they are apart.
 
     A kind of array is compared as a whole, by the norm of its difference. The single array that is farthest off is
-    named: a number that began as zero is but the sum of its gradients, and those cancel.
+    named.
     """
     losses = [np.array([row["train/loss"] for row in rows_of(workdir)]) for workdir in (want, got)]
     assert losses[0].shape == losses[1].shape == (NUM_STEPS,), losses
