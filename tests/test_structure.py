@@ -9,10 +9,11 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes"}
+BASE = {"config", "exit_codes", "paths"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
+    "paths": {"config"},
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
     "debug": LEAVES | BASE | {"recipe"},

@@ -1,0 +1,39 @@
+"""Paths as users give them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.paths import local_path
+
+
+def test_a_path_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wanted = tmp_path / "real" / "run [v2] %20 größe"
+    for text in ("", "./", "../real//", "~/link/", f"{tmp_path}/link/../real/"):
+        assert local_path("workdir", f"{text}run [v2] %20 größe") == wanted
+
+
+def test_a_folder_named_like_a_url_is_reached_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_path("workdir", "./gs:/run") == tmp_path / "gs:" / "run"
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://bucket/run", "gs:/bucket/run", "s3://b/r", "file:///tmp/x", "hdfs+x:/a", "", "a\0b"]
+)
+def test_what_is_no_local_path_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"source\.root = "):
+        local_path("source.root", text)
+
+
+def test_a_loop_of_links_is_refused_by_name(tmp_path: Path) -> None:
+    os.symlink("b", tmp_path / "a")
+    os.symlink("a", tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"workdir = .*/a/run"):
+        local_path("workdir", tmp_path / "a" / "run")
