@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nfnet_flax.models.folding import fold as fold
     from nfnet_flax.recipe import load_recipe as load_recipe
     from nfnet_flax.training.loop import train as train
-    from nfnet_flax.training.run import evaluate as evaluate
+    from nfnet_flax.training.reading import evaluate as evaluate
     from nfnet_flax.weights import create_model as create_model
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _EXPORTS = {
     "list_models": "nfnet_flax.models",
     "load_recipe": "nfnet_flax.recipe",
     "train": "nfnet_flax.training.loop",
-    "evaluate": "nfnet_flax.training.run",
+    "evaluate": "nfnet_flax.training.reading",
 }
 __all__ = ["create_model", "evaluate", "fold", "list_models", "load_recipe", "models", "train", "weights"]
 

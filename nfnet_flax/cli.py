@@ -176,7 +176,7 @@ def _eval(argv: list[str]) -> int:
         EvalOptions, args=argv, prog="nfnet eval", description="Evaluate the newest checkpoint of a run."
     )
     from nfnet_flax.training.compilation import keep_freed_memory, use_compilation_cache
-    from nfnet_flax.training.run import evaluate
+    from nfnet_flax.training.reading import evaluate
 
     keep_freed_memory()
     use_compilation_cache()
@@ -330,7 +330,7 @@ def _convert(argv: list[str]) -> int:
                 timm_form=options.timm_form,
             )
         case Run():
-            from nfnet_flax.training.run import export_weights
+            from nfnet_flax.training.reading import export_weights
 
             path = export_weights(options.workdir, options.out, parameters=options.parameters)
     print(f"weights: {path}")

@@ -10,11 +10,10 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jaxlib
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,15 +25,13 @@ from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import build_model
-from nfnet_flax.models.params import expand
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.build import build_training
-from nfnet_flax.training.evaluation import EvalStep, make_eval_step, run_evaluation, weights_to_evaluate
+from nfnet_flax.training.evaluation import EvalStep, make_eval_step
 from nfnet_flax.training.gradient import Batch, Metrics
-from nfnet_flax.training.restoring import restore_newest
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -43,7 +40,7 @@ from nfnet_flax.training.state import (
     with_weights,
 )
 from nfnet_flax.weights.entries import Arrays
-from nfnet_flax.weights.portable import WeightsInfo, stored_arrays, write_weights
+from nfnet_flax.weights.portable import stored_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,53 +217,3 @@ def claim_input(workdir: Path, identity: dict[str, Any]) -> None:
             f"workdir {str(workdir)!r} was trained on another input; give back the same images, or another workdir:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
-
-
-def read_run(workdir: Path) -> tuple[Setup, TrainState]:
-    """Parts and newest good state of a run; changes nothing in its folder.
-
-    Raises:
-      ConfigError: the folder holds no run or no good checkpoint.
-    """
-    recipe = read_recipe(workdir / "recipe.json")
-    if checkpoint.latest_step(workdir) is None:
-        raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
-    setup = assemble(recipe)
-    restored = restore_newest(workdir, setup.abstract_state(), is_owner=False)
-    assert restored is not None
-    return setup, restored[0]
-
-
-def evaluate(workdir: str | Path) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run on its held-out set; writes nothing.
-
-    Returns:
-      The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
-
-    Raises:
-      ConfigError: the folder holds no run or no checkpoint, or an image cannot be decoded.
-      InputFailed: the input failed otherwise.
-    """
-    setup, state = read_run(Path(workdir))
-    with setup.eval_batches() as batches:
-        metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh)
-    assert metrics is not None  # nothing was there to stop it
-    return {"step": int(state.step), **metrics}
-
-
-def export_weights(workdir: Path, out: Path, *, parameters: Literal["raw", "ema"]) -> Path:
-    """Writes the weights of a run's newest checkpoint as `out/weights.safetensors`, and returns that path.
-
-    Raises:
-      ConfigError: the folder holds no run or no checkpoint, or the file cannot be written.
-    """
-    setup, state = read_run(workdir)
-    recipe = setup.recipe
-    chosen = weights_to_evaluate(state)["eval" if parameters == "raw" else "eval_ema"]
-    members = setup.structure.members | setup.structure.batch_stat_members
-    arrays = expand({name: np.asarray(value) for part in chosen for name, value in part.items()}, members)
-    source = f"run {recipe.name!r}, step {int(state.step)}, seed {recipe.seed}"
-    info = WeightsInfo(model=recipe.model, num_classes=recipe.num_classes, source=source, parameters=parameters)
-    path = out / "weights.safetensors"
-    write_weights(path, info, arrays)
-    return path
