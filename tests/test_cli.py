@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nfnet_flax import cli
+from nfnet_flax import cli, exit_codes
 from tests import runs
 
 RECIPE = str(runs.ROOT / "recipes" / "digits.py")
@@ -20,7 +20,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     except SystemExit as error:  # tyro's own
         code = error.code  # type: ignore[assignment]
     printed = "".join(capsys.readouterr())
-    assert code == cli.EXIT_BAD_INPUT, printed
+    assert code == exit_codes.EXIT_BAD_INPUT, printed
     assert "Traceback" not in printed
     return " ".join(printed.replace("│", " ").split())
 
@@ -94,7 +94,7 @@ def test_a_batch_must_divide_over_the_devices(tmp_path: Path) -> None:
         check=False,
         timeout=120,
     )
-    assert done.returncode == cli.EXIT_BAD_INPUT
+    assert done.returncode == exit_codes.EXIT_BAD_INPUT
     assert done.stderr == "nfnet: error: data.batch_size = 30: must be divisible by the 8 devices of this run\n"
 
 
@@ -111,7 +111,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: Path) -> None:
     options = ("--optim.learning-rate-per-256=1e30", "--optim.warmup-epochs=0", "--checkpoint.every-steps=1")
     process = runs.start(tmp_path / "run", *options)
     printed = runs.finish(process)
-    assert process.returncode == cli.EXIT_DIVERGED
+    assert process.returncode == exit_codes.EXIT_DIVERGED
     assert "Traceback" not in printed
     assert "nfnet: diverged: step " in printed
     assert "learning rate 2.5e+29" in printed
@@ -130,7 +130,7 @@ def np_finite(array: object) -> bool:
 
 
 def test_models_lists_what_a_pattern_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "*net_*0"]) == cli.EXIT_DONE
+    assert cli.main(["models", "*net_*0"]) == exit_codes.EXIT_DONE
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["nfnet_f0", "nf_regnet_b0", "efficientnet_b0"]
     assert lines[2].split() == ["nfnet_f0", "71,489,284", "6.98", "192", "256", "83.6%"]
@@ -141,7 +141,7 @@ def test_models_lists_what_a_pattern_names(capsys: pytest.CaptureFixture[str]) -
 def test_a_plan_says_what_it_takes() -> None:
     words = [sys.executable, "-m", "nfnet_flax.cli", "plan", RECIPE, "--topology", "v99:1x1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == cli.EXIT_BAD_INPUT
+    assert done.returncode == exit_codes.EXIT_BAD_INPUT
     assert "topology 'v99:1x1'" in done.stderr
     assert "pip install 'nfnet_flax[tpu]'" in done.stderr
     assert "Traceback" not in done.stderr

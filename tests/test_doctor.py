@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from nfnet_flax import cli
+from nfnet_flax import cli, exit_codes
 from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.doctor import check_data, check_devices, check_disks, check_machine, check_versions, examine
 from nfnet_flax.recipe import Recipe, load_recipe, save_recipe
@@ -60,7 +60,7 @@ def test_the_command_names_all_that_is_broken_and_changes_nothing(
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     before = everything()
-    assert cli.main(["doctor", "--workdir", str(workdir), "--recipe", str(recipe)]) == cli.EXIT_WRONG
+    assert cli.main(["doctor", "--workdir", str(workdir), "--recipe", str(recipe)]) == exit_codes.EXIT_WRONG
     printed = capsys.readouterr().out
     lines = [line.partition("WRONG: ")[2] for line in printed.splitlines() if "WRONG: " in line]
     assert len(lines) == 3, printed
@@ -75,7 +75,7 @@ def test_the_command_names_all_that_is_broken_and_changes_nothing(
 
 
 def test_a_healthy_machine_needs_no_workdir(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "--recipe", str(runs.DIGITS)]) == cli.EXIT_DONE
+    assert cli.main(["doctor", "--recipe", str(runs.DIGITS)]) == exit_codes.EXIT_DONE
     printed = capsys.readouterr().out
     assert "x cpu" in printed
     assert "train: 1437 examples of 10 classes; the first is 32 x 32 px" in printed

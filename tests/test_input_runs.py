@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfnet_flax import cli
+from nfnet_flax import cli, exit_codes
 from nfnet_flax.recipe import load_recipe, recipe_differences, save_recipe
 from nfnet_flax.training.run import assemble, claim_input, claim_workdir
 from tests import runs
@@ -67,7 +67,7 @@ def test_a_run_counts_the_corrupt_images_that_it_replaced(root: Path, tmp_path: 
     for path in bad:
         path.write_bytes(b"not an image")
     words = [*options(root, tmp_path), "--num-steps", "5", "--log-every-steps", "2", "--data.on-corrupt", "skip"]
-    assert cli.main(words) == cli.EXIT_DONE
+    assert cli.main(words) == exit_codes.EXIT_DONE
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Five batches of eight are one epoch; steps 1, 3 and 5 are no log steps.
     assert sum(row.get("data/num_corrupt", 0) for row in rows) == len(bad)

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from nfnet_flax import cli
+from nfnet_flax import exit_codes
 from tests.runs import ROOT
 
 # The fields that the manifest may use: required ones without, optional ones with a question mark. A list holds the
@@ -90,8 +90,8 @@ def test_the_jobset_is_one_and_agrees_with_the_exit_codes() -> None:
     (container,) = pod["containers"]
 
     actions = {rule["action"]: rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"]}
-    assert actions["Ignore"]["values"] == [cli.EXIT_STOPPED]
-    assert actions["FailJob"]["values"] == [cli.EXIT_BAD_INPUT, cli.EXIT_DIVERGED]
+    assert actions["Ignore"]["values"] == [exit_codes.EXIT_STOPPED]
+    assert actions["FailJob"]["values"] == [exit_codes.EXIT_BAD_INPUT, exit_codes.EXIT_DIVERGED]
     assert all(on["operator"] == "In" and on["containerName"] == container["name"] for on in actions.values())
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])

@@ -106,7 +106,7 @@ class Cloud:
 
 
 def test_a_tpu_run_that_was_stopped_is_started_again_and_ends(tmp_path: Path) -> None:
-    cloud = Cloud(tmp_path, [str(cli.EXIT_STOPPED), str(cli.EXIT_DONE)])
+    cloud = Cloud(tmp_path, [str(exit_codes.EXIT_STOPPED), str(exit_codes.EXIT_DONE)])
     done = cloud.script("run")
     assert done.returncode == 0, done.stderr
     assert "the run ended: 75" in done.stdout
@@ -118,19 +118,19 @@ def test_a_tpu_run_that_was_stopped_is_started_again_and_ends(tmp_path: Path) ->
     assert len(cloud.calls("tpu-vm scp")) == 1
     assert cloud.calls("queued-resources delete") == []
     installed = tmp_path / "host1" / "nfnet_flax"
-    assert (installed / "nfnet_flax" / "cli.py").read_bytes() == (ROOT / "nfnet_flax" / "cli.py").read_bytes()
+    assert (installed / "nfnet_flax" / "recipe.py").read_bytes() == (ROOT / "nfnet_flax" / "recipe.py").read_bytes()
     assert (installed / "recipes" / "nfnet_imagenet.py").is_file()
 
 
-@pytest.mark.parametrize("code", [cli.EXIT_BAD_INPUT, cli.EXIT_DIVERGED])
+@pytest.mark.parametrize("code", [exit_codes.EXIT_BAD_INPUT, exit_codes.EXIT_DIVERGED])
 def test_a_tpu_run_that_cannot_go_on_is_not_started_again(tmp_path: Path, code: int) -> None:
-    cloud = Cloud(tmp_path, [str(code), str(cli.EXIT_DONE)])
+    cloud = Cloud(tmp_path, [str(code), str(exit_codes.EXIT_DONE)])
     assert cloud.script("run").returncode == code
     assert [len(starts) for starts in cloud.starts()] == [1, 1]
 
 
 def test_a_preempted_tpu_is_replaced(tmp_path: Path) -> None:
-    cloud = Cloud(tmp_path, ["preempt", str(cli.EXIT_DONE)])
+    cloud = Cloud(tmp_path, ["preempt", str(exit_codes.EXIT_DONE)])
     done = cloud.script("run")
     assert done.returncode == 0, done.stderr
     assert "the run ended: preempted" in done.stdout
@@ -141,7 +141,9 @@ def test_a_preempted_tpu_is_replaced(tmp_path: Path) -> None:
 
 
 def test_failures_of_a_tpu_run_are_counted(tmp_path: Path) -> None:
-    cloud = Cloud(tmp_path, [str(cli.EXIT_INPUT_FAILED), str(cli.EXIT_STOPPED), "1", str(cli.EXIT_DONE)])
+    cloud = Cloud(
+        tmp_path, [str(exit_codes.EXIT_INPUT_FAILED), str(exit_codes.EXIT_STOPPED), "1", str(exit_codes.EXIT_DONE)]
+    )
     done = cloud.script("run", MAX_FAILURES="2")
     assert done.returncode == 1
     assert "failed 2 times" in done.stderr
@@ -157,7 +159,7 @@ def test_the_steps_of_a_tpu_run_one_by_one(tmp_path: Path) -> None:
     assert cloud.script("status").stdout == "request: ACTIVE\nTPU: READY\n" + "run-state: running\n" * NUM_HOSTS
     assert cloud.script("stop").returncode == 0
     for host in range(NUM_HOSTS):
-        assert within_10_s(tmp_path / f"host{host}" / "nfnet_flax" / "exit_code") == f"{cli.EXIT_STOPPED}\n"
+        assert within_10_s(tmp_path / f"host{host}" / "nfnet_flax" / "exit_code") == f"{exit_codes.EXIT_STOPPED}\n"
     assert cloud.script("delete").returncode == 0
     assert cloud.script("status", MAX_SILENT_POLLS="0").stdout.startswith("request: NOT_FOUND\nTPU: NOT_FOUND\n")
 
@@ -205,15 +207,15 @@ def test_slurm_requeues_what_can_go_on(tmp_path: Path) -> None:
         f"srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task=12 .venv/bin/nfnet {TRAIN} /shared/runs/f0 "
         f"--platform gpu {data_options('/shared/imagenet')} --seed 3"
     )
-    for code in (cli.EXIT_DONE, cli.EXIT_BAD_INPUT, cli.EXIT_DIVERGED):
+    for code in (exit_codes.EXIT_DONE, exit_codes.EXIT_BAD_INPUT, exit_codes.EXIT_DIVERGED):
         assert slurm(tmp_path, code) == (code, [srun])
-    for code in (cli.EXIT_STOPPED, cli.EXIT_INPUT_FAILED, 137):
+    for code in (exit_codes.EXIT_STOPPED, exit_codes.EXIT_INPUT_FAILED, 137):
         assert slurm(tmp_path, code) == (code, [srun, "scontrol requeue 17"])
     for state in ("COMPLETING", "PENDING"):  # cancelled or preempted
-        assert slurm(tmp_path, cli.EXIT_STOPPED, state) == (cli.EXIT_STOPPED, [srun])
+        assert slurm(tmp_path, exit_codes.EXIT_STOPPED, state) == (exit_codes.EXIT_STOPPED, [srun])
     many = {"SLURM_RESTART_COUNT": "100"}
-    assert slurm(tmp_path, cli.EXIT_INPUT_FAILED, **many) == (cli.EXIT_INPUT_FAILED, [srun])
-    assert slurm(tmp_path, cli.EXIT_STOPPED, **many) == (cli.EXIT_STOPPED, [srun, "scontrol requeue 17"])
+    assert slurm(tmp_path, exit_codes.EXIT_INPUT_FAILED, **many) == (exit_codes.EXIT_INPUT_FAILED, [srun])
+    assert slurm(tmp_path, exit_codes.EXIT_STOPPED, **many) == (exit_codes.EXIT_STOPPED, [srun, "scontrol requeue 17"])
 
 
 def test_slurms_options_stand_before_the_first_command() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfnet_flax import cli
+from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.source_config import ArrayRecordSource, SyntheticSource
@@ -125,7 +125,7 @@ def test_a_wrong_argument_is_answered_with_the_known_ones(
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_recipe(path)
     for command in (["train", path, "--workdir", "unused"], ["plan", path, "--topology", "v5e:1x1"]):
-        assert cli.main(command) == cli.EXIT_BAD_INPUT
+        assert cli.main(command) == exit_codes.EXIT_BAD_INPUT
         assert message in capsys.readouterr().err
 
 

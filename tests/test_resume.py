@@ -12,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from nfnet_flax.cli import EXIT_DONE, EXIT_STOPPED, main
+from nfnet_flax.cli import main
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from tests import runs
 
 UNREPEATABLE = ("throughput/", "time/")

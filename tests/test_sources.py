@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfnet_flax import cli
+from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError, from_json, to_json
 from nfnet_flax.data.random_access import Split
 from nfnet_flax.data.source_config import (
@@ -118,7 +118,7 @@ def test_training_starts_with_the_same_loss_from_each_storage(sets: Path, tmp_pa
         recipe = tmp_path / f"{kind}.py"
         changed = text.replace("source=DigitsSource()", f"source={config_of(kind, sets)}, augment=CropAugment()")
         recipe.write_text(changed.replace("from nfnet_flax.data.source_config import DigitsSource", imports))
-        assert cli.main(["train", str(recipe), "--workdir", str(tmp_path / kind), *words]) == cli.EXIT_DONE
+        assert cli.main(["train", str(recipe), "--workdir", str(tmp_path / kind), *words]) == exit_codes.EXIT_DONE
         rows.append(json.loads((tmp_path / kind / "metrics.jsonl").read_text()))
     for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/num_examples"):
         assert len({row[name] for row in rows}) == 1, name

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfnet_flax import cli, weights
+from nfnet_flax import cli, exit_codes, weights
 from nfnet_flax.recipe import load_recipe
 from nfnet_flax.weights.entries import arrays_of
 from tests import runs
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def recipe_of(family: str) -> Path:
         folder = tmp_path_factory.mktemp(family)
         recipe = runs.recipe_with(MODELS[family], folder)
-        assert cli.main(["train", str(recipe), "--workdir", str(folder / "run"), *OPTIONS]) == cli.EXIT_DONE
+        assert cli.main(["train", str(recipe), "--workdir", str(folder / "run"), *OPTIONS]) == exit_codes.EXIT_DONE
         return recipe
 
     return recipe_of
@@ -81,15 +81,15 @@ def test_a_run_starts_from_weights_and_exports_them(tmp_path: Path, capsys: pyte
     weights.save_weights(tmp_path / "start.safetensors", model, source="a test", parameters="raw")
     start = ["--init-from", str(tmp_path / "start.safetensors")]
     run = ["train", recipe, "--workdir", str(tmp_path / "run"), "--num-steps", "1"]
-    assert cli.main([*run, *start]) == cli.EXIT_BAD_INPUT
+    assert cli.main([*run, *start]) == exit_codes.EXIT_BAD_INPUT
     assert "misshaped: head.kernel" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert cli.main([*run, *start, "--init-from-skip", "head.*"]) == cli.EXIT_DONE
+    assert cli.main([*run, *start, "--init-from-skip", "head.*"]) == exit_codes.EXIT_DONE
     # The learning rate of the first step is 0, so all but the head is still what the file holds.
     out = tmp_path / "out"
     for parameters in ("raw", "ema"):
         done = cli.main(["convert", "run", str(tmp_path / "run"), "--out", str(out), "--parameters", parameters])
-        assert done == cli.EXIT_DONE
+        assert done == exit_codes.EXIT_DONE
         info, exported = weights.read_weights(out / "weights.safetensors")
         assert (info.model, info.num_classes, info.parameters) == (config, 10, parameters)
         assert info.source == "run 'digits', step 1, seed 0"
@@ -117,7 +117,7 @@ def test_without_tensorflow_training_goes_on(tmp_path: Path) -> None:
         check=False,
         cwd=runs.ROOT,
     )
-    assert done.returncode == cli.EXIT_DONE, done.stderr
+    assert done.returncode == exit_codes.EXIT_DONE, done.stderr
     assert done.stderr.count("only metrics.jsonl is written") == 1
     assert "Traceback" not in done.stderr
     assert len(losses(tmp_path / "run")) == NUM_STEPS

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import nfnet_flax
-from nfnet_flax import cli, weights
+from nfnet_flax import cli, exit_codes, weights
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, ModelConfig, build_model, model_config
 from nfnet_flax.models.params import merge, split, update
@@ -261,12 +261,12 @@ def test_files_that_are_not_weights_are_refused(
         code, printed = convert(
             "haiku", str(bad), "--model", "nf_regnet_b0", "--out", str(tmp_path / "out"), capsys=capsys
         )
-        assert code == cli.EXIT_BAD_INPUT
+        assert code == exit_codes.EXIT_BAD_INPUT
         assert reason in printed
     assert not victim.exists()
     assert not (tmp_path / "out").exists()
     code, printed = convert("haiku", str(path), "--model", "nf_regnet_b1", "--out", str(tmp_path), capsys=capsys)
-    assert code == cli.EXIT_BAD_INPUT
+    assert code == exit_codes.EXIT_BAD_INPUT
     assert "another variant?" in printed
     # The payload is real: a plain unpickler runs it.
     pickle.loads(pickle.dumps(RunsCode(victim)))
@@ -288,5 +288,5 @@ def test_a_timm_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert info.model == model_config("nfnet_f0", **weights.TIMM_FORM)
     assert np.array_equal(arrays["head.kernel"], tensors["head.fc.weight"].T)
     code, printed = convert("timm", str(path), "--model", "nfnet_f1", "--out", str(tmp_path), capsys=capsys)
-    assert code == cli.EXIT_BAD_INPUT
+    assert code == exit_codes.EXIT_BAD_INPUT
     assert "missing: stages.0.1.conv1.weight" in printed

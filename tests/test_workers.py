@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from jax._src import xla_bridge
 
-from nfnet_flax.cli import EXIT_INPUT_FAILED, EXIT_STOPPED
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.prefetch import Batches, InputFailed
 from nfnet_flax.data.source_config import SyntheticSource
+from nfnet_flax.exit_codes import EXIT_INPUT_FAILED, EXIT_STOPPED
 from tests import runs
 
 RELEASED = threading.Event()

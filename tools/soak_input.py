@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nfnet_flax.cli import EXIT_INPUT_FAILED, EXIT_STOPPED
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.exit_codes import EXIT_INPUT_FAILED, EXIT_STOPPED
 
 DIGITS = Path(__file__).parent.parent / "recipes" / "digits.py"
 OPTIONS = [

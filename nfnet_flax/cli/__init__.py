@@ -1,0 +1,3 @@
+"""The `nfnet` command: one file per subcommand, `command.py` decides which."""
+
+from nfnet_flax.cli.command import main as main

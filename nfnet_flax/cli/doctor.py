@@ -1,0 +1,31 @@
+"""`nfnet doctor`."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+
+    @dataclasses.dataclass(frozen=True)
+    class DoctorOptions:
+        workdir: Path | None = None
+        """Folder of a run, begun or not."""
+        recipe: str | None = None
+        """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
+        timeout_s: float = 60.0
+        """Longest wait for a disk or a device that does not answer."""
+
+    options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
+    from nfnet_flax.doctor import describe, examine
+
+    num_wrong = 0
+    for topic, findings in examine(options.workdir, options.recipe, timeout_s=options.timeout_s):
+        print(describe(topic, findings), flush=True)
+        num_wrong += sum(finding.is_wrong for finding in findings)
+    print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")
+    return EXIT_WRONG if num_wrong else EXIT_DONE

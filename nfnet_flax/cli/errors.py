@@ -1,0 +1,18 @@
+"""What the command line says of an error, and the exit code that goes with it."""
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_INPUT_FAILED, EXIT_STORAGE_FAILED
+from nfnet_flax.training.storage import StorageFailed
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and message of an error that is the user's or the world's; None for a bug."""
+    match error:
+        case ConfigError():
+            return EXIT_BAD_INPUT, f"error: {error}"
+        case InputFailed():
+            return EXIT_INPUT_FAILED, f"the input failed: {error}"
+        case StorageFailed():
+            return EXIT_STORAGE_FAILED, f"the run's folder failed: {error}; run again once that is mended"
+    return None

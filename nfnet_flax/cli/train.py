@@ -1,0 +1,80 @@
+"""`nfnet train`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nfnet_flax.cli.accuracy import print_accuracy
+from nfnet_flax.cli.errors import explain
+from nfnet_flax.cli.recipes import load
+from nfnet_flax.cli.usage import USAGE
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from nfnet_flax.training.loop import TrainResult
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    if not argv or argv[0].startswith("-"):
+        print(USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
+        return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
+    from nfnet_flax.parallel.processes import DistributedConfig
+    from nfnet_flax.recipe import Recipe
+    from nfnet_flax.training.watchdog import WatchdogConfig
+
+    recipe_path, *options = argv
+    loaded = load(recipe_path, options)
+
+    @dataclasses.dataclass(frozen=True)
+    class TrainOptions:
+        workdir: Path
+        """Folder of the run: made, or continued."""
+        debug: bool = "--debug" in options
+        """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
+        distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+        """The processes of the run."""
+        watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
+        """How long nothing may move."""
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
+
+    chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
+
+    from nfnet_flax.parallel.processes import current
+    from nfnet_flax.training.compilation import fix_thread_pool, keep_freed_memory, use_compilation_cache
+    from nfnet_flax.training.launch import run_together
+    from nfnet_flax.training.loop import TrainingDiverged, train
+    from nfnet_flax.training.run import check_same_run
+    from nfnet_flax.training.watchdog import Watchdog
+
+    fix_thread_pool()
+    keep_freed_memory()
+    use_compilation_cache()
+
+    def train_watched(watchdog: Watchdog) -> int:
+        check_same_run(current(), chosen.recipe, chosen.workdir, chosen.distributed.start_timeout_s)
+        try:
+            result = train(chosen.recipe, chosen.workdir, watchdog)
+        except TrainingDiverged as error:  # in all processes, as the loss is that of the whole batch
+            if current().is_first:
+                print(f"nfnet: diverged: {error}", file=sys.stderr)
+            return EXIT_DIVERGED
+        if current().is_first:
+            _print_result(result, chosen.workdir)
+        return EXIT_DONE if result.finished else EXIT_STOPPED
+
+    return run_together(chosen.distributed, chosen.watchdog, train_watched, explain)
+
+
+def _print_result(result: "TrainResult", workdir: Path) -> None:
+    if not result.finished:
+        print(f"stopped at step {result.step} of {result.num_steps}; run the same command again to continue")
+        return
+    print(f"finished: {result.num_steps} steps")
+    print_accuracy(result.metrics)
+    print(f"checkpoints: {workdir / 'checkpoints'} (newest), {workdir / 'best'} (best)")
+    if (workdir / "tensorboard").is_dir():
+        print(f"curves: tensorboard --logdir {workdir / 'tensorboard'}")
