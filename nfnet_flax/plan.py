@@ -153,7 +153,7 @@ def _report(
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology, as the compiler sees them.
+    """The devices of a topology as the compiler sees them, ordered by process as in a run.
 
     Raises:
       ConfigError: libtpu is missing, or knows no such topology.
@@ -161,7 +161,8 @@ def devices_of(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return sorted(found, key=lambda device: device.process_index)
     except Exception as error:  # libtpu's own errors have no common class
         raise ConfigError(
             f"topology {topology!r}: {str(error).splitlines()[0]}. It takes libtpu (pip install 'nfnet_flax[tpu]') "

@@ -1,8 +1,11 @@
 """The device mesh, its axis names, and the shardings of what lives on it."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,26 +23,98 @@ SPATIAL_AXIS = "spatial"
 """Mesh axis over which the height of the images is divided; only of a mesh that divides it. The nearest neighbours."""
 
 
+class LayoutProblem(NamedTuple):
+    """Why devices, batches and images do not fit together."""
+
+    field: str
+    """Of the recipe, or "devices"."""
+    value: object
+    remedy: str
+
+
+def layout_problems(
+    processes: Sequence[int],
+    *,
+    fsdp: int,
+    spatial: int,
+    num_microbatches: int | None = None,
+    batch_sizes: Mapping[str, int] = MappingProxyType({}),
+    image_sizes: Mapping[str, int] = MappingProxyType({}),
+) -> list[LayoutProblem]:
+    """What keeps a recipe from running on given devices; empty if nothing does. It needs no device.
+
+    Args:
+      processes: for each device, in the order of the mesh, the index of the process that owns it.
+      fsdp: devices along `fsdp`.
+      spatial: devices along `spatial`.
+      num_microbatches: parts of a batch; None: one for each shard of the mesh.
+      batch_sizes: name of a field -> rows of a global batch.
+      image_sizes: name of a field -> height of images in pixels.
+    """
+    found = _device_problems(processes, fsdp=fsdp, spatial=spatial)
+    for field, size in image_sizes.items():
+        if size % spatial != 0:
+            found.append(LayoutProblem(field, size, f"must be divisible by execution.spatial = {spatial}"))
+    if len(processes) % spatial != 0:
+        return found  # rows cannot be counted
+    shards = len(processes) // spatial
+    named = f"{shards} devices" if spatial == 1 else f"{shards} groups of {spatial} devices"
+    if num_microbatches is not None and num_microbatches % shards != 0:
+        remedy = f"must be a multiple of the {named} of this run"
+        found.append(LayoutProblem("execution.num_microbatches", num_microbatches, remedy))
+    for field, size in batch_sizes.items():
+        if size % shards != 0:
+            found.append(LayoutProblem(field, size, f"must be divisible by the {named} of this run"))
+        elif num_microbatches is not None and size % num_microbatches != 0:
+            remedy = f"must be divisible by execution.num_microbatches = {num_microbatches}"
+            found.append(LayoutProblem(field, size, remedy))
+    return found
+
+
+def _device_problems(processes: Sequence[int], *, fsdp: int, spatial: int) -> list[LayoutProblem]:
+    found = []
+    counts = Counter(processes)
+    if len(set(counts.values())) > 1:
+        remedy = "every process needs equally many devices; the numbers are those of each process"
+        found.append(LayoutProblem("devices", dict(sorted(counts.items())), remedy))
+    for before, after in itertools.pairwise(processes):
+        if after < before:
+            remedy = "must be ordered by process, as the rows of a batch are"
+            found.append(LayoutProblem("devices", f"one of process {after} after one of process {before}", remedy))
+            break
+    if len(processes) % spatial != 0:
+        remedy = f"must divide the {len(processes)} devices of this run"
+        return [*found, LayoutProblem("execution.spatial", spatial, remedy)]
+    if any(len(set(processes[first : first + spatial])) > 1 for first in range(0, len(processes), spatial)):
+        found.append(LayoutProblem("execution.spatial", spatial, "must divide the number of a process's devices"))
+    if len(processes) // spatial % fsdp != 0:
+        shared = f" over spatial = {spatial}" if spatial > 1 else ""
+        remedy = f"must divide the {len(processes)} devices of this run{shared}"
+        found.append(LayoutProblem("execution.fsdp", fsdp, remedy))
+    return found
+
+
+def _refuse(problems: list[LayoutProblem]) -> None:
+    """Raises `ConfigError` with the first problem, if there is one."""
+    for problem in problems:
+        require(False, problem.field, problem.value, problem.remedy)
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, spatial: int = 1) -> Mesh:
     """Devices along `data`, `fsdp` and, where it divides anything, `spatial`.
 
     Args:
-      devices: by default all of all processes, in process order (the input relies on it).
+      devices: ordered by process, as each process holds consecutive rows of a batch; None: all of all processes.
       fsdp: devices along `fsdp`.
       spatial: devices along `spatial`.
 
     Raises:
-      ConfigError: `fsdp` or `spatial` does not divide the number of devices, or an image's parts would lie in several
-        processes.
+      ConfigError: `fsdp` or `spatial` does not divide the number of devices, an image's parts would lie in several
+        processes, processes have unequal numbers of devices, or the devices are not ordered by process.
     """
-    chosen = jax.devices() if devices is None else list(devices)
-    require(len(chosen) % spatial == 0, "execution.spatial", spatial, f"must divide the {len(chosen)} devices")
-    owners = [{device.process_index for device in chosen[i : i + spatial]} for i in range(0, len(chosen), spatial)]
-    require(all(len(group) == 1 for group in owners), "execution.spatial", spatial, "must divide a process's devices")
-    remedy = f"must divide the {len(chosen)} devices of this run" + (
-        f" over spatial = {spatial}" if spatial > 1 else ""
-    )
-    require(len(chosen) // spatial % fsdp == 0, "execution.fsdp", fsdp, remedy)
+    # JAX orders devices by number, and on some TPU pods the numbers of two hosts alternate.
+    chosen = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
+    _refuse(layout_problems([device.process_index for device in chosen], fsdp=fsdp, spatial=spatial))
     if spatial == 1:
         return Mesh(np.asarray(chosen).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
     axes = (*BATCH_AXES, SPATIAL_AXIS)
@@ -92,20 +167,32 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, num_microbatches: 
       mesh: that it is divided over.
       num_microbatches: parts of the batch; None: one for each device.
     """
-    shards = num_batch_shards(mesh)
-    named = f"{shards} devices" if shards == mesh.size else f"{shards} groups of {mesh.size // shards} devices"
-    require(batch_size % shards == 0, field, batch_size, f"must be divisible by the {named} of this run")
-    if num_microbatches is not None:
-        remedy = f"must be a multiple of the {named} of this run"
-        require(num_microbatches % shards == 0, "execution.num_microbatches", num_microbatches, remedy)
-        remedy = f"must be divisible by execution.num_microbatches = {num_microbatches}"
-        require(batch_size % num_microbatches == 0, field, batch_size, remedy)
+    sizes = {field: batch_size}
+    _refuse(layout_problems(**_layout_of(mesh), num_microbatches=num_microbatches, batch_sizes=sizes))
 
 
 def check_image_size(field: str, image_size: int, mesh: Mesh) -> None:
     """Raises `ConfigError` unless images of `image_size` rows of pixels can be divided over `spatial`."""
-    parts = mesh.shape.get(SPATIAL_AXIS, 1)
-    require(image_size % parts == 0, field, image_size, f"must be divisible by execution.spatial = {parts}")
+    _refuse(layout_problems(**_layout_of(mesh), image_sizes={field: image_size}))
+
+
+def num_turns(num_microbatches: int | None, mesh: Mesh) -> int:
+    """Parts of a batch that each shard of the mesh computes, one after the other.
+
+    Args:
+      num_microbatches: parts of the batch; None: one for each shard.
+      mesh: that the batch is divided over.
+
+    Raises:
+      ConfigError: the parts cannot be shared out equally.
+    """
+    _refuse(layout_problems(**_layout_of(mesh), num_microbatches=num_microbatches))
+    return 1 if num_microbatches is None else num_microbatches // num_batch_shards(mesh)
+
+
+def _layout_of(mesh: Mesh) -> dict[str, Any]:
+    processes = [device.process_index for device in mesh.devices.flat]
+    return {"processes": processes, "fsdp": mesh.shape[FSDP_AXIS], "spatial": mesh.shape.get(SPATIAL_AXIS, 1)}
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Which devices, batches and images fit together, and how it is said when they do not."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.parallel.mesh import LayoutProblem, layout_problems, make_mesh, num_turns
+from tests.test_processes import free_port
+
+FITS = {"batch_sizes": {"data.batch_size": 64}, "image_sizes": {"data.image_size": 32}}
+
+
+def fields(problems: list[LayoutProblem]) -> list[str]:
+    return [problem.field for problem in problems]
+
+
+@pytest.mark.parametrize(
+    ("processes", "fsdp", "spatial"), [([0], 1, 1), ([0] * 8, 8, 1), ([0, 0, 1, 1], 2, 1), ([0, 0, 1, 1], 2, 2)]
+)
+def test_what_fits_has_no_problem(processes: list[int], fsdp: int, spatial: int) -> None:
+    assert layout_problems(processes, fsdp=fsdp, spatial=spatial, num_microbatches=8, **FITS) == []
+
+
+def test_every_problem_is_named_with_its_value() -> None:
+    assert layout_problems([0] * 6, fsdp=4, spatial=1, num_microbatches=8, **FITS) == [
+        ("execution.fsdp", 4, "must divide the 6 devices of this run"),
+        ("execution.num_microbatches", 8, "must be a multiple of the 6 devices of this run"),
+        ("data.batch_size", 64, "must be divisible by the 6 devices of this run"),
+    ]
+    assert layout_problems([0] * 4, fsdp=1, spatial=3, num_microbatches=8, **FITS) == [
+        ("execution.spatial", 3, "must divide the 4 devices of this run"),
+        ("data.image_size", 32, "must be divisible by execution.spatial = 3"),
+    ]
+    parts = layout_problems([0] * 4, fsdp=1, spatial=2, num_microbatches=6, batch_sizes={"data.batch_size": 64})
+    assert parts == [("data.batch_size", 64, "must be divisible by execution.num_microbatches = 6")]
+    assert fields(layout_problems([0, 0, 0, 1], fsdp=1, spatial=1)) == ["devices"]
+    assert layout_problems([0, 0, 0, 1], fsdp=1, spatial=1)[0].value == {0: 3, 1: 1}
+    assert fields(layout_problems([0, 1, 0, 1], fsdp=1, spatial=1)) == ["devices"]
+    assert fields(layout_problems([0, 1, 2], fsdp=1, spatial=3)) == ["execution.spatial"]
+
+
+def test_one_device_takes_any_number_of_parts_and_no_division() -> None:
+    mesh = make_mesh(jax.devices()[:1])
+    assert [num_turns(parts, mesh) for parts in (None, 1, 12)] == [1, 1, 12]
+    with pytest.raises(ConfigError, match=r"execution\.fsdp = 2: must divide the 1 devices of this run"):
+        make_mesh(jax.devices()[:1], fsdp=2)
+
+
+PROCESS = """
+import sys
+import jax
+from nfnet_flax.config import ConfigError
+from nfnet_flax.parallel.mesh import make_mesh
+
+index, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
+for devices in (None, [jax.devices()[-1], jax.devices()[0]]):
+    try:
+        make_mesh(devices)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_processes_with_unequal_devices_and_devices_out_of_order_are_refused() -> None:
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(index), str(port)],
+            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, count in enumerate((2, 1))
+    ]
+    for process in started:
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        unequal, disordered = printed.splitlines()
+        assert unequal.startswith("devices = {0: 2, 1: 1}: every process needs equally many devices")
+        assert disordered.startswith("devices = 'one of process 0 after one of process 1': must be ordered by process")
