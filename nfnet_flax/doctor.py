@@ -259,7 +259,7 @@ def check_disks(workdir: Path | None) -> list[Finding]:
 def _compilation_cache() -> Path | None:
     import jax
 
-    from nfnet_flax.training.compilation import default_folder
+    from nfnet_flax.runtime import default_folder
 
     settings: dict[str, Any] = jax.config.values
     if not settings["jax_enable_compilation_cache"]:

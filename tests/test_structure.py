@@ -9,11 +9,12 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "paths"}
+BASE = {"config", "exit_codes", "paths", "runtime"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
     "paths": {"config"},
+    "runtime": {"config"},
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
     "debug": LEAVES | BASE | {"recipe"},

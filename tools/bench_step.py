@@ -262,7 +262,7 @@ def main() -> None:
 
     from nfnet_flax.models import build_model, model_config
     from nfnet_flax.models.flops import forward_flops
-    from nfnet_flax.training.compilation import keep_freed_memory
+    from nfnet_flax.runtime import keep_freed_memory
 
     keep_freed_memory()  # as `nfnet train` does; PyTorch has the same allocator
     try:

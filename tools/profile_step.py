@@ -20,7 +20,7 @@ import jax
 from jax.profiler import ProfileData
 
 from nfnet_flax.hlo import Operation, parse
-from nfnet_flax.training.compilation import keep_freed_memory
+from nfnet_flax.runtime import keep_freed_memory
 from tools.bench_step import our_training, timed
 
 

@@ -20,11 +20,10 @@ def run(argv: list[str]) -> int:
     options = tyro.cli(
         EvalOptions, args=argv, prog="nfnet eval", description="Evaluate the newest checkpoint of a run."
     )
-    from nfnet_flax.training.compilation import keep_freed_memory, use_compilation_cache
+    from nfnet_flax.runtime import prepare
     from nfnet_flax.training.reading import evaluate
 
-    keep_freed_memory()
-    use_compilation_cache()
+    prepare()
     metrics = evaluate(options.workdir)
     print(f"step {metrics['step']:.0f}")
     print_accuracy(metrics)

@@ -44,15 +44,13 @@ def run(argv: list[str]) -> int:
     chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
 
     from nfnet_flax.parallel.processes import current
-    from nfnet_flax.training.compilation import fix_thread_pool, keep_freed_memory, use_compilation_cache
+    from nfnet_flax.runtime import prepare
     from nfnet_flax.training.launch import run_together
     from nfnet_flax.training.loop import TrainingDiverged, train
     from nfnet_flax.training.run import check_same_run
     from nfnet_flax.training.watchdog import Watchdog
 
-    fix_thread_pool()
-    keep_freed_memory()
-    use_compilation_cache()
+    prepare(reproducible=chosen.recipe.execution.reproducible)
 
     def train_watched(watchdog: Watchdog) -> int:
         check_same_run(current(), chosen.recipe, chosen.workdir, chosen.distributed.start_timeout_s)

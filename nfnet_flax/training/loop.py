@@ -14,8 +14,8 @@ from nfnet_flax.data.pipeline import train_batches
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
+from nfnet_flax.runtime import check_deterministic, prepare, return_freed_memory
 from nfnet_flax.training import checkpoint
-from nfnet_flax.training.compilation import return_freed_memory
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
@@ -70,11 +70,14 @@ def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None)
       StorageFailed: a checkpoint or the metrics cannot be written.
       TrainingDiverged: the loss or a gradient is not finite.
     """
+    prepare(reproducible=recipe.execution.reproducible)
     workdir = Path(workdir)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     times_s = [IMPORTED_AT_S, time.perf_counter()]
     with stop_requests(current()) as stop:
         check_platform(recipe.platform)  # of training only: a run may be evaluated anywhere
+        if recipe.execution.reproducible:
+            check_deterministic()
         setup = assemble(recipe)
         weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
         claim(current(), workdir, recipe, setup.input_identity(), _CLAIM_TIMEOUT_S)

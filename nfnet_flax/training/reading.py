@@ -8,6 +8,7 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import expand
 from nfnet_flax.recipe import read_recipe
+from nfnet_flax.runtime import prepare
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.restoring import restore_newest
@@ -41,6 +42,7 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
       ConfigError: the folder holds no run or no checkpoint, or an image cannot be decoded.
       InputFailed: the input failed otherwise.
     """
+    prepare()
     setup, state = read_run(Path(workdir))
     with setup.eval_batches() as batches:
         metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh)

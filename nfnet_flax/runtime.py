@@ -1,0 +1,242 @@
+"""The process that computes: what must be set before JAX starts, and what of its surroundings decides bits.
+
+The command line and the Python API both call `prepare`, so that the same recipe gives the same bits through either.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import jax
+from jax._src import xla_bridge
+
+import nfnet_flax
+from nfnet_flax.config import ConfigError
+
+_POOL_SIZE = 8
+_DETERMINISTIC_GPU = "xla_gpu_deterministic_ops"
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "numpy"),  # what computes
+    *("grain", "opencv-python-headless", "pillow", "simplejpeg"),  # what makes pixels
+)
+_SETTINGS = (
+    "jax_allow_f16_reductions",
+    "jax_compiler_enable_remat_pass",
+    "jax_cpu_collectives_implementation",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_enable_x64",
+    "jax_exec_time_optimization_effort",
+    "jax_explicit_x64_dtypes",
+    "jax_high_dynamic_range_gumbel",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_numpy_dtype_promotion",
+    "jax_optimization_level",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+    "jax_use_direct_linearize",
+    "jax_use_shardy_partitioner",
+)
+"""Settings of JAX, from `JAX_*` variables or `jax.config`, that choose random numbers, types or what is compiled."""
+_FREE_FLAGS = re.compile(r"xla_force_host_platform_device_count|xla_dump_\w+")
+"""Flags of XLA that decide no bits: how many devices there are is free by design."""
+_VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_INSTRUCTION_SETS = re.compile(r"(?!smep)(sse|ssse|avx|amx|vaes|vpclmul|fma|f16c|gfni|bmi|popcnt|asimd|sve|sme|bf16|i8mm)\w*")
+"""Of the flags of a processor, those that a compiler for arithmetic chooses by."""
+
+
+def prepare(*, reproducible: bool = False) -> None:
+    """Prepares this process for computing; to be called before JAX looks for devices, as often as one likes.
+
+    On CPUs XLA's thread pool gets a size that does not depend on the machine (`NPROC`, 8 unless set): it decides where
+    long sums are split, and with it how they are rounded. Freed memory is kept, and compiled programs are kept on disk.
+    Where it comes too late for the thread pool, that is said once on stderr.
+
+    Args:
+      reproducible: whether to ask XLA for deterministic operations on GPUs (`XLA_FLAGS`), unless the user has decided
+        about them; `check_deterministic` tells whether that succeeded.
+    """
+    if not xla_bridge.backends_are_initialized():
+        os.environ.setdefault("NPROC", str(_POOL_SIZE))
+        if reproducible and _gpu_plugins() and _DETERMINISTIC_GPU not in xla_flags():
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_DETERMINISTIC_GPU}=true".strip()
+    elif jax.default_backend() == "cpu":
+        found, wanted = _pool_size(), max(_requested_pool_size() or _POOL_SIZE, jax.local_device_count())
+        if found != wanted:
+            _say_once(
+                f"JAX was in use before nfnet_flax prepared the process: its thread pool has {found} threads, not "
+                f"{wanted}, so that results differ in their last bits from those of the command nfnet. Set NPROC="
+                f"{wanted} in the environment, or call nfnet_flax.runtime.prepare() before JAX computes anything"
+            )
+    keep_freed_memory()
+    use_compilation_cache()
+
+
+def check_deterministic() -> None:
+    """Checks that the same step gives the same bits twice on the devices at hand; starts JAX's backend.
+
+    Raises:
+      ConfigError: they are GPUs, and XLA was not told to use deterministic operations only.
+    """
+    if jax.default_backend() == "gpu" and xla_flags().get(_DETERMINISTIC_GPU) not in ("true", "1"):
+        raise ConfigError(
+            f"execution.reproducible = True: on GPUs it needs XLA_FLAGS=--{_DETERMINISTIC_GPU}=true before JAX looks "
+            "for devices; set that, or give --execution.no-reproducible"
+        )
+
+
+def environment() -> dict[str, str]:
+    """What of this process and its machine can change the bits of a result, by name; starts JAX's backend.
+
+    Not the number of devices and processes: results do not depend on it.
+    """
+    facts = {"nfnet_flax": nfnet_flax.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    facts |= {name: _version(name) for name in _PACKAGES}
+    device = jax.local_devices()[0]
+    facts |= {"platform": device.platform, "device_kind": device.device_kind}
+    if device.platform == "cpu":
+        facts |= {"cpu_features": _cpu_features(), "thread_pool_size": str(_pool_size())}
+    else:
+        facts["platform_version"] = " ".join(device.client.platform_version.split())
+    values = jax.config.values
+    facts |= {name: str(values[name]) for name in _SETTINGS if name in values}  # not every version of JAX has each
+    flags = {name: value for name, value in sorted(xla_flags().items()) if not _FREE_FLAGS.fullmatch(name)}
+    facts["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in flags.items())
+    return facts | {name: os.environ.get(name, "") for name in _VARIABLES}
+
+
+def xla_flags() -> dict[str, str]:
+    """Name, without dashes, and value of each flag in `XLA_FLAGS`, or in the file that it names."""
+    text = os.environ.get("XLA_FLAGS", "")
+    if text and not text.lstrip().startswith("-"):
+        with contextlib.suppress(OSError):
+            text = Path(text).read_text()
+    pairs = (word.partition("=") for word in text.split() if word.startswith("-"))
+    return {name.lstrip("-"): value or "true" for name, _, value in pairs}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_features() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    flags = line.group(1).split() if line else []
+    return " ".join([platform.machine(), *sorted(flag for flag in flags if _INSTRUCTION_SETS.fullmatch(flag))])
+
+
+def _requested_pool_size() -> int | None:
+    for name in ("PJRT_NPROC", "NPROC"):  # in XLA's order
+        with contextlib.suppress(ValueError):
+            return int(os.environ.get(name, ""))
+    return None
+
+
+def _pool_size() -> int:
+    # The threads that XLA really started: the variable may have been set too late.
+    num_threads = 0
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                num_threads += (task / "comm").read_text().strip() == "tf_XLAEigen"
+    return num_threads or max(_requested_pool_size() or os.cpu_count() or 1, jax.local_device_count())
+
+
+def _gpu_plugins() -> bool:
+    return importlib.util.find_spec("jax_plugins") is not None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(f"nfnet_flax: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _memory_is_glibcs() -> bool:
+    # Where an accelerator's plugin is installed and may be used, it allocates in its own way.
+    has_plugin = importlib.util.find_spec("libtpu") is not None or _gpu_plugins()
+    return platform.libc_ver()[0] == "glibc" and (not has_plugin or jax.config.values["jax_platforms"] == "cpu")
+
+
+def keep_freed_memory() -> bool:
+    """Lets a process that computes on CPUs keep what a step has freed; call it before JAX's backend starts.
+
+    XLA allocates a step's temporary memory, hundreds of megabytes, anew in each step; glibc takes such blocks from the
+    operating system and gives them back, and the page faults took 15% of NFNet-F0's step on two cores
+    (`tools/bench_step.py`). From here on all threads share one heap, which is given back when the process ends, or by
+    `return_freed_memory`.
+
+    Returns:
+      False, and nothing has changed, where an accelerator's plugin is installed and `JAX_PLATFORMS` does not leave it
+      out, as those allocate in their own way, and where the C library is not glibc.
+    """
+    if not _memory_is_glibcs():
+        return False
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(trim_threshold, -1), mallopt(mmap_max, 0), mallopt(arena_max, 1)])  # -1: the largest there is
+
+
+def return_freed_memory() -> None:
+    """Gives back once what is free now, where `keep_freed_memory` keeps it.
+
+    Call it from time to time, between steps: compilation, checkpoints and evaluations leave gaps between small blocks
+    that no step can use, and without it NFNet-F0's process grew from 3.5 to 5.9 GB.
+    """
+    if _memory_is_glibcs():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def default_folder() -> Path:
+    """Where compiled programs are kept unless JAX was told another place.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfnet_flax" / "compiled"
+
+
+def use_compilation_cache() -> Path | None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told another place.
+
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A folder
+    that cannot be used is said once on stderr and costs nothing but time.
+
+    Returns:
+      The folder; None where there is no cache.
+    """
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"]:
+        return None
+    if settings["jax_compilation_cache_dir"] is not None:
+        return Path(settings["jax_compilation_cache_dir"])
+    try:
+        folder = default_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        _say_once(f"no compilation cache ({error}): set JAX_COMPILATION_CACHE_DIR to a writable folder")
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
