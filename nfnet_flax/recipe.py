@@ -3,12 +3,12 @@
 import dataclasses
 import importlib.util
 import inspect
-import json
 from pathlib import Path
 from typing import Literal
 
 from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
@@ -150,23 +150,26 @@ def _split_arguments(path: str) -> tuple[Path, dict[str, str]]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe as JSON."""
-    path.write_text(json.dumps(to_json(recipe), indent=1) + "\n")
+    """Writes a recipe as JSON, as a whole or not at all.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    write_json(path, to_json(recipe))
 
 
 def read_recipe(path: Path) -> Recipe:
     """Reads what `save_recipe` wrote.
 
     Raises:
-      ConfigError: the file is missing, damaged, or of another version of the package.
+      ConfigError: the file is missing, damaged, or of another version of the package; the message names it.
+      OSError: it cannot be opened or read.
     """
+    data = read_json(path, f"is {str(path.parent)!r} the folder of a run?")
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no recipe can be read from {str(path)!r} ({error}): is this the folder of a run?"
-        ) from error
-    return from_json(Recipe, data)
+        return from_json(Recipe, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -22,7 +22,8 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.recipe import CheckpointConfig
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.fingerprints import fingerprints, host_fingerprint
-from nfnet_flax.training.restoring import SET_ASIDE, restore_newest
+from nfnet_flax.training.layout import SET_ASIDE
+from nfnet_flax.training.restoring import restore_newest
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.storage import StorageFailed
 from tests import runs
@@ -127,9 +128,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "deleted index": (lambda folder: (folder / "state" / "manifest.ocdbt").unlink(), "does not exist"),
     "changed metrics": (rewrite_notes, "is not what was saved"),
     "truncated notes": (lambda folder: truncate(folder / "notes" / "notes.json"), "JSONDecodeError"),
-    "no notes": (lambda folder: shutil.rmtree(folder / "notes"), "No such file"),
+    "no notes": (lambda folder: shutil.rmtree(folder / "notes"), "notes.json is missing"),
     "empty folder": (empty, "an empty folder"),
-    "a file": (replace_by_file, "Not a directory"),
+    "a file": (replace_by_file, "a file in the place of a folder"),
 }
 
 

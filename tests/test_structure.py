@@ -9,10 +9,11 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "paths", "runtime"}
+BASE = {"config", "exit_codes", "json_files", "paths", "runtime"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
+    "json_files": {"config"},
     "paths": {"config"},
     "runtime": {"config"},
     **dict.fromkeys(LEAVES, BASE),

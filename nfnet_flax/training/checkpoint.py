@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from nfnet_flax.training.fingerprints import fingerprints
-from nfnet_flax.training.restoring import NOTES_FILE, Notes, read_sealed, seal, steps_in
+from nfnet_flax.training.layout import CHECKPOINTS, NOTES, NOTES_FILE, STATE, Notes, read_sealed, seal, steps_in
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.storage import reads_and_writes
 
@@ -44,7 +44,7 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.Checkp
 
 def _handlers() -> dict[str, Any]:
     # A manager that has not saved anything yet cannot know them from the folder.
-    return {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler(NOTES_FILE)}
+    return {STATE: ocp.StandardCheckpointHandler(), NOTES: ocp.JsonCheckpointHandler(NOTES_FILE)}
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: Notes) -> None:
@@ -57,7 +57,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
       StorageFailed: this or an earlier background write failed.
     """
     sealed = seal(notes, fingerprints(state))
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(sealed))
+    items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), NOTES: ocp.args.JsonSave(sealed)})
     with reads_and_writes(manager.directory):
         # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
         probe = Path(manager.directory) / f".writable.{jax.process_index()}"
@@ -82,7 +82,7 @@ def check_written(manager: ocp.CheckpointManager) -> None:
 
 def latest_step(workdir: Path) -> int | None:
     """Newest step that a run's folder has something of, good or not; reads only names."""
-    return next(iter(steps_in(workdir / "checkpoints")), None)
+    return next(iter(steps_in(workdir / CHECKPOINTS)), None)
 
 
 def read_notes(manager: ocp.CheckpointManager) -> Notes | None:

@@ -6,10 +6,8 @@ wait for one another in the middle of it. Here every process reads its shards by
 """
 
 import itertools
-import json
 import shutil
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,65 +15,31 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.training.fingerprints import Fingerprints, describe_type, fingerprints, named_leaves
+from nfnet_flax.training.layout import (
+    BEST,
+    CHECKPOINTS,
+    SET_ASIDE,
+    Damaged,
+    Notes,
+    array_context,
+    check_type,
+    open_array,
+    read_sealed,
+    steps_in,
+)
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.storage import brief
 
-Notes = dict[str, Any]
-"""What is known of a checkpoint besides its state: JSON."""
-
-NOTES_FILE = "notes.json"
-SET_ASIDE = "damaged"
-"""Folder within that of a run to which damaged checkpoints are moved, so that their steps can be saved anew."""
 _NUM_READERS = 8
 """Arrays that are read at the same time."""
-_CACHE_BYTES = 100_000_000
-"""For the index of the arrays, which would be read anew for each."""
 _TIMEOUT_S = 3600
 """How long processes wait for one that still reads."""
 _NO_STEP = -1
 _barrier_names = (f"checkpoint read {number}" for number in itertools.count())
-
-
-class Damaged(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
-    """A checkpoint is not what was saved."""
-
-
-def seal(notes: Notes, arrays: Fingerprints) -> dict[str, Any]:
-    """What is stored as a checkpoint's `notes`: those of the run, the checksum of every array, and their own."""
-    return {"notes": notes, "arrays": arrays, "checksum": _checksum(notes, arrays)}
-
-
-def _checksum(notes: Notes, arrays: Fingerprints) -> int:
-    return zlib.crc32(json.dumps([notes, arrays], sort_keys=True).encode())
-
-
-def read_sealed(checkpoint: Path) -> tuple[Notes, Fingerprints]:
-    """Notes and checksums of a checkpoint.
-
-    Raises:
-      Damaged: they are missing, or not what was stored.
-    """
-    if checkpoint.is_dir() and not any(checkpoint.iterdir()):
-        raise Damaged("an empty folder")
-    path = checkpoint / "notes" / NOTES_FILE
-    try:
-        stored = json.loads(path.read_bytes())
-        notes, arrays, checksum = (stored[name] for name in ("notes", "arrays", "checksum"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"notes/{NOTES_FILE}: {brief(error)}") from error
-    if checksum != _checksum(notes, arrays):
-        raise Damaged(f"notes/{NOTES_FILE} is not what was saved")
-    return notes, arrays
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps for which a folder holds something under a checkpoint's name, good or not; newest first."""
-    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
 
 
 def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
@@ -94,7 +58,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
       ConfigError: there are checkpoints, but all of them are damaged; or the newest good one holds other arrays than
         this recipe makes.
     """
-    folder = workdir / "checkpoints"
+    folder = workdir / CHECKPOINTS
     damaged: list[int] = []
     steps = iter(steps_in(folder) if jax.process_index() == 0 else ())
     while (step := _of_first_process(next(steps, _NO_STEP))) != _NO_STEP:
@@ -159,15 +123,12 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
     notes, saved = read_sealed(checkpoint)
     wanted = named_leaves(abstract_state)
     _check_matches(checkpoint, saved, wanted)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    base = {"driver": "file", "path": f"{(checkpoint / 'state').absolute()}/"}
+    context = array_context()
 
     def read_array(name: str) -> jax.Array:
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-        stored = ts.open(spec, read=True, open=True, context=context).result()
+        stored = open_array(checkpoint, name, context)
+        check_type(name, stored, saved[name])
         leaf = wanted[name]
-        if stored.shape != leaf.shape or stored.dtype.numpy_dtype != leaf.dtype:
-            raise Damaged(f"{name} is {stored.dtype.name}{list(stored.shape)}, but {saved[name]} was saved")
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: stored[index].read().result())
 
     with ThreadPoolExecutor(_NUM_READERS) as readers:
@@ -186,15 +147,15 @@ def _check_matches(checkpoint: Path, saved: Fingerprints, wanted: dict[str, Any]
 
 def _clear(workdir: Path, damaged: list[int]) -> None:
     """Moves out of the way what would hinder later saves, or count among the checkpoints to keep."""
-    for kind in ("checkpoints", "best"):
+    for kind in (CHECKPOINTS, BEST):
         for path in sorted((workdir / kind).glob("*.orbax-checkpoint-tmp*")):
             _say(f"{path} was never completed: deleted")
             shutil.rmtree(path)
     for step in damaged:
-        _set_aside(workdir / "checkpoints" / str(step))
+        _set_aside(workdir / CHECKPOINTS / str(step))
     # Of the best only the notes are read, as only they decide what a run does next.
-    for step in steps_in(workdir / "best"):
-        path = workdir / "best" / str(step)
+    for step in steps_in(workdir / BEST):
+        path = workdir / BEST / str(step)
         try:
             read_sealed(path)
         except Damaged as damage:

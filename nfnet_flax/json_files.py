@@ -1,0 +1,74 @@
+"""JSON files of a run: written as a whole or not at all, and read with an error that names the file."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nfnet_flax.config import ConfigError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file, so that a process killed at any moment, or a full disk, leaves either the old or the new one.
+
+    Raises:
+      OSError: it cannot be written; the old file stands.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """After a power failure, the new name is found, too; some file systems cannot promise this and refuse."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a JSON file by `write_whole`.
+
+    Raises:
+      ValueError: the data hold a number that JSON does not know (NaN, infinity).
+      OSError: it cannot be written; the old file stands.
+    """
+    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads the JSON object that `write_json` wrote.
+
+    Args:
+      path: of the file.
+      remedy: ends the message of a `ConfigError`: what the user can do.
+
+    Raises:
+      ConfigError: the file is missing, empty, cut short, no UTF-8, or holds something else than a JSON object.
+      OSError: it cannot be opened or read; which says nothing of what it holds.
+    """
+    try:
+        data = json.loads(path.read_bytes().decode())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{path} does not exist: {remedy}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder instead of a file: {remedy}") from error
+    except (ValueError, RecursionError) as error:  # of the decoding and of JSON
+        reason = f"{error}" if path.stat().st_size else "it is empty"
+        raise ConfigError(f"{path} is damaged ({reason}): {remedy}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is damaged (it holds no JSON object): {remedy}")
+    return data
