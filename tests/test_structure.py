@@ -9,12 +9,13 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "paths", "runtime"}
+BASE = {"config", "exit_codes", "json_files", "paths", "run_clock", "runtime"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
     "json_files": {"config"},
     "paths": {"config"},
+    "run_clock": set[str](),
     "runtime": {"config"},
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,

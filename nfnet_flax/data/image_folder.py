@@ -1,7 +1,6 @@
 """Image files in one folder per class."""
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,39 +19,31 @@ def class_folders(split_folder: Path) -> tuple[str, ...]:
     """Sorted names of the class folders of a split; hidden ones are skipped.
 
     Raises:
-      ConfigError: there is no such folder, or fewer than two classes in it.
+      ConfigError: there is no such folder, or no class in it.
     """
     try:
         with os.scandir(split_folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"image folder {str(split_folder)!r} does not exist: {_LAYOUT}") from error
-    if len(names) < 2:
-        found = f"only one class folder, {names[0]!r}" if names else "no class folder"
-        raise ConfigError(f"image folder {str(split_folder)!r} has {found}: {_LAYOUT}")
+    if not names:
+        raise ConfigError(f"image folder {str(split_folder)!r} has no class folder: {_LAYOUT}")
     return tuple(names)
 
 
-def scan(split_folder: Path, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def scan(split_folder: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Finds the images of a split without opening them; hidden files and those with other suffixes are skipped.
 
     Args:
-      split_folder: has one folder per class. Not every class needs one.
-      class_names: of the training split, in the order of the labels.
+      split_folder: has one folder per class.
 
     Returns:
-      File names, (N,) bytes without folder, and labels, (N,) int32, in the order of `fixed_order`.
+      Class names; file names, (N,) bytes without folder, and labels, (N,) int32, in the order of `fixed_order`.
 
     Raises:
-      ConfigError: a folder is missing, belongs to no class, or has no images in it.
+      ConfigError: the folder is missing, or a class folder has no images in it.
     """
-    present = class_folders(split_folder)
-    label_of = {name: label for label, name in enumerate(class_names)}
-    if unknown := [name for name in present if name not in label_of]:
-        raise ConfigError(
-            f"image folder {str(split_folder)!r}: {unknown[0]!r} is no class of the training split "
-            f"({len(unknown)} such folders): rename or remove them"
-        )
+    class_names = class_folders(split_folder)
 
     def images_of(name: str) -> list[bytes]:
         with os.scandir(split_folder / name) as entries:
@@ -69,30 +60,28 @@ def scan(split_folder: Path, class_names: Sequence[str]) -> tuple[np.ndarray, np
         return found
 
     with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
-        files = list(threads.map(images_of, present))
+        files = list(threads.map(images_of, class_names))
     file_names = np.array([name for names in files for name in names], dtype=bytes)
-    labels = np.repeat([label_of[name] for name in present], [len(names) for names in files]).astype(np.int32)
+    labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
     order = fixed_order(class_names, file_names, labels)
-    return file_names[order], labels[order]
+    return class_names, file_names[order], labels[order]
 
 
 class ImageFolder:
     """A split of an image folder; images stay encoded."""
 
-    def __init__(self, split_folder: Path, class_names: tuple[str, ...]) -> None:
+    def __init__(self, split_folder: Path) -> None:
         """Scans the folder.
 
         Args:
           split_folder: has one folder per class.
-          class_names: of the training split, in the order of the labels.
 
         Raises:
           ConfigError: as `scan`.
         """
-        self.class_names = class_names
         self._split_folder = str(split_folder)
         # One fixed-width array: a list of 1.28 million strings would take three times the memory in every worker.
-        self._file_names, self._labels = scan(split_folder, class_names)
+        self.class_names, self._file_names, self._labels = scan(split_folder)
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -12,9 +12,10 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data import imagenet_tars
 from nfnet_flax.data.array_records import Example
+from nfnet_flax.data.classes import label_table
 from nfnet_flax.data.image_folder import class_folders, scan
 from nfnet_flax.data.imagenet_tars import Member
-from nfnet_flax.data.random_access import digest, fixed_order
+from nfnet_flax.data.random_access import Split, digest, fixed_order
 
 # Finding the members of a tar is waiting for the disk or the network.
 _NUM_SCAN_THREADS = 16
@@ -86,9 +87,11 @@ def list_folder(root: Path) -> dict[str, Listing]:
       ConfigError: as `image_folder.scan`.
     """
     class_names = class_folders(root / "train")
-    listings = {}
-    for split, folder in (("train", root / "train"), ("eval", root / "val")):
-        file_names, labels = scan(folder, class_names)
+    folders: dict[Split, Path] = {"train": root / "train", "eval": root / "val"}
+    listings: dict[str, Listing] = {}
+    for split, folder in folders.items():
+        own, file_names, labels = scan(folder)
+        labels = label_table(own, class_names, split)[labels]
         listings[split] = Listing(
             class_names=class_names, container=folder, file_names=file_names, labels=labels, offsets=None, sizes=None
         )

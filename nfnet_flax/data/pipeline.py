@@ -28,16 +28,23 @@ INPUT_FORMAT = 1
 _SHUFFLE, _AUGMENT, _RANDAUGMENT, _MIX = 1, 2, 3, 4
 
 
-def open_split(config: DataConfig, split: Split) -> Source:
+def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | None = None) -> Source:
     """The examples of a split, less or only those that `num_held_out` names.
 
+    Args:
+      config: the set, and how much of it is held out.
+      split: which part of it.
+      class_names: of the run, in the order of its labels; the split is read by these names and may lack some. None: the
+        training split's own.
+
     Raises:
-      ConfigError: the set is missing, empty or incomplete, or nothing is left to train on.
+      ConfigError: the set is missing, empty or incomplete; it has a class that is not in `class_names`; or nothing is
+        left to train on.
     """
     image_size = config.image_size if split == "train" else config.eval_image_size
     if config.num_held_out is None:
-        return open_source(config.source, split, image_size)
-    whole = open_source(config.source, "train", image_size)
+        return open_source(config.source, split, image_size, class_names)
+    whole = open_source(config.source, "train", image_size, class_names)
     remedy = f"must be below the {len(whole)} training examples"
     require(config.num_held_out < len(whole), "data.num_held_out", config.num_held_out, remedy)
     start, stop = (0, config.num_held_out) if split == "eval" else (config.num_held_out, len(whole))

@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.data.array_records import ArrayRecords
+from nfnet_flax.data.classes import with_classes
 from nfnet_flax.data.image_folder import ImageFolder, class_folders
 from nfnet_flax.data.random_access import CorruptRecordError as CorruptRecordError
 from nfnet_flax.data.random_access import Record, Split, check_index, digest
@@ -27,7 +30,9 @@ from nfnet_flax.data.tfds_records import TfdsRecords
 _HELD_OUT_EVERY = 5
 
 
-def open_source(config: SourceConfig, split: Split, image_size: int) -> Source:
+def open_source(
+    config: SourceConfig, split: Split, image_size: int, class_names: Sequence[str] | None = None
+) -> Source:
     """The examples of a split.
 
     Args:
@@ -35,10 +40,22 @@ def open_source(config: SourceConfig, split: Split, image_size: int) -> Source:
       split: which part of it.
       image_size: height and width, in pixels, of what `DigitsSource` and `SyntheticSource` make; the others give
         encoded files of any size.
+      class_names: in the order of the labels; None: the training split's own.
 
     Raises:
-      ConfigError: the set is missing, empty, incomplete or of another kind; the message says how to get it.
+      ConfigError: the set is missing, empty, incomplete or of another kind, or it has a class that is not in
+        `class_names`; the message says how to get it.
     """
+    source = _open(config, split, image_size)
+    if class_names is None:
+        class_names = source.class_names if split == "train" else _training_classes(config, source)
+        if len(class_names) < 2:
+            raise ConfigError(f"the training split has only one class, {class_names[0]!r}: nothing can be learned")
+    return with_classes(source, class_names, split)
+
+
+def _open(config: SourceConfig, split: Split, image_size: int) -> Source:
+    """The examples of a split with its own classes."""
     match config:
         case DigitsSource():
             return digits(split, image_size)
@@ -46,14 +63,26 @@ def open_source(config: SourceConfig, split: Split, image_size: int) -> Source:
             num_examples = config.num_train_examples if split == "train" else config.num_eval_examples
             return SyntheticImages(split, num_examples, config.num_classes, image_size)
         case FolderSource():
-            root = Path(config.root).expanduser()
-            return ImageFolder(
-                root / (config.train if split == "train" else config.eval), class_folders(root / config.train)
-            )
+            return ImageFolder(_folder(config, split))
         case ArrayRecordSource():
             return ArrayRecords(config.train if split == "train" else config.eval)
         case TfdsSource():
             return TfdsRecords(config, split)
+
+
+def _training_classes(config: SourceConfig, eval_source: Source) -> Sequence[str]:
+    """The classes of the training split, found without its examples."""
+    match config:
+        case FolderSource():
+            return class_folders(_folder(config, "train"))
+        case ArrayRecordSource():
+            return ArrayRecords(config.train).class_names
+        case _:  # both splits share one list
+            return eval_source.class_names
+
+
+def _folder(config: FolderSource, split: Split) -> Path:
+    return Path(config.root).expanduser() / (config.train if split == "train" else config.eval)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""The one rule of labels: a label means the name of its class, and every split is read by these names.
+
+The list of a run's class names is fixed when the run begins. A number alone means nothing: a split in which a class was
+renamed, added or left out numbers its classes otherwise.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.random_access import Record, Source, Split, digest
+
+_MAX_NAMES_SHOWN = 5
+
+
+def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.ndarray:
+    """The label of each of a split's own classes within the wanted list.
+
+    Args:
+      own: class names of the split, in the order of its own labels. It may lack some of `wanted`.
+      wanted: class names of the run, in the order of its labels.
+      split: for the message.
+
+    Returns:
+      (len(own),) int32.
+
+    Raises:
+      ConfigError: `wanted` does not hold a name of `own`.
+    """
+    label_of = {name: label for label, name in enumerate(wanted)}
+    if unknown := [name for name in own if name not in label_of]:
+        raise ConfigError(
+            f"{split} split: class {unknown[0]!r} is unknown ({len(unknown)} of the {len(own)} classes of this split "
+            f"are); known are {_shown(wanted)}: rename or remove it, or begin a new run with a training set that has it"
+        )
+    return np.array([label_of[name] for name in own], np.int32)
+
+
+def _shown(names: Sequence[str]) -> str:
+    rest = len(names) - _MAX_NAMES_SHOWN
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def with_classes(source: Source, class_names: Sequence[str], split: Split) -> Source:
+    """A source whose labels are those of `class_names`; `source` itself where it has just these.
+
+    Raises:
+      ConfigError: as `label_table`.
+    """
+    names = tuple(class_names)
+    table = label_table(source.class_names, names, split)
+    return source if source.class_names == names else _Relabelled(source, names, tuple(map(int, table)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Relabelled:
+    """Another source with the labels of another list of classes."""
+
+    source: Source
+    class_names: tuple[str, ...]
+    table: tuple[int, ...]
+    """New label of each old one."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        return {**record, "label": np.int32(self.table[record["label"]])}
+
+    def fingerprint(self) -> str:
+        return digest("classes", self.source.fingerprint(), *self.class_names)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
