@@ -24,6 +24,7 @@ from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.prefetch import Batches, InputFailed
 from nfnet_flax.data.source_config import SyntheticSource
 from nfnet_flax.exit_codes import EXIT_INPUT_FAILED, EXIT_STOPPED
+from nfnet_flax.run_clock import RunClock
 from tests import runs
 
 RELEASED = threading.Event()
@@ -59,6 +60,10 @@ class Probe:
                 raise LookupError("the shelf is empty")
             case "stick":
                 stuck_here()
+            case "slow":
+                print("slow", flush=True)
+                for _ in range(15):  # not at once: that would be over while the process is suspended
+                    time.sleep(0.1)
 
     def fingerprint(self) -> str:
         return "probe"
@@ -231,6 +236,36 @@ def test_workers_end_when_the_main_process_is_killed(behaviour: str) -> None:
     assert "Traceback" not in errors
     assert (errors == "") == (behaviour == "fine")
     assert all_end(pids, within_s=5)
+
+
+SUSPENDED = """
+from tests.test_workers import Probe, batches
+with batches(Probe("slow"), num_threads=1, stall_timeout_s=5.0) as iterator:
+    for _ in range(4):
+        next(iterator)
+print("went on")
+"""
+
+
+def test_a_process_that_was_suspended_is_not_taken_for_stuck() -> None:
+    main = subprocess.Popen([sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
+    assert main.stdout is not None
+    assert main.stdout.readline() == "slow\n"
+    main.send_signal(signal.SIGSTOP)
+    time.sleep(6)  # longer than the limit
+    main.send_signal(signal.SIGCONT)
+    printed, _ = main.communicate(timeout=60)
+    assert printed.endswith("went on\n")
+    assert main.returncode == 0
+
+
+def test_a_clock_counts_the_time_between_readings_but_not_gaps() -> None:
+    clock = RunClock(max_gap_s=1.0)
+    time.sleep(0.3)
+    first = clock.seconds()
+    assert 0.3 <= first <= 1
+    time.sleep(1.5)
+    assert 0 < clock.seconds() - first < 0.6
 
 
 def shared_memory() -> set[str]:

@@ -6,7 +6,7 @@ from typing import Literal
 from nfnet_flax.config import check_types, require
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
-from nfnet_flax.data.source_config import DigitsSource, SourceConfig
+from nfnet_flax.data.source_config import DigitsSource, SourceConfig, with_places_of
 
 EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_timeout_s")
 """Fields of `DataConfig` that decide how batches are made and change no byte of them."""
@@ -87,3 +87,7 @@ class DataConfig:
     def with_execution_of(self, other: "DataConfig") -> "DataConfig":
         """These settings with the `EXECUTION_FIELDS` of `other`, which may change at a resume."""
         return dataclasses.replace(self, **{name: getattr(other, name) for name in EXECUTION_FIELDS})
+
+    def with_places_of(self, other: "DataConfig") -> "DataConfig":
+        """These settings with the images where `other` has them (`PLACE_FIELDS`), which may change at a resume."""
+        return dataclasses.replace(self, source=with_places_of(self.source, other.source))

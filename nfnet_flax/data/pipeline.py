@@ -18,10 +18,11 @@ from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_au
 from nfnet_flax.data.mixing import mix
 from nfnet_flax.data.prefetch import Batches, Lane, Rows, ThreadLane
 from nfnet_flax.data.random_access import Source, Split, split_off
+from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.data.sources import open_source
 from nfnet_flax.data.workers import WorkerProcess
 
-INPUT_FORMAT = 1
+INPUT_FORMAT = 2
 """Raised whenever the same settings and images come to give other batches."""
 
 # Each random stage has a seed of its own, so that adding one changes no other.
@@ -112,8 +113,13 @@ def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_
 
 
 def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_source: Source) -> dict[str, Any]:
-    """What decides every byte of every batch, as JSON, for comparison with that of another run."""
+    """What decides every byte of every batch, as JSON, for comparison with that of another run.
+
+    Where the images lie is left out: their fingerprints say what they are.
+    """
     settings = {name: value for name, value in to_json(config).items() if name not in EXECUTION_FIELDS}
+    for name in PLACE_FIELDS.get(type(config.source).__name__, ()):
+        del settings["source"][name]
     sources = {
         name: {"num_examples": len(source), "fingerprint": source.fingerprint()}
         for name, source in (("source", train_source), ("eval_source", eval_source))

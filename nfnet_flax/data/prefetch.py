@@ -17,10 +17,13 @@ from typing import Protocol
 import numpy as np
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.run_clock import RunClock
 
 Rows = dict[str, np.ndarray]
 _CLOSE_TIMEOUT_S = 10.0
 """Bounds how long closing waits for batches in the making."""
+_LOOK_INTERVAL_S = 0.25
+"""The wait for a batch is cut into slices of this length, for the sake of `RunClock`."""
 
 
 class InputFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
@@ -89,7 +92,8 @@ class Batches(Iterator[Rows]):
           lanes: that compute; each gets a thread of its own.
           steps: of which batches are wanted, without gaps.
           prefetch_batches: how many batches may be ready or in the making ahead of the consumer.
-          stall_timeout_s: longest wait for one batch, in seconds; after it the input counts as stuck.
+          stall_timeout_s: longest wait for one batch, in seconds, while this process runs; after it the input counts as
+            stuck.
         """
         self._lanes = lanes
         self._stop_step = steps.stop
@@ -120,9 +124,9 @@ class Batches(Iterator[Rows]):
             step = self._next_step
             if self._is_closed or step >= self._stop_step:
                 raise StopIteration
-            self._condition.wait_for(
-                lambda: step in self._ready or self._failure is not None, timeout=self._stall_timeout_s
-            )
+            clock = RunClock(max_gap_s=8 * _LOOK_INTERVAL_S)
+            while step not in self._ready and self._failure is None and clock.seconds() < self._stall_timeout_s:
+                self._condition.wait(_LOOK_INTERVAL_S)
             if self._failure is None and step not in self._ready:
                 self._failure = self._stalled(step)
             if self._failure is not None:

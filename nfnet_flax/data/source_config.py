@@ -3,6 +3,7 @@
 import dataclasses
 
 from nfnet_flax.config import check_types, require
+from nfnet_flax.paths import check_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class FolderSource:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("root", "train", "eval"):
-            require(bool(getattr(self, name)), f"source.{name}", getattr(self, name), "give the name of a folder")
+            check_path(f"source.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class ArrayRecordSource:
 
     train: tuple[str, ...]
     """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
-    the order of their sorted paths. A pattern must find every shard of the set that it describes."""
+    the order of their sorted paths. A pattern must find every shard of the set that it describes. `~` is the home
+    folder; a folder whose name holds `[`, `]`, `*` or `?` is found by its plain name."""
     eval: tuple[str, ...]
     """Files or patterns of the held-out split."""
 
@@ -62,7 +64,9 @@ class ArrayRecordSource:
         check_types(self)
         for name in ("train", "eval"):
             value = getattr(self, name)
-            require(bool(value) and all(value), f"source.{name}", value, "give at least one file or pattern")
+            require(bool(value), f"source.{name}", value, "give at least one file or pattern")
+            for pattern in value:
+                check_path(f"source.{name}", pattern)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,8 @@ class TfdsSource:
     eval_split: str = "validation"
     """Held-out split in TFDS's syntax."""
     data_dir: str | None = None
-    """Folder of prepared sets; None: TFDS's own default (`TFDS_DATA_DIR`, or `~/tensorflow_datasets`)."""
+    """Folder of prepared sets, `~` being the home folder; None: TFDS's own default (`TFDS_DATA_DIR`, or
+    `~/tensorflow_datasets`)."""
     image_key: str = "image"
     """Feature that holds the image."""
     label_key: str = "label"
@@ -86,6 +91,24 @@ class TfdsSource:
         check_types(self)
         for name in ("name", "train_split", "eval_split", "image_key", "label_key"):
             require(bool(getattr(self, name)), f"source.{name}", getattr(self, name), "must not be empty")
+        if self.data_dir is not None:
+            check_path("source.data_dir", self.data_dir)
 
 
 SourceConfig = DigitsSource | SyntheticSource | FolderSource | ArrayRecordSource | TfdsSource
+
+PLACE_FIELDS: dict[str, tuple[str, ...]] = {
+    "FolderSource": ("root", "train", "eval"),
+    "ArrayRecordSource": ("train", "eval"),
+    "TfdsSource": ("data_dir",),
+}
+"""By type of source, the fields that only say where the images lie. They may change at a resume, as images may be
+moved: what the images are is compared by `Source.fingerprint`."""
+
+
+def with_places_of(source: SourceConfig, other: SourceConfig) -> SourceConfig:
+    """A source with the `PLACE_FIELDS` of another one; unchanged where the other one is of another type."""
+    if type(source) is not type(other):
+        return source
+    names = PLACE_FIELDS.get(type(source).__name__, ())
+    return dataclasses.replace(source, **{name: getattr(other, name) for name in names})
