@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nfnet_flax.training.loop import train as train
     from nfnet_flax.training.reading import evaluate as evaluate
     from nfnet_flax.weights import create_model as create_model
+    from nfnet_flax.weights import load_model as load_model
 
 __version__ = "0.1.0"
 IMPORTED_AT_S = time.perf_counter()
@@ -23,11 +24,12 @@ _EXPORTS = {
     "create_model": "nfnet_flax.weights",
     "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
+    "load_model": "nfnet_flax.weights",
     "load_recipe": "nfnet_flax.recipe",
     "train": "nfnet_flax.training.loop",
     "evaluate": "nfnet_flax.training.reading",
 }
-__all__ = ["create_model", "evaluate", "fold", "list_models", "load_recipe", "models", "train", "weights"]
+__all__ = ["create_model", "evaluate", "fold", "list_models", "load_model", "load_recipe", "models", "train", "weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,9 @@ _SETTINGS = (
 _FREE_FLAGS = re.compile(r"xla_force_host_platform_device_count|xla_dump_\w+")
 """Flags of XLA that decide no bits: how many devices there are is free by design."""
 _VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_INSTRUCTION_SETS = re.compile(r"(?!smep)(sse|ssse|avx|amx|vaes|vpclmul|fma|f16c|gfni|bmi|popcnt|asimd|sve|sme|bf16|i8mm)\w*")
+_INSTRUCTION_SETS = re.compile(
+    r"(?!smep)(sse|ssse|avx|amx|vaes|vpclmul|fma|f16c|gfni|bmi|popcnt|asimd|sve|sme|bf16|i8mm)\w*"
+)
 """Of the flags of a processor, those that a compiler for arithmetic chooses by."""
 
 

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_haiku_state_of_batch_norm_is_checked(models: dict[str, Classifier]) -> 
     with pytest.raises(ConfigError, match="batch_norm_decay"):
         weights.from_haiku(model, tree)
     params_only = {module: leaves for module, leaves in tree.items() if not module.endswith("_ema")}
-    with pytest.raises(ConfigError, match=r"missing: ResNet/~/final_bn/~/mean_ema/average"):
+    with pytest.raises(ConfigError, match=r"missing: \d+ \(res_block_v2 \d+, final_bn 3\), such as ResNet/~/\w+/~/"):
         weights.from_haiku(model, params_only)
     weights.from_haiku(model, params_only, skip=("*.mean", "*.variance", "*.count"))
     assert np.array_equal(arrays_of(model)["head.kernel"], tree["ResNet/~/linear"]["w"])
@@ -133,7 +134,7 @@ def test_another_head_is_left_out_by_name(models: dict[str, Classifier], tmp_pat
     weights.save_weights(path, models["nfnet"], source="a test", parameters="raw")
     model = with_random_arrays(SMALL["nfnet"], 7)
     head = arrays_of(model)["head.kernel"]
-    with pytest.raises(ConfigError, match=r"misshaped: head\.kernel is \(256, 3\), expected \(256, 7\)"):
+    with pytest.raises(ConfigError, match=r"a head of 3 classes, not 7: ask for num_classes = 3, or .* 'head\.\*'"):
         weights.load_weights(model, path)
     with pytest.raises(ConfigError, match=r"'haed\.\*' matches no parameter"):
         weights.load_weights(model, path, skip=("haed.*",))
@@ -164,19 +165,6 @@ def test_every_problem_is_listed_and_nothing_is_loaded(models: dict[str, Classif
     ):
         assert problem in str(refused.value)
     assert not any(np.any(value) for value in arrays_of(model).values())
-
-
-def test_weights_of_another_network_are_refused(models: dict[str, Classifier], tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    weights.save_weights(path, models["nfnet"], source="a test", parameters="raw")
-    with pytest.raises(ConfigError, match=r"widths.*\n.*depths"):
-        weights.create_model("nfnet_f0", rngs=nnx.Rngs(0), num_classes=3, weights=path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match="cannot be read"):
-        weights.read_weights(path)
-    save_file({"a": np.zeros(3)}, path)
-    with pytest.raises(ConfigError, match="nfnet convert"):
-        weights.read_weights(path)
 
 
 def test_create_model_starts_from_weights(tmp_path: Path) -> None:
@@ -248,7 +236,7 @@ def test_files_that_are_not_weights_are_refused(
         pickle.dumps({**tree, "NF_RegNet/~/extra": {"w": Path("x")}}): "asks for pathlib",
         pickle.dumps(np.load): "asks for numpy.load",
         path.read_bytes()[:-100]: "damaged or not a pickle",
-        b"": "damaged or not a pickle",
+        b"": "it is empty",
         b"hello": "damaged or not a pickle",
         an_archive.read_bytes(): "a real .npz archive",
         pickle.dumps([1, 2]): "something else than {module: {name: array}}",
@@ -289,4 +277,9 @@ def test_a_timm_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert np.array_equal(arrays["head.kernel"], tensors["head.fc.weight"].T)
     code, printed = convert("timm", str(path), "--model", "nfnet_f1", "--out", str(tmp_path), capsys=capsys)
     assert code == exit_codes.EXIT_BAD_INPUT
-    assert "missing: stages.0.1.conv1.weight" in printed
+    assert re.search(r"missing: \d+ \(stages \d+\), such as stages\.0\.1\.conv1\.bias", printed)
+    assert len(printed.splitlines()) < 5
+    for out, reason in ((tmp_path, "exists already"), (path, "is a file's name")):
+        code, printed = convert("timm", str(path), "--model", "nfnet_f0", "--out", str(out), capsys=capsys)
+        assert code == exit_codes.EXIT_BAD_INPUT
+        assert reason in printed

@@ -1,26 +1,38 @@
 """Weights in and out: the published Haiku trees and files, timm's safetensors, and our own portable files."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnet_flax.models import Classifier, build_model, model_config
+from nfnet_flax.models import Classifier, ModelConfig, build_model, model_config
 from nfnet_flax.models.params import merge, split, update
+from nfnet_flax.weights.entries import Arrays
 from nfnet_flax.weights.haiku import from_haiku, to_haiku
 from nfnet_flax.weights.pickles import load_haiku_file
-from nfnet_flax.weights.portable import load_weights, read_weights, save_weights, stored_arrays
+from nfnet_flax.weights.portable import (
+    Preprocessing,
+    WeightsInfo,
+    fitting_arrays,
+    load_weights,
+    read_weights,
+    save_weights,
+    stored_arrays,
+)
 from nfnet_flax.weights.timm import TIMM_FORM, from_timm, to_timm
 
 __all__ = [
     "TIMM_FORM",
+    "Preprocessing",
+    "WeightsInfo",
     "create_model",
     "from_haiku",
     "from_timm",
     "load_haiku_file",
+    "load_model",
     "load_weights",
     "read_weights",
     "save_weights",
@@ -34,7 +46,7 @@ def create_model(
     *,
     num_classes: int = 1000,
     rngs: nnx.Rngs,
-    weights: str | Path | None = None,
+    weights: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = (),
     **overrides: Any,
 ) -> Classifier:
@@ -54,10 +66,52 @@ def create_model(
     config = model_config(name, **overrides)
     if weights is None:
         return build_model(config, num_classes=num_classes, rngs=rngs)
-    abstract = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
+    abstract = _abstract(config, num_classes)
     arrays = stored_arrays(weights, abstract, skip=skip)
     if not skip:  # nothing needs to be drawn
-        return merge(split(abstract)[0], jax.tree.map(jnp.asarray, arrays), {})
+        return _with_arrays(abstract, arrays)
     model = build_model(config, num_classes=num_classes, rngs=rngs)
     update(model, dict(arrays))
+    return model
+
+
+def load_model(path: str | os.PathLike[str]) -> Classifier:
+    """The network that a weight file holds, whatever its configuration, in evaluation mode.
+
+    Args:
+      path: a `.safetensors` file that `nfnet convert` or `save_weights` wrote. `read_weights` gives what it says of
+        itself: class names and preprocessing, where they are known.
+
+    Raises:
+      ConfigError: the file cannot be read, is damaged, or its arrays do not fit its own configuration.
+    """
+    info, arrays = read_weights(path)
+    return network_of(f"weights file {str(path)!r}", info, arrays)
+
+
+def network_of(source: str, info: WeightsInfo, arrays: Arrays) -> Classifier:
+    """A network with given arrays, in evaluation mode.
+
+    Args:
+      source: where they come from, for the message of an error.
+      info: what they are.
+      arrays: by our names.
+
+    Raises:
+      ConfigError: the arrays do not fit.
+    """
+    abstract = _abstract(info.model, info.num_classes)
+    model = _with_arrays(abstract, fitting_arrays(source, info, arrays, abstract))
+    model.eval()
+    return model
+
+
+def _abstract(config: ModelConfig, num_classes: int) -> Classifier:
+    """A network's structure, whose arrays are shapes only."""
+    model: Classifier = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
+    return model
+
+
+def _with_arrays(abstract: Classifier, arrays: Arrays) -> Classifier:
+    model: Classifier = merge(split(abstract)[0], jax.tree.map(jnp.asarray, arrays), {})
     return model

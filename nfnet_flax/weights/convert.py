@@ -1,6 +1,7 @@
 """Foreign weight files -> our portable ones; checked before anything is written."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,27 +10,50 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, build_model, model_config
+from nfnet_flax.paths import local_path
 from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.files import check_target, read_safetensors
 from nfnet_flax.weights.haiku import haiku_arrays
 from nfnet_flax.weights.pickles import load_haiku_file
-from nfnet_flax.weights.portable import ParameterKind, WeightsInfo, read_safetensors, write_weights
+from nfnet_flax.weights.portable import ParameterKind, WeightsInfo, write_weights
+from nfnet_flax.weights.state_dicts import unwrapped
 from nfnet_flax.weights.timm import TIMM_FORM, timm_arrays
 
 
-def convert_haiku(path: Path, model: str, out: Path, *, parameters: ParameterKind) -> Path:
+def convert_haiku(
+    path: str | os.PathLike[str],
+    model: str,
+    out: str | os.PathLike[str],
+    *,
+    parameters: ParameterKind,
+    overwrite: bool = False,
+) -> Path:
     """Converts a published file such as `F0_haiku.npz`; returns `out/MODEL.safetensors`.
 
     Raises:
-      ConfigError: the file is refused (`load_haiku_file`) or does not fit the model.
+      ConfigError: the file is refused (`load_haiku_file`) or does not fit the model, or the result exists already and
+        is not to be replaced (`overwrite`).
     """
+    path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
     tree = load_haiku_file(path)
     # The head is the one dense layer of the network itself: `NFNet/~/linear`; those of squeeze-excite lie deeper.
     head = next((leaves.get("b") for module, leaves in tree.items() if re.fullmatch(r"\w+/~/linear", module)), None)
-    return _convert(path, model, out, parameters, tree, haiku_arrays, head, {})
+    info, arrays = _converted(path, model, parameters, tree, haiku_arrays, head, {})
+    write_weights(target, info, arrays, overwrite=overwrite)
+    return target
 
 
-def convert_timm(path: Path, model: str, out: Path, *, parameters: ParameterKind, timm_form: bool) -> Path:
+def convert_timm(
+    path: str | os.PathLike[str],
+    model: str,
+    out: str | os.PathLike[str],
+    *,
+    parameters: ParameterKind,
+    timm_form: bool,
+    overwrite: bool = False,
+) -> Path:
     """Converts a `.safetensors` file of timm's `dm_nfnet_f*`; returns `out/MODEL.safetensors`.
 
     Args:
@@ -39,33 +63,46 @@ def convert_timm(path: Path, model: str, out: Path, *, parameters: ParameterKind
       parameters: as trained, their moving average, or not known.
       timm_form: record the exact gelu and timm's standardization, for weights that were *trained* with timm. Those that
         timm ships were trained in the published form.
+      overwrite: replace a file that is there.
 
     Raises:
-      ConfigError: the file cannot be read or does not fit the model.
+      ConfigError: the file cannot be read or does not fit the model, or the result exists already.
     """
-    tensors, _ = read_safetensors(path)
+    path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
+    tensors = unwrapped(read_safetensors(path)[0])
     form = TIMM_FORM if timm_form else {}
-    return _convert(path, model, out, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), form)
+    info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), form)
+    write_weights(target, info, arrays, overwrite=overwrite)
+    return target
 
 
-def _convert(
+def target_in(out: str | os.PathLike[str], name: str, *, overwrite: bool) -> Path:
+    """The file `out/NAME.safetensors`, checked before any work is done.
+
+    Raises:
+      ConfigError: `out` is no folder, or the file exists and is not to be replaced.
+    """
+    folder = local_path("out", out)
+    if folder.suffix == ".safetensors" or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"out = {os.fspath(out)!r}: is a file's name, but the result's folder is wanted")
+    target = folder / f"{name}.safetensors"
+    check_target(target, overwrite=overwrite)
+    return target
+
+
+def _converted(
     path: Path,
     name: str,
-    out: Path,
     parameters: ParameterKind,
     stored: Mapping[str, Any],
     arrays_for: Callable[[Classifier, Any], Arrays],
     head: np.ndarray | None,
     form: dict[str, Any],
-) -> Path:
+) -> tuple[WeightsInfo, Arrays]:
     config = model_config(name, **form)
     num_classes = int(np.size(head)) if head is not None else 1000  # without a head it is listed as missing
     model = nnx.eval_shape(lambda: build_model(config, num_classes=max(1, num_classes), rngs=nnx.Rngs(0)))
     arrays = arrays_for(model, stored)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    info = WeightsInfo(
-        model=config, num_classes=num_classes, source=f"{path.name}, SHA-256 {digest}", parameters=parameters
-    )
-    target = out / f"{name}.safetensors"
-    write_weights(target, info, arrays)
-    return target
+    source = f"{path.name}, SHA-256 {digest}"
+    return WeightsInfo(model=config, num_classes=num_classes, source=source, parameters=parameters), arrays

@@ -2,8 +2,10 @@
 
 import dataclasses
 import fnmatch
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -12,6 +14,10 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import split
 
 Arrays = dict[str, np.ndarray]
+_LISTED = 3
+"""Problems of one kind that are listed one by one; more of them are counted by layer."""
+_LAYERS = 8
+"""Layers whose problems are counted in a message."""
 
 
 def _same(value: np.ndarray) -> np.ndarray:
@@ -50,12 +56,29 @@ def skipped(names: Sequence[str], skip: Sequence[str]) -> set[str]:
     """Names that match a shell-style pattern of `skip`.
 
     Raises:
-      ConfigError: a pattern matches nothing.
+      ConfigError: a pattern matches nothing, or the patterns match everything.
     """
     for pattern in skip:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(f"skip: pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
-    return {name for pattern in skip for name in fnmatch.filter(names, pattern)}
+    found = {name for pattern in skip for name in fnmatch.filter(names, pattern)}
+    if len(found) == len(names):
+        raise ConfigError(
+            f"skip: the patterns {', '.join(map(repr, skip))} leave out all {len(names)} parameters, so that nothing "
+            "would be loaded: give narrower patterns, or give no weights"
+        )
+    return found
+
+
+class Problem(NamedTuple):
+    """Why one array cannot be loaded."""
+
+    kind: str
+    """Such as `missing`."""
+    name: str
+    """The format's name of the array."""
+    detail: str
+    """What was found, or expected."""
 
 
 def read_entries(
@@ -71,45 +94,68 @@ def read_entries(
       skip: shell-style patterns of our names that are left out, such as `head.*` for a head of another size.
 
     Raises:
-      ConfigError: lists every entry that is missing, unexpected, misshaped, not a number, not finite or not exactly
-        representable; nothing was loaded.
+      ConfigError: `skip` is wrong (see `skipped`); or entries are missing, unexpected, misshaped, not numbers, not
+        finite or not exactly representable: all are counted, the first ones of each kind are named, nothing was loaded.
     """
     types = {name: dtype for name, (_, dtype) in shapes_of(model).items()}
     left_out = skipped([entry.ours for entry in entries], skip)
     wanted = [entry for entry in entries if entry.ours not in left_out]
     known = {entry.theirs for entry in entries}
-    problems = [f"missing: {entry.theirs} {entry.shape}" for entry in wanted if entry.theirs not in given]
-    problems += [f"unexpected: {name} {np.shape(given[name])}" for name in given if name not in known]
+    problems = [Problem("missing", entry.theirs, f"{entry.shape}") for entry in wanted if entry.theirs not in given]
+    problems += [Problem("unexpected", name, f"{np.shape(given[name])}") for name in given if name not in known]
     found: Arrays = {}
     for entry in wanted:
         if entry.theirs in given:
             value = np.asarray(given[entry.theirs])
-            problem = _problem(value, entry.shape, types[entry.ours])
+            problem = _problem(value, entry, types[entry.ours])
             if problem is not None:
-                problems.append(f"{problem[0]}: {entry.theirs} {problem[1]}")
+                problems.append(problem)
             else:
                 found[entry.ours] = entry.to_ours(value).astype(types[entry.ours])
     if problems:
         raise ConfigError(
             f"{source} does not fit the model: {len(problems)} of {len(entries)} entries differ "
             "(another variant? name another model, or leave entries out with skip):\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n".join(f"  {line}" for line in summary(problems))
         )
     return found
 
 
-def _problem(value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> tuple[str, str] | None:
-    if value.shape != shape:
-        return "misshaped", f"is {value.shape}, expected {shape}"
+def _problem(value: np.ndarray, entry: Entry, dtype: np.dtype) -> Problem | None:
+    if value.shape != entry.shape:
+        return Problem("misshaped", entry.theirs, f"is {value.shape}, expected {entry.shape}")
     if value.dtype.kind not in "fiuV" or value.dtype.hasobject:
-        return "not a number", f"is of type {value.dtype}"
+        return Problem("not a number", entry.theirs, f"is of type {value.dtype}")
     # `V` is how NumPy sees bfloat16 and its kin, which convert to float32 exactly.
     wide = value.astype(np.float64) if value.dtype.kind != "i" else value
     if not np.all(np.isfinite(wide)):
-        return "not finite", f"holds {np.count_nonzero(~np.isfinite(wide))} NaN or infinite values"
+        num_bad = np.count_nonzero(~np.isfinite(wide))
+        return Problem("not finite", entry.theirs, f"holds {num_bad} NaN or infinite values")
     if not np.array_equal(wide, wide.astype(dtype)):
-        return "not exact", f"has values of type {value.dtype} that {dtype} cannot hold: round them first"
+        detail = f"has values of type {value.dtype} that {dtype} cannot hold: round them first"
+        return Problem("not exact", entry.theirs, detail)
     return None
+
+
+def summary(problems: Sequence[Problem]) -> list[str]:
+    """A few lines: each problem of a kind that is rare, and of a frequent kind the number in each layer."""
+    lines = []
+    for kind in dict.fromkeys(problem.kind for problem in problems):
+        alike = [problem for problem in problems if problem.kind == kind]
+        if len(alike) <= _LISTED:
+            lines += [f"{kind}: {problem.name} {problem.detail}" for problem in alike]
+            continue
+        layers = Counter(_layer(problem.name) for problem in alike).most_common()
+        counts = ", ".join(f"{layer} {count}" for layer, count in layers[:_LAYERS])
+        more = f", {len(layers) - _LAYERS} more layers" if len(layers) > _LAYERS else ""
+        lines.append(f"{kind}: {len(alike)} ({counts}{more}), such as {alike[0].name} {alike[0].detail}")
+    return lines
+
+
+def _layer(name: str) -> str:
+    """`stages` of `stages.0.1.conv1.weight`, `nf_block` of `NFNet/~/nf_block_3/~/conv0/w`."""
+    module = name.split("/~/")[1].split("/")[0] if "/~/" in name else name.split(".")[0]
+    return re.sub(r"_\d+$", "", module)
 
 
 def write_entries(entries: Sequence[Entry], arrays: Arrays) -> Arrays:

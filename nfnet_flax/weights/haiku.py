@@ -34,7 +34,7 @@ def from_haiku(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, sk
         `*.mean`, `*.variance` and `*.count` for a ResNet without its state.
 
     Raises:
-      ConfigError: lists every entry that is missing, unexpected or misshaped; or the network has no published form.
+      ConfigError: entries are missing, unexpected or misshaped; or the network has no published form.
     """
     update(model, dict(haiku_arrays(model, params, skip=skip)))
 

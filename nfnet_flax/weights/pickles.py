@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.paths import local_path
+from nfnet_flax.weights.files import recognize
 from nfnet_flax.weights.haiku import Tree
 
 
@@ -70,8 +72,9 @@ def load_haiku_file(path: str | Path) -> Tree:
     def refuse(reason: str) -> ConfigError:
         return ConfigError(f"weights file {str(path)!r} is refused: {reason}")
 
+    file_path = local_path("weights file", path)
     try:
-        with Path(path).open("rb") as file:
+        with file_path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
                 raise refuse("it is a real .npz archive, not a pickle as the published files are")
             file.seek(0)
@@ -81,7 +84,9 @@ def load_haiku_file(path: str | Path) -> Tree:
     except ConfigError as error:
         raise error if str(error).startswith("weights file") else refuse(str(error)) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise refuse(f"it is damaged or not a pickle ({type(error).__name__}: {error})") from error
+        reason = f"it is damaged or not a pickle ({type(error).__name__}: {error})"
+        kind = recognize(file_path)
+        raise refuse(reason if kind is None or "pickle" in kind else f"it {kind}") from error
     if not isinstance(tree, dict) or not tree or not all(_is_module(leaves) for leaves in tree.values()):
         raise refuse("it holds something else than {module: {name: array}}")
     return {

@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-from nfnet_flax.config import ConfigError, differences, from_json, to_json
-from nfnet_flax.models import Classifier, ModelConfig
+from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
+from nfnet_flax.models import Classifier, EfficientNetConfig, ModelConfig
 from nfnet_flax.models.params import update
-from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of
+from nfnet_flax.paths import local_path
+from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, skipped
+from nfnet_flax.weights.files import read_safetensors, write_safetensors
 
 _FORMAT = "nfnet_flax weights 1"
 # These change how a network is trained, or how it is computed, but not which function its parameters stand for.
@@ -21,7 +19,26 @@ _FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype", "train_image_si
 ParameterKind = Literal["raw", "ema", "unknown"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What was done to the images that a network was evaluated on; fields as in `DataConfig`."""
+
+    image_size: int
+    """Height and width, in pixels."""
+    crop_margin: int
+    """Pixels that are cut off on each side after the resize."""
+    resampler: str
+    """How images were resized."""
+    mean: tuple[float, float, float]
+    """Subtracted from the grey levels (0 to 255) of each channel."""
+    std: tuple[float, float, float]
+    """Divides the grey levels of each channel."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
     """What a weight file says about itself."""
 
@@ -33,21 +50,48 @@ class WeightsInfo:
     """Where the weights come from."""
     parameters: ParameterKind
     """As trained, their moving average, or not known."""
+    class_names: tuple[str, ...] | None = None
+    """Of the first outputs of the head, in order; None: not known."""
+    preprocessing: Preprocessing | None = None
+    """Of the images; None: not known."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.num_classes >= 1, "num_classes", self.num_classes, "must be at least 1")
+        if self.class_names is not None:
+            names, num_names = set(self.class_names), len(self.class_names)
+            remedy = f"must not be more than num_classes = {self.num_classes}, and all different"
+            require(len(names) == num_names <= self.num_classes, "class_names", self.class_names, remedy)
 
 
-def save_weights(path: str | Path, model: Classifier, *, source: str, parameters: ParameterKind) -> None:
-    """Writes a network's arrays; see `write_weights`."""
-    info = WeightsInfo(model=model.config, num_classes=model.num_classes, source=source, parameters=parameters)
-    write_weights(path, info, arrays_of(model))
+def save_weights(
+    path: str | os.PathLike[str],
+    model: Classifier,
+    *,
+    source: str,
+    parameters: ParameterKind,
+    class_names: tuple[str, ...] | None = None,
+    preprocessing: Preprocessing | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a network's arrays; see `write_weights` and `WeightsInfo`."""
+    info = WeightsInfo(
+        model=model.config,
+        num_classes=model.num_classes,
+        source=source,
+        parameters=parameters,
+        class_names=class_names,
+        preprocessing=preprocessing,
+    )
+    write_weights(path, info, arrays_of(model), overwrite=overwrite)
 
 
-def write_weights(path: str | Path, info: WeightsInfo, arrays: Arrays) -> None:
+def write_weights(path: str | os.PathLike[str], info: WeightsInfo, arrays: Arrays, *, overwrite: bool = False) -> None:
     """Writes arrays under our names; the file appears under its name only when it is complete.
 
     Raises:
-      ConfigError: the file cannot be written.
+      ConfigError: the file cannot be written, or exists and is not to be replaced (`overwrite`).
     """
-    path = Path(path)
     metadata = {
         "format": _FORMAT,
         "model": json.dumps(to_json(info.model)),
@@ -55,50 +99,51 @@ def write_weights(path: str | Path, info: WeightsInfo, arrays: Arrays) -> None:
         "source": info.source,
         "parameters": info.parameters,
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors writes the memory as it lies: a transposed view would be stored wrongly, without an error.
-        save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"weights file {str(path)!r} cannot be written: {error}") from error
+    if info.class_names is not None:
+        metadata["class_names"] = json.dumps(info.class_names)
+    if info.preprocessing is not None:
+        metadata["preprocessing"] = json.dumps(to_json(info.preprocessing))
+    write_safetensors(local_path("weights file", path), arrays, metadata, overwrite=overwrite)
 
 
-def read_weights(path: str | Path) -> tuple[WeightsInfo, Arrays]:
+def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, Arrays]:
     """Reads what `save_weights` wrote.
 
     Raises:
       ConfigError: the file cannot be read, is damaged, or was written by something else.
     """
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(local_path("weights file", path))
+    named = f"weights file {str(path)!r}"
     if metadata.get("format") != _FORMAT:
-        raise ConfigError(
-            f"weights file {str(path)!r} was not written by nfnet_flax: convert it with `nfnet convert timm`"
-        )
-    info = WeightsInfo(
+        raise ConfigError(f"{named} was not written by nfnet_flax: convert it with `nfnet convert timm`")
+    try:
+        info = _info(metadata)
+    except KeyError as error:
+        raise ConfigError(f"{named}: its metadata lack {error}: take the file from where it was written") from error
+    except (ValueError, TypeError, RecursionError) as error:  # of JSON, numbers and our own checks
+        raise ConfigError(f"{named}: its metadata are wrong: {error}") from error
+    # A network is built from the metadata before its arrays are looked at.
+    if not isinstance(info.model, EfficientNetConfig) and sum(info.model.depths) > len(tensors):
+        num_blocks = sum(info.model.depths)
+        raise ConfigError(f"{named}: its metadata tell of {num_blocks} blocks, but it holds {len(tensors)} arrays")
+    return info, tensors
+
+
+def _info(metadata: dict[str, str]) -> WeightsInfo:
+    names, preprocessing = (metadata.get(name) for name in ("class_names", "preprocessing"))
+    return WeightsInfo(
         model=from_json(ModelConfig, json.loads(metadata["model"]), "model"),
         num_classes=int(metadata["num_classes"]),
         source=metadata["source"],
         parameters=metadata["parameters"],  # type: ignore[arg-type]
+        class_names=None if names is None else tuple(json.loads(names)),
+        preprocessing=None
+        if preprocessing is None
+        else from_json(Preprocessing, json.loads(preprocessing), "preprocessing"),
     )
-    return info, tensors
 
 
-def read_safetensors(path: str | Path) -> tuple[Arrays, dict[str, str]]:
-    """Tensors and metadata of any `.safetensors` file.
-
-    Raises:
-      ConfigError: the file cannot be read or is damaged.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"weights file {str(path)!r} cannot be read: {error}") from error
-
-
-def stored_arrays(path: str | Path, model: Classifier, *, skip: Sequence[str] = ()) -> Arrays:
+def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequence[str] = ()) -> Arrays:
     """Arrays of a weight file for a network, which may be abstract (`nnx.eval_shape`); checked, not loaded.
 
     Args:
@@ -107,23 +152,51 @@ def stored_arrays(path: str | Path, model: Classifier, *, skip: Sequence[str] = 
       skip: shell-style patterns of names that are left out, such as `head.*` for a head of another size.
 
     Raises:
-      ConfigError: the file cannot be read, is of another network, or does not fit; lists all differences.
+      ConfigError: the file cannot be read, is of another network, or does not fit.
     """
     info, tensors = read_weights(path)
+    return fitting_arrays(f"weights file {str(path)!r}", info, tensors, model, skip)
+
+
+def fitting_arrays(
+    source: str, info: WeightsInfo, arrays: Arrays, model: Classifier, skip: Sequence[str] = ()
+) -> Arrays:
+    """Arrays under our names, checked against a network, which may be abstract (`nnx.eval_shape`).
+
+    Args:
+      source: where they come from, for the message of an error.
+      info: what they are.
+      arrays: by our names.
+      model: the network that they are for.
+      skip: shell-style patterns of names that are left out.
+
+    Raises:
+      ConfigError: they are of another network, or do not fit.
+    """
     lines = [
         line
         for line in differences(to_json(info.model), to_json(model.config))
         if line.split(":")[0] not in _FREE_FIELDS
     ]
+    if type(info.model) is not type(model.config):
+        lines = [f"family: {type(info.model).__name__} -> {type(model.config).__name__}"]
     if lines:
         raise ConfigError(
-            f"weights file {str(path)!r} is of another network (file -> asked for):\n"
-            + "\n".join(f"  {line}" for line in lines)
+            f"{source} is of another network (stored -> asked for):\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "ask for the stored one, or take the network from the file: nfnet_flax.load_model(file)"
         )
     entries = [Entry(name, name, shape) for name, (shape, _) in shapes_of(model).items()]
-    return read_entries(f"weights file {str(path)!r}", model, entries, tensors, skip)
+    names = [entry.ours for entry in entries]
+    head = {name for name in names if name.startswith("head.")}
+    if info.num_classes != model.num_classes and not head <= skipped(names, skip):
+        raise ConfigError(
+            f"{source} has a head of {info.num_classes} classes, not {model.num_classes}: ask for "
+            f"num_classes = {info.num_classes}, or leave the stored head out by the pattern 'head.*'"
+        )
+    return read_entries(source, model, entries, arrays, skip)
 
 
-def load_weights(model: Classifier, path: str | Path, *, skip: Sequence[str] = ()) -> None:
+def load_weights(model: Classifier, path: str | os.PathLike[str], *, skip: Sequence[str] = ()) -> None:
     """Replaces a network's arrays by those of a weight file, in place; see `stored_arrays`."""
     update(model, dict(stored_arrays(path, model, skip=skip)))

@@ -11,6 +11,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, NFNetConfig
 from nfnet_flax.models.params import update
 from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, write_entries
+from nfnet_flax.weights.state_dicts import unwrapped
 
 _BLOCK = {
     "conv0": "conv1",
@@ -33,18 +34,19 @@ def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[s
 
     Args:
       model: an NFNet.
-      tensors: timm's state dict as NumPy arrays, such as `safetensors.numpy.load_file` gives.
+      tensors: timm's state dict as NumPy arrays, such as `safetensors.numpy.load_file` gives. Prefixes that wrappers
+        put before all names are taken off (`state_dicts.unwrapped`).
       skip: shell-style patterns of our names that keep what they have, such as `head.*` for a head of another size.
 
     Raises:
-      ConfigError: lists every entry that is missing, unexpected or misshaped; or the network is not an NFNet.
+      ConfigError: entries are missing, unexpected or misshaped; or the network is not an NFNet.
     """
     update(model, dict(timm_arrays(model, tensors, skip=skip)))
 
 
 def timm_arrays(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> Arrays:
     """What `from_timm` would put into a network, which may be abstract (`nnx.eval_shape`)."""
-    return read_entries("the timm state dict", model, timm_entries(model), tensors, skip)
+    return read_entries("the timm state dict", model, timm_entries(model), unwrapped(tensors), skip)
 
 
 def to_timm(model: Classifier) -> Arrays:
