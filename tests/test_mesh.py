@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.parallel.mesh import LayoutProblem, layout_problems, make_mesh, num_turns
+from nfnet_flax.parallel.mesh import LayoutProblem, count_turns, layout_problems, make_mesh
 from tests.test_processes import free_port
 
 FITS = {"batch_sizes": {"data.batch_size": 64}, "image_sizes": {"data.image_size": 32}}
@@ -45,7 +45,7 @@ def test_every_problem_is_named_with_its_value() -> None:
 
 def test_one_device_takes_any_number_of_parts_and_no_division() -> None:
     mesh = make_mesh(jax.devices()[:1])
-    assert [num_turns(parts, mesh) for parts in (None, 1, 12)] == [1, 1, 12]
+    assert [count_turns(parts, mesh) for parts in (None, 1, 12)] == [1, 1, 12]
     with pytest.raises(ConfigError, match=r"execution\.fsdp = 2: must divide the 1 devices of this run"):
         make_mesh(jax.devices()[:1], fsdp=2)
 

@@ -56,7 +56,8 @@ class ExecutionConfig:
     num_microbatches: int | None = 8
     """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
     device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
-    None, where `reproducible` is off: one for each device."""
+    None, where `reproducible` is off: one for each device; not with BatchNorm or SAM, which compute over parts, so that
+    another number of devices would be another training."""
     reproducible: bool = True
     """Add the parts in a fixed order: the same number of microbatches then gives the same bits on any number of
     devices. Off: sums in whatever order is fastest; equal to rounding, not to the bit."""

@@ -176,7 +176,7 @@ def check_image_size(field: str, image_size: int, mesh: Mesh) -> None:
     _refuse(layout_problems(**_layout_of(mesh), image_sizes={field: image_size}))
 
 
-def num_turns(num_microbatches: int | None, mesh: Mesh) -> int:
+def count_turns(num_microbatches: int | None, mesh: Mesh) -> int:
     """Parts of a batch that each shard of the mesh computes, one after the other.
 
     Args:

@@ -31,6 +31,17 @@ def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0]
 
 
+def added(left: Arrays, right: Arrays) -> Arrays:
+    """Sums of what two parts of a batch give. Whole numbers are no share of a sum: they are the same in all parts, and
+    are taken as they are."""
+    return {name: left[name] + value if is_summed(value) else value for name, value in right.items()}
+
+
+def is_summed(value: jax.Array) -> bool:
+    """Whether an array is added over parts and devices: floats are."""
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
 def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, Any], Any], held: Any) -> Any:
     """A loop whose number of turns the compiler cannot know, as it depends on a number that is never negative.
 
@@ -63,7 +74,7 @@ def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negati
     """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
 
     Args:
-      turn: of float arrays.
+      turn: of the arrays of one part; see `added`.
       num_turns: a power of two.
       not_negative: any number that is never negative; see `_loop`.
 
@@ -79,7 +90,7 @@ def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negati
         # As in counting: what stands in the lower levels is added to what is carried on.
         def carry(held: list[Arrays], total: Arrays) -> list[Arrays]:
             for lower in held[:level]:
-                total = {name: lower[name] + total[name] for name in total}
+                total = added(lower, total)
             return [*held[:level], total, *held[level + 1 :]]
 
         return carry
@@ -113,15 +124,18 @@ def sum_over_devices(
     more than 16 devices a sixteenth more. Arrays that are not sharded and small travel together.
 
     Args:
-      values: float32, of this device's part of the batch.
+      values: float32, of this device's part of the batch; or whole numbers, which are the same on all devices and are
+        returned as they are.
       sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets all.
       mesh_shape: number of devices along each mesh axis, powers of two; neighbours lie along `fsdp`.
       reproducible: keep the order of the tree; otherwise the library's sum.
     """
+    whole = {name: value for name, value in values.items() if not is_summed(value)}
+    values = {name: value for name, value in values.items() if name not in whole}
     if not reproducible:
-        return {name: _psum(value, sharded_axes[name], mesh_shape) for name, value in values.items()}
+        return whole | {name: _psum(value, sharded_axes[name], mesh_shape) for name, value in values.items()}
     small = [name for name, value in values.items() if sharded_axes[name] is None and value.nbytes < _BUCKET_BYTES]
-    result = {
+    result = whole | {
         name: _tree_psum(value, sharded_axes[name], mesh_shape) for name, value in values.items() if name not in small
     }
     if small and math.prod(mesh_shape.values()) > 1:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nfnet_flax.models import NFNetConfig, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
-from nfnet_flax.parallel.mesh import BATCH_AXES, num_batch_shards, replicated, to_global
+from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, replicated, to_global
 from nfnet_flax.parallel.reduce import Arrays, stack_of_turns, tied
 from nfnet_flax.training.gradient import Batch, cross_entropy, normalise
 from nfnet_flax.training.state import Structure, TrainState
@@ -32,8 +32,7 @@ def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...],
     config, execution = structure.config, structure.execution
     form = config.standardization if isinstance(config, NFNetConfig) else "published"
     platform = mesh.devices.flat[0].platform
-    num_shards = num_batch_shards(mesh)
-    num_turns = (execution.num_microbatches or num_shards) // num_shards
+    num_turns = count_turns(execution.num_microbatches, mesh)
     num_candidates = min(5, structure.num_classes)
 
     def part(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:

@@ -13,11 +13,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from nfnet_flax.config import require
 from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
-from nfnet_flax.parallel.mesh import BATCH_AXES, batch_shape, num_batch_shards, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import Arrays, gathered, sum_of_turns, sum_over_devices, tied, used_in_turn
+from nfnet_flax.parallel.mesh import (
+    BATCH_AXES,
+    batch_shape,
+    count_turns,
+    num_batch_shards,
+    partition_spec,
+    sharded_axis,
+)
+from nfnet_flax.parallel.reduce import (
+    Arrays,
+    added,
+    gathered,
+    is_summed,
+    sum_of_turns,
+    sum_over_devices,
+    tied,
+    used_in_turn,
+)
 from nfnet_flax.training.state import Structure
 
 Batch = dict[str, Any]
@@ -73,11 +90,16 @@ def make_gradient(
     Returns:
       A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the step's number
       and the batch. It gives the gradient, the moved statistics and metrics.
+
+    Raises:
+      ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
+        decides what is computed.
     """
     config, execution = structure.config, structure.execution
     platform = mesh.devices.flat[0].platform
-    num_parts = execution.num_microbatches or num_batch_shards(mesh)
-    num_turns = num_parts // num_batch_shards(mesh)
+    _require_parts(structure, fraction)
+    num_turns = count_turns(execution.num_microbatches, mesh)
+    num_parts = num_turns * num_batch_shards(mesh)
     # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
@@ -93,9 +115,9 @@ def make_gradient(
 
     def part(batch_stats: BatchStats, weights: Params, keys: jax.Array, batch: Batch) -> Arrays:
         gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
-        # Whole numbers (BatchNorm's counts) are the same in all parts, and their shares are exact.
-        statistics = {name: value / num_parts for name, value in moved.items()}
-        return {name: value.astype(jnp.float32) for name, value in (gradient | statistics | metrics).items()}
+        shares = {name: value / num_parts if is_summed(value) else value for name, value in moved.items()}
+        found = gradient | shares | metrics
+        return {name: value.astype(jnp.float32) if is_summed(value) else value for name, value in found.items()}
 
     def local_gradient(
         prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
@@ -132,6 +154,18 @@ def make_gradient(
         out_specs=(of_params, PartitionSpec(), PartitionSpec()),
         check_vma=False,
     )
+
+
+def _require_parts(structure: Structure, fraction: float) -> None:
+    """What is computed must not change with the number of devices."""
+    by_part = []
+    if structure.batch_stat_members:
+        by_part.append("BatchNorm normalises each part of the batch by itself")
+    if fraction < 1.0:
+        by_part.append("optim.sam takes the first rows of each part of the batch")
+    parts = structure.execution.num_microbatches
+    remedy = f"give the number of parts, as {' and '.join(by_part)}"
+    require(parts is not None or not by_part, "execution.num_microbatches", parts, remedy)
 
 
 def _dense_kernels(structure: Structure) -> tuple[str, ...]:
@@ -184,6 +218,6 @@ def over_parts(
 
     def add(total: Arrays, rows: Any) -> tuple[Arrays, None]:
         found = one_part(weights, *rows)
-        return {name: total[name] + found[name] for name in total}, None
+        return added(total, found), None
 
     return lax.scan(add, zeros, parts)[0]

@@ -46,6 +46,10 @@ def make_train_step(
 
     Returns:
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
+
+    Raises:
+      ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
+        decides what is computed: with BatchNorm, and with SAM on a fraction of each part.
     """
     config = structure.config
     form = config.standardization if isinstance(config, NFNetConfig) else "published"
