@@ -10,6 +10,7 @@ from nfnet_flax.config import ConfigError, check_types, differences, from_json, 
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
+from nfnet_flax.models.keys import check_seed
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 
@@ -62,7 +63,7 @@ class Recipe:
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random; below 2**32."""
     platform: Platform = "any"
     """Kind of device that the run is for; on any other it does not start."""
     num_epochs: float = 1.0
@@ -88,7 +89,7 @@ class Recipe:
             self.init_from_skip,
             "give init_from, or leave this empty",
         )
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        check_seed("seed", self.seed)
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         require(
             self.num_steps is None or self.num_steps >= 1, "num_steps", self.num_steps, "must be at least 1 or None"

@@ -27,6 +27,7 @@ from nfnet_flax.models import (
     model_config,
 )
 from nfnet_flax.models.flops import forward_flops
+from nfnet_flax.models.keys import initial_key, key_of_step
 from nfnet_flax.models.params import merge, split
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
@@ -251,6 +252,9 @@ def test_keys_are_needed_only_where_something_is_drawn() -> None:
         jax.eval_shape(lambda: model(images))
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     assert jax.eval_shape(lambda: model(images, keys)).shape == (2, 3)
+    for wrong in (keys[:1], keys[0], jax.random.key_data(keys)[0]):
+        with pytest.raises(ConfigError, match="give 2 keys, one for each image"):
+            jax.eval_shape(lambda wrong=wrong: model(images, wrong))
     model.eval()
     assert jax.eval_shape(lambda: model(images)).shape == (2, 3)
 
@@ -269,6 +273,36 @@ def test_what_is_drawn_belongs_to_the_example() -> None:
     assert set(np.unique(np.asarray(dropped))) == {0.0, 1.0}
     assert np.mean(np.asarray(dropped)) == pytest.approx(0.75, abs=0.02)
     assert np.array_equal(dropped[:, 0], dropped[:, 1])
+
+
+def test_keys_of_examples_are_made_of_one_key_and_a_list_of_rows() -> None:
+    key = jax.random.key(0)
+    for rows in (1, jnp.zeros((2, 2), jnp.int32), jnp.ones(3)):
+        with pytest.raises(ConfigError, match=r"rows = .*such as jnp\.arange\(N\)"):
+            example_keys(key, rows)
+    for wrong in (0, jax.random.split(key)):
+        with pytest.raises(ConfigError, match=r"step_key = .*such as jax\.random\.key\(0\)"):
+            example_keys(wrong, jnp.arange(2))  # type: ignore[arg-type]
+    old = example_keys(jax.random.PRNGKey(0), np.arange(2))
+    assert np.array_equal(jax.random.key_data(example_keys(key, jnp.arange(2))), old)
+
+
+def test_no_parameter_is_drawn_from_the_key_of_an_example() -> None:
+    # A network draws parameter n from the n-th key of its generator (`layers.InitRngs`).
+    of_parameters = layers.InitRngs(nnx.Rngs(params=initial_key(7)))
+    drawn = {jax.random.key_data(of_parameters.params()).tobytes() for _ in range(500)}
+    for step in (0, 1, 2**31 - 1):
+        of_rows = example_keys(key_of_step(7, step), jnp.arange(500))
+        assert not drawn & {np.asarray(key).tobytes() for key in jax.random.key_data(of_rows)}
+
+
+def test_a_seed_that_a_key_cannot_hold_is_refused() -> None:
+    keys = [jax.random.key_data(initial_key(seed)).tobytes() for seed in (0, 1, 2**31, 2**32 - 1)]
+    assert len(set(keys)) == len(keys)
+    for seed in (-1, 2**32, 2**63, 10**30):
+        for make in (initial_key, lambda seed: key_of_step(seed, 0)):
+            with pytest.raises(ConfigError, match=rf"seed = {seed}: must lie in \[0, 2\*\*32\)"):
+                make(seed)
 
 
 def test_unknown_names_are_refused() -> None:

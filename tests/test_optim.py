@@ -12,6 +12,7 @@ import pytest
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import merge
 from nfnet_flax.optim import (
+    ExponentialDecayConfig,
     OptimConfig,
     ParamGroup,
     SAMConfig,
@@ -19,6 +20,7 @@ from nfnet_flax.optim import (
     assign,
     learning_rate_schedule,
     make_optimizer,
+    make_schedule,
 )
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
@@ -166,6 +168,21 @@ def test_published_trajectory() -> None:
     np.testing.assert_allclose(norms, want["grad_norm"], rtol=1e-5)
     assert float(optax.tree.norm(params)) == pytest.approx(want["final_param_norm"], rel=1e-6)
     assert float(optax.tree.norm(ema)) == pytest.approx(want["final_ema_norm"], rel=1e-6)
+
+
+def test_the_warm_up_does_not_depend_on_the_length_of_the_run() -> None:
+    for decay in (None, ExponentialDecayConfig(factor=0.9, every_epochs=1.0)):
+        config = OptimConfig(warmup_epochs=2.0, exponential_decay=decay)
+        schedules = [make_schedule(config, batch_size=64, steps_per_epoch=10.0, num_steps=n) for n in (5, 20, 1000)]
+        rates = np.asarray([[schedule(step) for step in range(20)] for schedule in schedules])
+        assert np.array_equal(rates[0], rates[1])
+        assert np.array_equal(rates[0], rates[2])
+        np.testing.assert_allclose(rates[0], 0.1 * 64 / 256 * np.arange(20) / 20, rtol=1e-6)
+
+
+def test_a_rate_that_only_a_cosine_ends_at_is_refused_without_one() -> None:
+    with pytest.raises(ConfigError, match=r"final_learning_rate = 0\.01: only a cosine ends there"):
+        OptimConfig(exponential_decay=ExponentialDecayConfig(), final_learning_rate=0.01)
 
 
 def test_sam_takes_the_gradient_uphill() -> None:

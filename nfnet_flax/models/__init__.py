@@ -2,7 +2,7 @@
 
 from nfnet_flax.models.classifier import Classifier, ExecutionConfig
 from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
-from nfnet_flax.models.layers import example_keys
+from nfnet_flax.models.keys import example_keys
 from nfnet_flax.models.nf_regnet import NFRegNet, NFRegNetConfig
 from nfnet_flax.models.nf_resnet import NFResNet, NFResNetConfig
 from nfnet_flax.models.nfnet import NFNet, NFNetConfig

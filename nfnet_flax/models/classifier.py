@@ -10,6 +10,7 @@ from flax import nnx
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
+from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
 from nfnet_flax.models.params import MIN_STACKED_BLOCKS
 from nfnet_flax.models.stages import run_stage
@@ -153,7 +154,11 @@ class Classifier(nnx.Module):
 
         Returns:
           (N, num_features) float32 (float64 under float64 compute).
+
+        Raises:
+          ConfigError: there are more or fewer keys than images.
         """
+        check_example_keys(keys, len(images))
         x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
         for stage, plans in zip(self.stages, self.plans, strict=True):
             if self.is_compact:
@@ -176,6 +181,7 @@ class Classifier(nnx.Module):
 
         Raises:
           ValueError: keys are needed and missing.
+          ConfigError: there are more or fewer keys than images.
         """
         pooled = self.features(images, keys)
         if self.drop_rate > 0 and not self.deterministic:
@@ -194,7 +200,11 @@ class Classifier(nnx.Module):
           float32 arrays over depth: `avg_sq_mean` and `avg_var` (num_blocks + 1,), the squared mean and the variance of
           each channel averaged over the channels, after the stem and after each block; `res_avg_var` (num_blocks,), the
           same variance of each block's residual branch, before stochastic depth and skip gain.
+
+        Raises:
+          ConfigError: there are more or fewer keys than images.
         """
+        check_example_keys(keys, len(images))
         x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
         outputs, branches = [x], []
         for stage, plans in zip(self.stages, self.plans, strict=True):

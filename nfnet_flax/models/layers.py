@@ -249,19 +249,6 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
 
 
-def example_keys(step_key: jax.Array, rows: jax.Array) -> jax.Array:
-    """One key per example from its row in the *global* batch, so that the cut of the batch over devices is immaterial.
-
-    Args:
-      step_key: scalar PRNG key of the step.
-      rows: (N,) integer positions in the global batch.
-
-    Returns:
-      (N,) PRNG keys.
-    """
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
-
-
 def layer_keys(keys: jax.Array | None, layer: jax.typing.ArrayLike) -> jax.Array:
     """The examples' keys for one layer.
 

@@ -55,9 +55,9 @@ class OptimConfig:
     learning_rate_per_256: float = 0.1
     """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
     warmup_epochs: float = 5.0
-    """Length of the linear warm-up from 0."""
+    """Length of the linear warm-up from 0, whatever the length of the run."""
     final_learning_rate: float = 0.0
-    """Where the cosine ends, whatever the batch size."""
+    """Where the cosine ends, whatever the batch size; without meaning, and so 0, with `exponential_decay`."""
     exponential_decay: ExponentialDecayConfig | None = None
     """In place of the cosine; None: cosine."""
     momentum: float = 0.9
@@ -93,6 +93,12 @@ class OptimConfig:
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
         if self.clipping is not None:
             require(self.clipping > 0, "optim.clipping", self.clipping, "must be positive; None turns AGC off")
+        require(
+            self.exponential_decay is None or self.final_learning_rate == 0,
+            "optim.final_learning_rate",
+            self.final_learning_rate,
+            "only a cosine ends there: give 0, or optim.exponential_decay = None",
+        )
         for group in self.clipping_groups:
             require(group.value in (0, 1), "optim.clipping_groups", group, "use 1 (clip) or 0 (exempt)")
 
@@ -121,9 +127,12 @@ def exponential_schedule(peak: float, *, warmup_steps: int, steps_per_fall: floa
 
 
 def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: float, num_steps: int) -> optax.Schedule:
-    """The learning rate of a run, as a function of the step counted from 0."""
+    """The learning rate of a run, as a function of the step counted from 0.
+
+    The warm-up does not depend on `num_steps`: a run that ends within it ends below the peak.
+    """
     peak = config.learning_rate_per_256 * batch_size / 256
-    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), num_steps)
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if config.exponential_decay is not None:
         decay = config.exponential_decay
         steps_per_fall = decay.every_epochs * steps_per_epoch

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import require
 from nfnet_flax.models import convolution, example_keys
+from nfnet_flax.models.keys import key_of_step
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
 from nfnet_flax.parallel.mesh import (
@@ -125,7 +126,7 @@ def make_gradient(
         axes = {name: sharded_axis(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
         num_rows = batch["label"].shape[0]
         rows = lax.axis_index(BATCH_AXES) * num_rows + jnp.arange(num_rows)
-        keys = example_keys(jax.random.fold_in(jax.random.key(seed), step), rows)
+        keys = example_keys(key_of_step(seed, step), rows)
         if num_turns == 1:
             # Else a TPU brings the bytes themselves into the layout that the loop asks for, which is slow.
             images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])

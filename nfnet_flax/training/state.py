@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
+from nfnet_flax.models.keys import initial_key
 from nfnet_flax.models.params import BatchStats, GraphDef, Members, Params, compact, mark_prepared, members, split
 from nfnet_flax.parallel.mesh import partition_spec
 
@@ -81,7 +82,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
 
 
 def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation) -> TrainState:
-    rngs = nnx.Rngs(params=jax.random.key(seed))
+    rngs = nnx.Rngs(params=initial_key(seed))
     _, *arrays = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
     params, batch_stats = map(compact, arrays)
     return TrainState(
