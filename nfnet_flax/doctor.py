@@ -193,7 +193,7 @@ def _num_shards(recipe: "Recipe") -> int:
     if not isinstance(source, ArrayRecordSource):
         return 0
     with contextlib.suppress(ConfigError):  # for `check_data` to say
-        return len(find_shards([*source.train, *source.eval]))
+        return len(find_shards(source.train, "source.train")) + len(find_shards(source.eval, "source.eval"))
     return 0
 
 
@@ -207,6 +207,7 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
         try:
             sources[split] = open_split(recipe.data, split)
             findings.append(seen(f"{split}: {_first_example(sources[split])}"))
+            findings += [seen(line) for line in sources[split].unused]
         except ConfigError as error:  # its message says what to do
             return [*findings, Finding(text=str(error), is_wrong=True)]
     num_classes = max(len(source.class_names) for source in sources.values())

@@ -176,10 +176,11 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line per differing field that decides an update.
 
-    Where the images lie, how many threads prepare the input, over how many devices parameters and images are divided,
-    which platform is asked for, and whether TensorBoard's files are written, is free to change.
+    Where the images lie, what is done about a corrupt one, how many threads prepare the input, over how many devices
+    parameters and images are divided, which platform is asked for, and whether TensorBoard's files are written, is free
+    to change.
     """
     execution = dataclasses.replace(old.execution, fsdp=new.execution.fsdp, spatial=new.execution.spatial)
-    data = old.data.with_execution_of(new.data).with_places_of(new.data)
+    data = old.data.with_resumable_of(new.data)
     old = dataclasses.replace(old, data=data, execution=execution, platform=new.platform, tensorboard=new.tensorboard)
     return differences(to_json(old), to_json(new))

@@ -7,9 +7,12 @@ round as others do.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+
+from tests.image_sets import make_sets
 
 os.environ.setdefault("NPROC", "8")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -23,3 +26,9 @@ def same_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as `folder`, `array_record` and `tfds`. A test that changes them takes `image_sets.copied`."""
+    return make_sets(tmp_path_factory.mktemp("sets"))

@@ -1,6 +1,7 @@
 """Small sets of real image files in the layouts that the sources read."""
 
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import savemat  # type: ignore[import-untyped]
+
+from nfnet_flax.data.source_config import (
+    ArrayRecordSource,
+    DigitsSource,
+    FolderSource,
+    SourceConfig,
+    SyntheticSource,
+    TfdsSource,
+)
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -157,3 +167,31 @@ def make_tfds(folder: Path, data_dir: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def make_sets(root: Path) -> Path:
+    """The same images as `folder`, `array_record` and `tfds`; see the fixture `sets`."""
+    make_folder(root / "folder")
+    prepare(root / "array_record", f"--folder={root / 'folder'}", "--num-processes=1")
+    make_tfds(root / "folder", root / "tfds")
+    return root
+
+
+def config_of(kind: str, sets: Path) -> SourceConfig:
+    """The source of one of the sets that `make_sets` made, or of one that is at hand."""
+    configs: dict[str, SourceConfig] = {
+        "folder": FolderSource(root=str(sets / "folder")),
+        "array_record": ArrayRecordSource(
+            train=(str(sets / "array_record" / "train-*"),), eval=(str(sets / "array_record" / "eval-*"),)
+        ),
+        "tfds": TfdsSource(name="tiny_set", data_dir=str(sets / "tfds")),
+        "digits": DigitsSource(),
+        "synthetic": SyntheticSource(num_train_examples=5000, num_eval_examples=7, num_classes=3),
+    }
+    return configs[kind]
+
+
+def copied(kind: str, sets: Path, to: Path) -> Path:
+    """A copy of a set that a test may damage."""
+    shutil.copytree(sets / kind, to / kind)
+    return to / kind

@@ -129,7 +129,10 @@ def test_a_truncated_file_is_corrupt(make: str, share: float) -> None:
     ("file", "reason"),
     [
         (b"", "the file is empty (0 bytes)"),
-        (b"<html>404 not found</html>", "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP): 26 bytes"),
+        (
+            b"<html>404 not found</html>",
+            "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM, AVIF): 26 bytes",
+        ),
         (jpeg()[:2], "not an image"),
         (jpeg()[:100], "damaged header of an image of 100 bytes"),
         (jpeg()[:-2], "damaged JPEG of"),

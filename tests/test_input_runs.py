@@ -57,9 +57,9 @@ def test_a_corrupt_image_ends_the_run_with_its_name(
     message = fails(capsys, *options(root, tmp_path))
     assert f"nfnet: error: {root}/train/class_" in message
     assert "(example " in message
-    none = fails(capsys, *options(root, tmp_path), "--data.on-corrupt", "skip")
-    assert "belongs to another recipe" in none
-    assert "data.on_corrupt: 'raise' -> 'skip'" in none
+    assert "--data.on-corrupt skip" in message
+    none = fails(capsys, *options(root, tmp_path), "--data.on-corrupt", "skip")  # in the same folder
+    assert "none of the 40 training images can be decoded" in none
 
 
 def test_a_run_counts_the_corrupt_images_that_it_replaced(root: Path, tmp_path: Path) -> None:

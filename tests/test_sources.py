@@ -20,7 +20,6 @@ from nfnet_flax.config import ConfigError, from_json, to_json
 from nfnet_flax.data.random_access import Split
 from nfnet_flax.data.source_config import (
     ArrayRecordSource,
-    DigitsSource,
     FolderSource,
     SourceConfig,
     SyntheticSource,
@@ -28,40 +27,11 @@ from nfnet_flax.data.source_config import (
 )
 from nfnet_flax.data.sources import CorruptRecordError, Source, open_source, split_off
 from tests import runs
-from tests.image_sets import CLASSES, WITHOUT_TENSORFLOW, image_file, make_folder, make_tfds, prepare
+from tests.image_sets import CLASSES, WITHOUT_TENSORFLOW, config_of, copied, image_file, make_folder
 
 SIZE = 16
 SPLITS: tuple[Split, ...] = ("train", "eval")
 KINDS = ("folder", "array_record", "tfds", "digits", "synthetic")
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images as `folder`, `array_record` and `tfds`."""
-    root = tmp_path_factory.mktemp("sets")
-    make_folder(root / "folder")
-    prepare(root / "array_record", f"--folder={root / 'folder'}", "--num-processes=1")
-    make_tfds(root / "folder", root / "tfds")
-    return root
-
-
-def config_of(kind: str, sets: Path) -> SourceConfig:
-    configs: dict[str, SourceConfig] = {
-        "folder": FolderSource(root=str(sets / "folder")),
-        "array_record": ArrayRecordSource(
-            train=(str(sets / "array_record" / "train-*"),), eval=(str(sets / "array_record" / "eval-*"),)
-        ),
-        "tfds": TfdsSource(name="tiny_set", data_dir=str(sets / "tfds")),
-        "digits": DigitsSource(),
-        "synthetic": SyntheticSource(num_train_examples=5000, num_eval_examples=7, num_classes=3),
-    }
-    return configs[kind]
-
-
-def copied(kind: str, sets: Path, to: Path) -> Path:
-    """A copy of a set that a test may damage."""
-    shutil.copytree(sets / kind, to / kind)
-    return to / kind
 
 
 def records(source: Source) -> list[tuple[bytes, int]]:

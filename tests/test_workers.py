@@ -40,6 +40,7 @@ class Probe:
     label: str = "pid"
 
     class_names = ("one",)
+    unused = ()
 
     def __len__(self) -> int:
         return 12

@@ -27,17 +27,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from nfnet_flax.config import ConfigError, require, to_json
 from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_path, read_manifest, shard_name
 from nfnet_flax.data.listing import Listing, list_folder, list_tars
+from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
 from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED
+from nfnet_flax.paths import local_path
 
-EXIT_DONE = 0
-EXIT_BAD_INPUT = 2
 IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_CLASSES = 1000
 MAX_PROBLEMS_SHOWN = 20
@@ -79,6 +81,19 @@ class Options:
         for name, value in (("train", self.train_shards), ("eval", self.eval_shards)):
             require(1 <= value <= 99_999, f"--{name}-shards", value, "must lie in [1, 99999]")
         require(self.num_processes >= 1, "--num-processes", self.num_processes, "must be at least 1")
+
+    def with_resolved_paths(self) -> "Options":
+        """The same with absolute paths, without `~` and links.
+
+        Raises:
+          ConfigError: one of them is a URL, or no path at all.
+        """
+        resolved: dict[str, Any] = {
+            name: local_path(f"--{name.replace('_', '-')}", value)
+            for name, value in vars(self).items()
+            if isinstance(value, Path)
+        }
+        return dataclasses.replace(self, **resolved)
 
     def num_shards(self, split: str) -> int:
         """Files of a split."""
@@ -232,7 +247,9 @@ def run(options: Options) -> None:
 
     Raises:
       ConfigError: the input or the output is not what it should be.
+      InputFailed: the input cannot be read.
     """
+    options = options.with_resolved_paths()
     listings: dict[str, Listing] = {}
     if options.folder is not None:
         listings = list_folder(options.folder)
@@ -240,6 +257,8 @@ def run(options: Options) -> None:
         print(f"looking through {options.train_tar} ...", flush=True)
         listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
     for split, listing in listings.items():
+        for line in listing.unused:
+            print(f"prepare_imagenet: {line}", file=sys.stderr, flush=True)
         if options.expect_imagenet:
             check_counts(split, listing.class_names, len(listing))
     with _workers(options.num_processes) as pool:
@@ -254,15 +273,17 @@ def run(options: Options) -> None:
         )
     if problems:
         shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
-        raise ConfigError(
-            f"{len(problems)} problems:\n  {shown}\nDelete these shards and run the command that prepared them again"
-        )
+        more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+        raise ConfigError(f"{len(problems)} problems:\n  {shown}{more}")
 
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
     try:
         run(tyro.cli(Options, description=__doc__))
+    except InputFailed as error:
+        print(f"prepare_imagenet: the input failed: {error}", file=sys.stderr)
+        return EXIT_INPUT_FAILED
     except (ConfigError, OSError) as error:
         print(f"prepare_imagenet: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -1,7 +1,9 @@
 """Sets of images in ArrayRecord files: the format that `tools/prepare_imagenet.py` writes, and its source.
 
 A set is a folder with, per split, shards `train-00000-of-00256.array_record` ... and a manifest `train.json`, which is
-written last and holds the class list and each shard's length, size and BLAKE2b. A record is one example, little-endian:
+written last and holds the class list and each shard's length, size and BLAKE2b, of all of it and of its two ends. The
+latter ties a shard to its manifest at every start, where reading all of it would take too long. A record is one
+example, little-endian:
 
     4 bytes   CRC-32 of all that follows
     4 bytes   label, int32
@@ -12,28 +14,27 @@ written last and holds the class list and each shard's length, size and BLAKE2b.
 Records lie in groups of one, for random access, and uncompressed: encoded images do not shrink.
 """
 
-import bisect
 import dataclasses
 import fnmatch
 import glob
-import itertools
+import hashlib
 import json
 import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from array_record.python import array_record_data_source as ars  # type: ignore[import-untyped]
-
 from nfnet_flax.config import ConfigError, check_types, from_json
-from nfnet_flax.data.random_access import CorruptRecordError, Record, check_index, digest
+from nfnet_flax.data.random_access import CorruptRecordError
+from nfnet_flax.paths import local_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no `Shard.ends_blake2b`; such sets are still read."""
+_ENDS_BYTES = 1 << 16
 _HOW_TO_GET_IT = "python tools/prepare_imagenet.py --help says how to make such a set"
 _CRC = struct.Struct("<I")
 _LABEL_AND_NAME_LENGTH = struct.Struct("<iH")
@@ -79,6 +80,17 @@ def decode_record(record: bytes, *, check: bool) -> Example:
     return Example(label, record[_HEADER_BYTES:start].decode(errors="surrogateescape"), record[start:])
 
 
+def contradiction(example: Example, class_names: Sequence[str]) -> str | None:
+    """What is wrong where a record's label and the class in its name do not agree; None where they do."""
+    label = example.label
+    wanted = repr(class_names[label]) if 0 <= label < len(class_names) else f"none of {len(class_names)} classes"
+    if wanted == repr(example.name.partition("/")[0]):
+        return None
+    return (
+        f"it is {example.name!r}, but its label is {label}, by the manifest {wanted}: the file belongs to another set"
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file of a set."""
@@ -91,6 +103,8 @@ class Shard:
     """Its size."""
     blake2b: str
     """Hexadecimal BLAKE2b (64 bytes) of the file."""
+    ends_blake2b: str | None
+    """`ends_digest` of the file; None: the set was prepared before it was recorded."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -143,45 +157,56 @@ def read_manifest(folder: Path, split: str) -> Manifest:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is damaged ({error}): copy it again") from error
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{str(path)!r} is no manifest of format version {FORMAT_VERSION}: {_HOW_TO_GET_IT}")
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version == 1:
+        for shard in data["shards"]:
+            shard["ends_blake2b"] = None
+    elif version != FORMAT_VERSION:
+        raise ConfigError(f"{str(path)!r} is no manifest of format version 1 to {FORMAT_VERSION}: {_HOW_TO_GET_IT}")
     manifest: Manifest = from_json(Manifest, data, path.name)
     return manifest
 
 
-def open_records(files: Mapping[str, int]) -> ars.ArrayRecordDataSource:
-    """Random access to the records of files, of which the lengths are given so that none need be opened yet.
+def ends_digest(path: Path) -> str:
+    """Hexadecimal BLAKE2b of the first and the last 64 KiB of a file: its first images, and where every record lies."""
+    with open(path, "rb") as file:
+        ends = file.read(_ENDS_BYTES)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _ENDS_BYTES))
+        return hashlib.blake2b(ends + file.read(_ENDS_BYTES)).hexdigest()
 
-    A file is opened at its first read, in whichever process that is, and again after unpickling.
-    """
-    paths = [f"{path}[0:{num_records}]" for path, num_records in files.items()]
-    return ars.ArrayRecordDataSource(paths, reader_options={"max_parallelism": "0"})
+
+def split_of(path: Path) -> str:
+    """`train` or `eval`, from the name of a shard."""
+    return path.name.split("-")[0]
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
+def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
     """The files that patterns name, sorted.
+
+    Args:
+      patterns: files, or shell-style patterns.
+      field: where they were given, for messages.
 
     Raises:
       ConfigError: a pattern finds nothing, finds a file that is no shard, or misses shards that its manifest lists.
     """
     found: set[Path] = set()
     for pattern in patterns:
-        pattern = os.path.expanduser(pattern)
-        paths = [Path(path) for path in glob.glob(pattern)] or ([Path(pattern)] if os.path.isfile(pattern) else [])
+        paths = _matches(pattern, field)
         if not paths:
-            raise ConfigError(f"no file matches {pattern!r}: check the path; {_HOW_TO_GET_IT}")
+            raise ConfigError(f"{field} = {pattern!r}: no file matches: check the path; {_HOW_TO_GET_IT}")
         for path in paths:
             if not _SHARD_NAME.fullmatch(path.name):
                 raise ConfigError(
-                    f"{str(path)!r} (of {pattern!r}) is not named like a shard, {shard_name('train', 0, 256)}: "
-                    f"name the shards alone; {_HOW_TO_GET_IT}"
+                    f"{field} = {pattern!r}: {str(path)!r} is not named like a shard, {shard_name('train', 0, 256)}: "
+                    f"name the shards alone, such as 'FOLDER/train-*.array_record'; {_HOW_TO_GET_IT}"
                 )
-        for folder, split in sorted({(path.parent, path.name.split("-")[0]) for path in paths}):
+        for folder, split in sorted({(path.parent, split_of(path)) for path in paths}):
             wanted = {shard.file for shard in read_manifest(folder, split).shards}
             missing = sorted({*fnmatch.filter(wanted, Path(pattern).name)} - {path.name for path in paths})
             if missing:
                 raise ConfigError(
-                    f"{pattern!r}: {len(missing)} of the {len(wanted)} shards listed in "
+                    f"{field} = {pattern!r}: {len(missing)} of the {len(wanted)} shards listed in "
                     f"{str(manifest_path(folder, split))!r} are missing, such as {missing[0]}: copy them, or prepare "
                     "the set again"
                 )
@@ -189,63 +214,9 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-class ArrayRecords:
-    """A split, or some shards of one, prepared by `tools/prepare_imagenet.py`; images stay encoded."""
-
-    def __init__(self, patterns: Sequence[str]) -> None:
-        """Looks at the manifest and at the sizes of the files; opens none of them.
-
-        Args:
-          patterns: files, or shell-style patterns.
-
-        Raises:
-          ConfigError: as `find_shards` and `read_manifest`, or files differ from their manifest or in their classes.
-        """
-        paths = find_shards(patterns)
-        manifests = {
-            key: read_manifest(*key) for key in sorted({(path.parent, path.name.split("-")[0]) for path in paths})
-        }
-        self.class_names = next(iter(manifests.values())).class_names
-        for (folder, split), manifest in manifests.items():
-            if manifest.class_names != self.class_names:
-                where = str(manifest_path(folder, split))
-                raise ConfigError(f"{where!r} has other classes than the other files of {patterns!r}: use one set")
-        shards = [_shard_of(path, manifests[path.parent, path.name.split("-")[0]]) for path in paths]
-        self._paths = [str(path) for path in paths]
-        self._ends = list(itertools.accumulate(shard.num_records for shard in shards))
-        self._fingerprint = digest("array_record", *self.class_names, *(shard.blake2b for shard in shards))
-        lengths = [shard.num_records for shard in shards]
-        self._records = open_records(dict(zip(self._paths, lengths, strict=True)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        index = check_index(index, len(self))
-        try:
-            example = decode_record(self._records[index], check=False)
-        except (RuntimeError, CorruptRecordError) as error:
-            raise CorruptRecordError(f"{self.describe(index)} is damaged: {error}") from error
-        return {"image": example.image, "label": np.int32(example.label)}
-
-    def fingerprint(self) -> str:
-        """Of the classes and of the contents of every shard, as recorded when they were written."""
-        return self._fingerprint
-
-    def describe(self, index: int) -> str:
-        index = check_index(index, len(self))
-        shard = bisect.bisect_right(self._ends, index)
-        return f"{self._paths[shard]} record {index - (self._ends[shard - 1] if shard else 0)}"
-
-
-def _shard_of(path: Path, manifest: Manifest) -> Shard:
-    """The manifest's entry of a file, once the file is seen to have the size that is written there."""
-    shard = next((shard for shard in manifest.shards if shard.file == path.name), None)
-    if shard is None:
-        raise ConfigError(f"{str(path)!r} is not listed in the manifest beside it: it belongs to another set")
-    if (size := path.stat().st_size) != shard.num_bytes:
-        raise ConfigError(
-            f"{str(path)!r} has {size} bytes, not the {shard.num_bytes} that were written: copy it again, or delete "
-            "it and run tools/prepare_imagenet.py again"
-        )
-    return shard
+def _matches(pattern: str, field: str) -> list[Path]:
+    """The files that match. What is there under the very name that the pattern has is meant, such as `data [v2]`."""
+    place, *names = local_path(field, pattern).parts
+    while names and os.path.lexists(os.path.join(place, names[0])):
+        place = os.path.join(place, names.pop(0))
+    return [Path(path) for path in glob.glob(os.path.join(glob.escape(place), *names))]

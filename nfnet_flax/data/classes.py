@@ -63,6 +63,10 @@ class _Relabelled:
     table: tuple[int, ...]
     """New label of each old one."""
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return self.source.unused
+
     def __len__(self) -> int:
         return len(self.source)
 

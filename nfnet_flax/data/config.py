@@ -6,10 +6,13 @@ from typing import Literal
 from nfnet_flax.config import check_types, require
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
-from nfnet_flax.data.source_config import DigitsSource, SourceConfig, with_places_of
+from nfnet_flax.data.source_config import DigitsSource, SourceConfig, SyntheticSource, with_places_of
 
 EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_timeout_s")
 """Fields of `DataConfig` that decide how batches are made and change no byte of them."""
+RESUMABLE_FIELDS = (*EXECUTION_FIELDS, "on_corrupt")
+"""Fields that may change at a resume. What is done about an image that cannot be decoded has decided no batch of a run
+that such an image ended: with "skip", it goes on from where it was."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class DataConfig:
     """Examples of one update, over all processes and devices."""
     eval_batch_size: int = 120
     """Examples of one evaluation batch, over all processes and devices."""
-    augment: AffineAugment | CropAugment = dataclasses.field(default_factory=AffineAugment)
-    """What is done to each training image by itself."""
+    augment: AffineAugment | CropAugment | None = None
+    """What is done to each training image by itself; None: what suits the source, `CropAugment()` for photos and
+    `AffineAugment()` for digits and noise, which have the network's size."""
     randaugment: RandAugmentConfig | None = None
     """RandAugment; None: none."""
     mixing: MixingConfig | None = None
@@ -74,6 +78,12 @@ class DataConfig:
         require(self.stall_timeout_s >= 1, "data.stall_timeout_s", self.stall_timeout_s, "must be at least 1")
         self._check_fit()
 
+    def chosen_augment(self) -> AffineAugment | CropAugment:
+        """`augment`, or what suits the source where that is None."""
+        if self.augment is not None:
+            return self.augment
+        return AffineAugment() if isinstance(self.source, DigitsSource | SyntheticSource) else CropAugment()
+
     def _check_fit(self) -> None:
         """Checks fields against one another."""
         if self.mixing is not None:
@@ -85,9 +95,16 @@ class DataConfig:
         require(self.prefetch_batches >= count, "data.prefetch_batches", self.prefetch_batches, remedy)
 
     def with_execution_of(self, other: "DataConfig") -> "DataConfig":
-        """These settings with the `EXECUTION_FIELDS` of `other`, which may change at a resume."""
+        """These settings with the `EXECUTION_FIELDS` of `other`."""
         return dataclasses.replace(self, **{name: getattr(other, name) for name in EXECUTION_FIELDS})
 
     def with_places_of(self, other: "DataConfig") -> "DataConfig":
-        """These settings with the images where `other` has them (`PLACE_FIELDS`), which may change at a resume."""
+        """These settings with the images where `other` has them (`PLACE_FIELDS`)."""
         return dataclasses.replace(self, source=with_places_of(self.source, other.source))
+
+    def with_resumable_of(self, other: "DataConfig") -> "DataConfig":
+        """These settings with what may change at a resume taken from `other`: `RESUMABLE_FIELDS`, and where the images
+        lie (`PLACE_FIELDS`)."""
+        return dataclasses.replace(
+            self.with_places_of(other), **{name: getattr(other, name) for name in RESUMABLE_FIELDS}
+        )

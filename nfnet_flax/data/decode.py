@@ -1,10 +1,12 @@
-"""Encoded images to pixels: what a file is, is decided by its bytes and never by its name.
+"""Encoded images to pixels, and which files are images: the one reader of training, evaluation, checks and preparation.
 
-Plain JPEGs are decoded by libjpeg-turbo through simplejpeg, which gives the GIL up meanwhile; all else (CMYK and YCCK
-JPEGs, PNG, GIF, BMP, WebP) by Pillow. Both use the accurate inverse DCT and the smooth ("fancy") chroma upsampling and
-agree to the last bit. The fast ones were measured on 500x375 JPEGs of quality 90 and left out: the fast DCT saves 3% of
-the decoding and is off by 1.0 grey level on average, the fast upsampling saves 6% and is off by 0.33. What pays is
-decoding at a half, a quarter or an eighth (`decode_crop`), for images much larger than the network's input.
+What a file is, is decided by its bytes and never by its name; names only decide which files of a folder are taken
+(`is_image_name`). Plain JPEGs are decoded by libjpeg-turbo through simplejpeg, which gives the GIL up meanwhile; all
+else (CMYK and YCCK JPEGs, PNG, TIFF, ...) by Pillow. Both use the accurate inverse DCT and the smooth ("fancy") chroma
+upsampling and agree to the last bit. The fast ones were measured on 500x375 JPEGs of quality 90 and left out: the fast
+DCT saves 3% of the decoding and is off by 1.0 grey level on average, the fast upsampling saves 6% and is off by 0.33.
+What pays is decoding at a half, a quarter or an eighth (`decode_crop`), for images much larger than the network's
+input.
 
 EXIF orientation is ignored, as in the published pipeline.
 """
@@ -17,25 +19,45 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, features
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data import jpeg_header
 
 _JPEG_START = b"\xff\xd8\xff"
-_PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,  # Pillow's own for a broken PNG
     ValueError,
     EOFError,
     IndexError,
+    RuntimeError,  # its reader of AVIF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-# Warnings of libjpeg that do not touch the pixels: bytes between the last pixel and the end marker, and a header field
-# that decoders ignore. Files with them stand in real sets, and other pipelines read them without a word.
-_HARMLESS = ("extraneous bytes before marker 0xd9", "Invalid SOS parameters")
+_SUFFIXES_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),  # MPO: several JPEGs in a file; the first is taken
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""File formats that are decoded, by Pillow's names for them, with the endings of their files' names."""
+if "avif" in features.modules and features.check_module("avif"):  # Pillow can be built without it
+    _SUFFIXES_OF["AVIF"] = (".avif",)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES_OF.values() for suffix in suffixes)
+"""Endings of the names of image files, in small letters."""
+# Warnings of libjpeg after which the pixels are whole: bytes between the last pixel of a scan and the next marker, and
+# a header field that decoders ignore. Files with them stand in real sets, and other pipelines read them without a word.
+_HARMLESS = (
+    "extraneous bytes before marker 0xd9",
+    "extraneous bytes before marker 0xda",
+    "extraneous bytes before marker 0xc4",
+    "Invalid SOS parameters",
+)
 _MAX_PIXELS = 89_478_485
 """As Pillow's limit: more is a damaged header or an attack, and would ask for gigabytes."""
 
@@ -51,6 +73,11 @@ class Crop(NamedTuple):
     left: int
     height: int
     width: int
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image, going by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def encoded_size(encoded: bytes) -> tuple[int, int]:
@@ -69,7 +96,8 @@ def encoded_size(encoded: bytes) -> tuple[int, int]:
 def decode(encoded: bytes) -> np.ndarray:
     """The pixels of an encoded image.
 
-    Gray becomes RGB, alpha is dropped, the first frame of an animation is taken, and of 16 bits the upper 8 are kept.
+    Gray becomes RGB, alpha is dropped, the first frame or page is taken, and of 16 bits the upper 8 are kept. Otherwise
+    the pixels are those that Pillow gives.
 
     Returns:
       (H, W, 3) uint8, RGB.
@@ -137,6 +165,10 @@ def _decode_plain_jpeg(encoded: bytes, size: tuple[int, int], reduction: int) ->
             encoded, "RGB", min_height=height, min_width=width, min_factor=reduction, strict=True
         )
     except ValueError as error:
+        # It stops at the first warning. One about an odd header must not hide that pixels are missing further on.
+        tidy = jpeg_header.without_oddities(encoded)
+        if tidy != encoded:
+            return _decode_plain_jpeg(tidy, size, reduction)
         if any(text in str(error) for text in _HARMLESS):
             return None
         raise CorruptImageError(f"damaged JPEG of {len(encoded)} bytes: {error}") from error
@@ -147,11 +179,11 @@ def _open(encoded: bytes) -> Image.Image:
     if not encoded:
         raise CorruptImageError("the file is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=tuple(_SUFFIXES_OF))
     except Image.UnidentifiedImageError as error:
         start = bytes(encoded[:12])
         raise CorruptImageError(
-            f"not an image of a known format ({', '.join(_PILLOW_FORMATS)}): {len(encoded)} bytes that begin {start!r}"
+            f"not an image of a known format ({', '.join(_SUFFIXES_OF)}): {len(encoded)} bytes that begin {start!r}"
         ) from error
     except _PILLOW_ERRORS as error:
         raise CorruptImageError(f"damaged header of an image of {len(encoded)} bytes: {error}") from error
@@ -165,13 +197,14 @@ def _decode_with_pillow(encoded: bytes) -> np.ndarray:
             image.load()
         except _PILLOW_ERRORS as error:
             raise CorruptImageError(f"damaged {image.format} of {len(encoded)} bytes: {error}") from error
-        if image.mode.startswith("I;16"):
+        has_16_bits = image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
+        if has_16_bits:
             upper = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
             return np.repeat(upper[..., None], 3, axis=2)
         if image.mode in ("I", "F"):
             raise CorruptImageError(f"{image.format} with 32-bit pixels (mode {image.mode}): its range is not known")
-        if image.mode == "CMYK" and "adobe" not in image.info:  # Pillow takes all inks to be inverted, as Adobe's are
-            return np.array(ImageChops.invert(image).convert("RGB"))
+        if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+            return np.array(ImageChops.invert(image).convert("RGB"))  # Pillow takes all inks to be inverted, as Adobe's
         if image.mode == "P" and "transparency" in image.info:
             return np.array(image.convert("RGBA").convert("RGB"))
         return np.array(image.convert("RGB"))

@@ -47,11 +47,11 @@ def _train_example(index: int, rng: np.random.Generator, config: DataConfig, sou
 
 
 def _augmented(image: bytes | np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
-    size = config.image_size
-    if isinstance(config.augment, CropAugment):
-        return transforms.random_crop(image, rng, image_size=size, config=config.augment)
+    size, augment = config.image_size, config.chosen_augment()
+    if isinstance(augment, CropAugment):
+        return transforms.random_crop(image, rng, image_size=size, config=augment)
     whole = transforms.eval_crop(image, image_size=size, margin=0, resampler=config.eval_resampler)
-    return transforms.random_affine(whole, rng, config.augment)
+    return transforms.random_affine(whole, rng, augment)
 
 
 def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
@@ -91,7 +91,8 @@ def naming(source: Source, index: int) -> Iterator[None]:
     try:
         yield
     except (CorruptImageError, CorruptRecordError) as error:
-        raise CorruptImageError(f"{source.describe(index)} (example {index}): {error}") from error
+        remedy = "repair or remove it, or give --data.on-corrupt skip to go on without such images"
+        raise CorruptImageError(f"{source.describe(index)} (example {index}): {error}: {remedy}") from error
     except Exception as error:
         error.add_note(f"in {source.describe(index)} (example {index})")
         raise

@@ -1,70 +1,185 @@
 """Image files in one folder per class."""
 
+import errno
 import os
+import stat
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name
 from nfnet_flax.data.random_access import Record, check_index, digest, fixed_order
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 _LAYOUT = "expected are image files in one folder per class, such as train/n01440764/n01440764_18.JPEG"
 # Listing a folder is waiting for the disk or the network.
 _NUM_SCAN_THREADS = 16
+
+# Why something that lies in a split is not used.
+_HIDDEN = "hidden files or folders"
+_BESIDE = "files beside the class folders"
+_OTHER_NAME = f"files whose names end in none of {' '.join(IMAGE_SUFFIXES)}"
+_NESTED = "files in sub-folders of a class folder (only what lies directly in it is read)"
+_DANGLING = "links to files that are not there"
+_SPECIAL = "things that are neither files nor folders"
+
+_Unused = dict[str, tuple[int, str]]
+"""By reason: how many, and one of them."""
+
+
+class Scan(NamedTuple):
+    """What was found in the folder of a split."""
+
+    class_names: tuple[str, ...]
+    """Sorted."""
+    file_names: np.ndarray
+    """(N,) bytes, without folder, in `fixed_order`."""
+    labels: np.ndarray
+    """(N,) int32."""
+    sizes: np.ndarray
+    """(N,) int64, in bytes."""
+    unused: tuple[str, ...]
+    """A sentence for each reason for which something is not used."""
 
 
 def class_folders(split_folder: Path) -> tuple[str, ...]:
     """Sorted names of the class folders of a split; hidden ones are skipped.
 
     Raises:
-      ConfigError: there is no such folder, or no class in it.
+      ConfigError: there is no such folder, no class in it, or a class folder that cannot be entered.
     """
+    return _list_split(split_folder)[0]
+
+
+def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Unused]:
+    names, unused = [], []
     try:
         with os.scandir(split_folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+            for entry in entries:
+                if entry.name.startswith("."):
+                    unused.append((_HIDDEN, entry.path))
+                elif _is_folder(entry):
+                    names.append(entry.name)
+                else:
+                    unused.append((_BESIDE, entry.path))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"image folder {str(split_folder)!r} does not exist: {_LAYOUT}") from error
+        raise ConfigError(
+            f"image folder {str(split_folder)!r} does not exist: {_LAYOUT}; without held-out images, "
+            "--data.num-held-out 1000 holds out so many of the training images"
+        ) from error
+    except PermissionError as error:
+        raise _not_allowed(error, split_folder) from error
     if not names:
         raise ConfigError(f"image folder {str(split_folder)!r} has no class folder: {_LAYOUT}")
-    return tuple(names)
+    return tuple(sorted(names)), _counted(unused)
 
 
-def scan(split_folder: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Finds the images of a split without opening them; hidden files and those with other suffixes are skipped.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a split is a class folder; a link that leads nowhere might be one, and is an error."""
+    info = _follow(entry)
+    if info is None:
+        raise ConfigError(
+            f"{entry.path!r} is a link to {os.readlink(entry.path)!r}, which is not there (is the disk mounted?): "
+            "repair or remove the link; without it, the class would be missing"
+        )
+    return stat.S_ISDIR(info.st_mode)
+
+
+def _follow(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What an entry is, behind all links; None for a link that leads nowhere."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
+
+
+def _not_allowed(error: PermissionError, folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{str(error.filename or folder)!r} cannot be looked into ({error.strerror}): give yourself the permission to "
+        "read it and to enter its folder"
+    )
+
+
+def _counted(unused: Iterable[tuple[str, str]]) -> _Unused:
+    """Of pairs of reason and path."""
+    counts: _Unused = {}
+    for reason, path in unused:
+        count, example = counts.get(reason, (0, path))
+        counts[reason] = (count + 1, example)
+    return counts
+
+
+def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Unused]:
+    """Name and size of each image of a class folder, and what else is in it.
+
+    Raises:
+      ConfigError: the folder may not be read, or has no image in it.
+    """
+    images, unused = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                info = None if entry.name.startswith(".") else _follow(entry)
+                if entry.name.startswith("."):
+                    unused.append((_HIDDEN, entry.path))
+                elif info is None:
+                    unused.append((_DANGLING, entry.path))
+                elif stat.S_ISDIR(info.st_mode):
+                    inside = [os.path.join(root, name) for root, _, names in os.walk(entry.path) for name in names]
+                    unused += [(_NESTED, path) for path in inside]
+                elif not stat.S_ISREG(info.st_mode):
+                    unused.append((_SPECIAL, entry.path))
+                elif not is_image_name(entry.name):
+                    unused.append((_OTHER_NAME, entry.path))
+                else:
+                    images.append((os.fsencode(entry.name), info.st_size))
+    except PermissionError as error:
+        raise _not_allowed(error, folder) from error
+    counts = _counted(unused)
+    if not images:
+        found = "".join(f"; it has {_sentence(*item)}" for item in counts.items())
+        raise ConfigError(
+            f"class folder {str(folder)!r} has no image in it{found}: add some ({' '.join(IMAGE_SUFFIXES)}), or remove "
+            "the folder"
+        )
+    return images, counts
+
+
+def _sentence(reason: str, found: tuple[int, str]) -> str:
+    count, example = found
+    return f"{count} {reason}, such as {example!r}"
+
+
+def scan(split_folder: Path) -> Scan:
+    """Finds the images of a split without opening them: files directly in a class folder that are named like images.
 
     Args:
       split_folder: has one folder per class.
 
-    Returns:
-      Class names; file names, (N,) bytes without folder, and labels, (N,) int32, in the order of `fixed_order`.
-
     Raises:
-      ConfigError: the folder is missing, or a class folder has no images in it.
+      ConfigError: the folder is missing, or a class folder cannot be entered or has no images in it.
+      OSError: the disk or the network failed.
     """
-    class_names = class_folders(split_folder)
-
-    def images_of(name: str) -> list[bytes]:
-        with os.scandir(split_folder / name) as entries:
-            found = [
-                os.fsencode(entry.name)
-                for entry in entries
-                if entry.name[0] != "." and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
-            ]
-        if not found:
-            raise ConfigError(
-                f"class folder {str(split_folder / name)!r} has no image in it ({', '.join(IMAGE_SUFFIXES)}): "
-                "add some, or remove the folder"
-            )
-        return found
-
+    class_names, unused = _list_split(split_folder)
     with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
-        files = list(threads.map(images_of, class_names))
-    file_names = np.array([name for names in files for name in names], dtype=bytes)
-    labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        listed = list(threads.map(lambda name: _list_class(split_folder / name), class_names))
+    for _, more in listed:
+        for reason, (count, example) in more.items():
+            known, first = unused.get(reason, (0, example))
+            unused[reason] = (known + count, first)
+    file_names = np.array([name for images, _ in listed for name, _ in images], dtype=bytes)
+    sizes = np.array([size for images, _ in listed for _, size in images], np.int64)
+    labels = np.repeat(np.arange(len(listed), dtype=np.int32), [len(images) for images, _ in listed])
     order = fixed_order(class_names, file_names, labels)
-    return class_names, file_names[order], labels[order]
+    said = tuple(f"{split_folder}: not used are {_sentence(*item)}" for item in sorted(unused.items()))
+    return Scan(class_names, file_names[order], labels[order], sizes[order], said)
 
 
 class ImageFolder:
@@ -77,11 +192,16 @@ class ImageFolder:
           split_folder: has one folder per class.
 
         Raises:
-          ConfigError: as `scan`.
+          ConfigError, OSError: as `scan`.
         """
         self._split_folder = str(split_folder)
+        found = scan(split_folder)
         # One fixed-width array: a list of 1.28 million strings would take three times the memory in every worker.
-        self.class_names, self._file_names, self._labels = scan(split_folder)
+        self.class_names, self._file_names, self._labels = found.class_names, found.file_names, found.labels
+        self.unused = found.unused
+        names = found.file_names
+        described = (str(names.dtype), names.tobytes(), found.sizes.tobytes(), found.labels.tobytes())
+        self._fingerprint = digest("folder", *found.class_names, *described)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -91,9 +211,8 @@ class ImageFolder:
             return {"image": file.read(), "label": self._labels[index]}
 
     def fingerprint(self) -> str:
-        """Of the classes, the file names and their order; sizes would need a look at every file."""
-        names = self._file_names
-        return digest("folder", *self.class_names, str(names.dtype), names.tobytes(), self._labels.tobytes())
+        """Of the classes, and of the files' names, sizes and order."""
+        return self._fingerprint
 
     def describe(self, index: int) -> str:
         index = check_index(index, len(self))

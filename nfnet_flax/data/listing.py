@@ -35,8 +35,10 @@ class Listing:
     """(N,) int32."""
     offsets: np.ndarray | None
     """(N,) int64: first byte within the tar; None for a folder."""
-    sizes: np.ndarray | None
-    """(N,) int64: in bytes; None for a folder."""
+    sizes: np.ndarray
+    """(N,) int64: in bytes."""
+    unused: tuple[str, ...] = ()
+    """A sentence for each reason for which something in the container is not used."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,17 +51,20 @@ class Listing:
         """One example, with the image's file byte for byte.
 
         Raises:
-          ConfigError: the tar ends before the image does.
+          ConfigError: the image has not the size that was listed: the tar is cut off, or the file is being changed.
+          OSError: it cannot be read.
         """
         name = self.name(index)
-        if self.offsets is None or self.sizes is None:
-            image = (self.container / name).read_bytes()
-        else:
-            with open(self.container, "rb") as file:
+        path = self.container if self.offsets is not None else self.container / name
+        with open(path, "rb") as file:
+            if self.offsets is None:
+                image = file.read()
+            else:
                 file.seek(self.offsets[index])
                 image = file.read(self.sizes[index])
-            if len(image) != self.sizes[index]:
-                raise ConfigError(f"{str(self.container)!r} ends within {name}: download it again")
+        if len(image) != self.sizes[index]:
+            remedy = "it was changed meanwhile" if self.offsets is None else "the tar is cut off: download it again"
+            raise ConfigError(f"{name} in {str(path)!r} has {len(image)} bytes, not {self.sizes[index]}: {remedy}")
         return Example(int(self.labels[index]), name, image)
 
     def part(self, start: int, stop: int) -> Self:
@@ -70,30 +75,35 @@ class Listing:
             file_names=self.file_names[kept],
             labels=self.labels[kept],
             offsets=None if self.offsets is None else self.offsets[kept],
-            sizes=None if self.sizes is None else self.sizes[kept],
+            sizes=self.sizes[kept],
         )
 
     def digest(self) -> str:
-        """Of names, labels and order; of sizes, too, where they are known without a look at every file."""
-        names, sizes = self.file_names, self.sizes
-        known = b"" if sizes is None else sizes.tobytes()
-        return digest(*self.class_names, str(names.dtype), names.tobytes(), self.labels.tobytes(), known)
+        """Of names, labels, order and sizes."""
+        names = self.file_names
+        arrays = (names.tobytes(), self.labels.tobytes(), self.sizes.tobytes())
+        return digest(*self.class_names, str(names.dtype), *arrays)
 
 
 def list_folder(root: Path) -> dict[str, Listing]:
     """The listings `train` and `eval` of an image folder, from `root/train` and `root/val`.
 
     Raises:
-      ConfigError: as `image_folder.scan`.
+      ConfigError, OSError: as `image_folder.scan`; or `val` has a class that `train` has not.
     """
     class_names = class_folders(root / "train")
     folders: dict[Split, Path] = {"train": root / "train", "eval": root / "val"}
     listings: dict[str, Listing] = {}
     for split, folder in folders.items():
-        own, file_names, labels = scan(folder)
-        labels = label_table(own, class_names, split)[labels]
+        found = scan(folder)
         listings[split] = Listing(
-            class_names=class_names, container=folder, file_names=file_names, labels=labels, offsets=None, sizes=None
+            class_names=class_names,
+            container=folder,
+            file_names=found.file_names,
+            labels=label_table(found.class_names, class_names, split)[found.labels],
+            offsets=None,
+            sizes=found.sizes,
+            unused=found.unused,
         )
     return listings
 

@@ -6,6 +6,7 @@ computed ahead of the step.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,13 @@ import grain
 import numpy as np
 
 from nfnet_flax.config import require, to_json
-from nfnet_flax.data.config import EXECUTION_FIELDS, DataConfig
+from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
-from nfnet_flax.data.prefetch import Batches, Lane, Rows, ThreadLane
+from nfnet_flax.data.prefetch import Batches, InputFailed, Lane, Rows, ThreadLane
 from nfnet_flax.data.random_access import Source, Split, split_off
 from nfnet_flax.data.source_config import PLACE_FIELDS
-from nfnet_flax.data.sources import open_source
+from nfnet_flax.data.sources import check_apart, open_source
 from nfnet_flax.data.workers import WorkerProcess
 
 INPUT_FORMAT = 2
@@ -39,17 +40,33 @@ def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | No
         training split's own.
 
     Raises:
-      ConfigError: the set is missing, empty or incomplete; it has a class that is not in `class_names`; or nothing is
-        left to train on.
+      ConfigError: the set is missing, empty or incomplete; it has a class that is not in `class_names`; nothing is left
+        to train on; or the training split, when it is opened, shares examples with the held-out split.
+      InputFailed: the disk or the network failed.
     """
+    try:
+        return _open_split(config, split, class_names)
+    except OSError as error:
+        raise InputFailed(f"the {split} split cannot be read: {error}") from error
+
+
+def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | None) -> Source:
     image_size = config.image_size if split == "train" else config.eval_image_size
     if config.num_held_out is None:
+        if split == "train":
+            check_apart(config.source)
         return open_source(config.source, split, image_size, class_names)
     whole = open_source(config.source, "train", image_size, class_names)
     remedy = f"must be below the {len(whole)} training examples"
     require(config.num_held_out < len(whole), "data.num_held_out", config.num_held_out, remedy)
     start, stop = (0, config.num_held_out) if split == "eval" else (config.num_held_out, len(whole))
     return split_off(whole, start, stop)
+
+
+def say_unused(*sources: Source) -> None:
+    """Prints, once and to stderr, what lies in the sets and is not used."""
+    for line in dict.fromkeys(line for source in sources for line in source.unused):
+        print(f"nfnet: {line}", file=sys.stderr, flush=True)
 
 
 def train_batches(
@@ -117,7 +134,8 @@ def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_
 
     Where the images lie is left out: their fingerprints say what they are.
     """
-    settings = {name: value for name, value in to_json(config).items() if name not in EXECUTION_FIELDS}
+    settings = {name: value for name, value in to_json(config).items() if name not in RESUMABLE_FIELDS}
+    settings["augment"] = to_json(config.chosen_augment())
     for name in PLACE_FIELDS.get(type(config.source).__name__, ()):
         del settings["source"][name]
     sources = {

@@ -26,6 +26,12 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Name of each label, in the order of the labels."""
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """A sentence for each reason for which something that lies in the set is not used, with a count and an example.
+
+        Whoever opens a source for a user prints them."""
+
     def __len__(self) -> int:
         """Number of examples."""
 
@@ -36,10 +42,23 @@ class Source(Protocol):
           IndexError: `index` is negative or not below `len(self)`.
           CorruptRecordError: the container says that the example's bytes are damaged. (Whether they are an image is
             for the decoder to say.)
+          ConfigError: the record contradicts the set that it was found in.
+          OSError: the file cannot be opened or read. That is never a reason to pass over an example.
         """
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what the set is: names, sizes, labels and their order. It does not read the images."""
+        """Hexadecimal digest of what the set is, wherever it lies; equal ones stand for the same images.
+
+        It covers the class names, which examples there are, their labels and their order, and of the contents as much
+        as can be had without reading every image:
+
+        - a folder: name and size of every file. One that was replaced by another of the same size goes unnoticed.
+        - ArrayRecord: the BLAKE2b of every shard, as its manifest recorded it; the shards are tied to their manifest
+          when they are opened.
+        - TFDS: name, version and size of the set as TFDS recorded them; name and size of each file, and which of its
+          records are read.
+        - digits and noise: the pixels, or what they are made from.
+        """
 
     def describe(self, index: int) -> str:
         """Names the file, or the shard and record, of an example."""
@@ -99,6 +118,10 @@ class SourceSlice:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.source.class_names
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return self.source.unused
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -1,88 +1,143 @@
 """Writing one file of a prepared set, and checking one. These functions run in worker processes."""
 
+import contextlib
+import dataclasses
 import hashlib
-import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[import-untyped]
-from PIL import Image
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.array_records import WRITER_OPTIONS, Shard, decode_record, encode_record, open_records
+from nfnet_flax.data.array_records import (
+    WRITER_OPTIONS,
+    Example,
+    Shard,
+    contradiction,
+    decode_record,
+    encode_record,
+    ends_digest,
+)
+from nfnet_flax.data.decode import CorruptImageError, decode
 from nfnet_flax.data.listing import Listing
+from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import CorruptRecordError
+from nfnet_flax.data.record_files import open_records, read_record
 
 PARTIAL_SUFFIX = ".partial"
 """Of a file that is being written; it gets its name when it is complete and on the disk."""
+_AGAIN = "run the command that prepared it again"
 
 
 def make_shard(path: Path, listing: Listing) -> Shard:
     """Writes the examples of a listing to a file, or keeps the file that is there; either way reads it back.
 
     Raises:
-      ConfigError: the disk is full, an image cannot be read, or the file that is there holds something else.
+      ConfigError: the disk is full, or the file that is there holds something else.
+      InputFailed: an image, or what was written, cannot be read.
     """
     if path.exists():
         return _read_back(path, listing)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-        for index in range(len(listing)):
-            writer.write(encode_record(listing.read(index)))
-        writer.close()
-    except (OSError, RuntimeError) as error:
+        _write(partial, listing)
+        shard = _read_back(partial, listing)
+    except BaseException:
         partial.unlink(missing_ok=True)  # a full disk must not stay full of halves
-        raise ConfigError(f"{str(path)!r} cannot be written: {error}") from error
-    shard = _read_back(partial, listing)
+        raise
     _sync(partial)
     partial.rename(path)
     _sync(path.parent)
-    return Shard(file=path.name, num_records=shard.num_records, num_bytes=shard.num_bytes, blake2b=shard.blake2b)
+    return dataclasses.replace(shard, file=path.name)
+
+
+def _write(path: Path, listing: Listing) -> None:
+    with _writing(path):
+        writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    for index in range(len(listing)):
+        record = encode_record(_read(listing, index))
+        with _writing(path):
+            writer.write(record)
+    with _writing(path):
+        writer.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the writer's only one
+        raise ConfigError(f"{str(path)!r} cannot be written: {error}: make room, or give another --out") from error
+
+
+def _read(listing: Listing, index: int) -> Example:
+    try:
+        return listing.read(index)
+    except OSError as error:
+        raise InputFailed(f"{listing.name(index)} in {str(listing.container)!r} cannot be read: {error}") from error
 
 
 def _read_back(path: Path, listing: Listing) -> Shard:
     records = open_records({str(path): len(listing)})
     for index in range(len(listing)):
         try:
-            example = decode_record(records[index], check=True)
-        except (RuntimeError, CorruptRecordError) as error:
+            example = decode_record(read_record(records, index, str(path)), check=True)
+        except CorruptRecordError as error:
             raise ConfigError(f"{path} record {index} is damaged ({error}): delete the file, and run again") from error
-        if (example.label, example.name) != (listing.labels[index], listing.name(index)):
-            raise ConfigError(f"{path} record {index} is {example.name}, not {listing.name(index)}: delete the file")
-    return Shard(file=path.name, num_records=len(listing), num_bytes=path.stat().st_size, blake2b=_file_digest(path))
+        except OSError as error:
+            raise InputFailed(f"{path} cannot be read back: {error}") from error
+        found = (example.label, example.name, len(example.image))
+        if found != (listing.labels[index], listing.name(index), listing.sizes[index]):
+            raise ConfigError(
+                f"{path} record {index} is {example.name} of {len(example.image)} bytes, not {listing.name(index)} of "
+                f"{listing.sizes[index]}: delete the file, and run again"
+            )
+    return Shard(
+        file=path.name,
+        num_records=len(listing),
+        num_bytes=path.stat().st_size,
+        blake2b=_file_digest(path),
+        ends_blake2b=ends_digest(path),
+    )
 
 
 def check_shard(path: Path, shard: Shard, class_names: tuple[str, ...]) -> list[str]:
-    """Compares a file with its manifest and decodes every image in it.
+    """Compares a file with its manifest and decodes every image in it, as training does.
 
     Returns:
-      One line per problem; none if all is well.
+      One line per problem, with what to do about it; none if all is well.
     """
     if not path.is_file():
-        return [f"{path} is missing"]
-    problems = []
+        return [f"{path} is missing: copy it, or {_AGAIN}"]
+    try:
+        problems = list(_problems(path, shard, class_names))
+        if not problems and _file_digest(path) != shard.blake2b:
+            problems.append(f"{path} was changed outside its records (its BLAKE2b differs): delete it, and {_AGAIN}")
+    except OSError as error:
+        return [f"{path} cannot be read ({error}): it was not checked"]
+    return problems
+
+
+def _problems(path: Path, shard: Shard, class_names: tuple[str, ...]) -> Iterator[str]:
     if (size := path.stat().st_size) != shard.num_bytes:
-        problems.append(f"{path} has {size} bytes, not {shard.num_bytes}")
+        yield f"{path} has {size} bytes, not {shard.num_bytes}: delete it, and {_AGAIN}"
     records = open_records({str(path): shard.num_records})
     for index in range(shard.num_records):
         try:
-            example = decode_record(records[index], check=True)
-            if not 0 <= example.label < len(class_names):
-                raise CorruptRecordError(f"label {example.label} is none of {len(class_names)} classes")
-            if example.name.split("/")[0] != class_names[example.label]:
-                raise CorruptRecordError(f"{example.name} is labelled {class_names[example.label]}")
-        except (RuntimeError, CorruptRecordError) as error:
-            problems.append(f"{path} record {index} is damaged: {error}")
+            example = decode_record(read_record(records, index, str(path)), check=True)
+        except CorruptRecordError as error:
+            yield f"{path} record {index} is damaged ({error}): delete the file, and {_AGAIN}"
             continue
+        if (wrong := contradiction(example, class_names)) is not None:
+            yield f"{path} record {index}: {wrong}; delete the file, and {_AGAIN}"
         try:
-            with Image.open(io.BytesIO(example.image)) as image:
-                image.load()
-        except Exception as error:  # Pillow's decoders raise whatever they come upon
-            problems.append(f"{path} record {index} ({example.name}) does not decode: {type(error).__name__}: {error}")
-    if not problems and _file_digest(path) != shard.blake2b:
-        problems.append(f"{path} was changed outside its records: its BLAKE2b differs")
-    return problems
+            decode(example.image)
+        except CorruptImageError as error:
+            yield (
+                f"{path} record {index} ({example.name}) does not decode: {error}; replace it in what the set is made "
+                "from, or train with --data.on-corrupt skip"
+            )
 
 
 def _file_digest(path: Path) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.array_records import ArrayRecords
+from nfnet_flax.data import array_record_source, tfds_records
+from nfnet_flax.data.array_record_source import ArrayRecords
 from nfnet_flax.data.classes import with_classes
 from nfnet_flax.data.image_folder import ImageFolder, class_folders
 from nfnet_flax.data.random_access import CorruptRecordError as CorruptRecordError
@@ -26,6 +27,7 @@ from nfnet_flax.data.source_config import (
     TfdsSource,
 )
 from nfnet_flax.data.tfds_records import TfdsRecords
+from nfnet_flax.paths import local_path
 
 _HELD_OUT_EVERY = 5
 
@@ -45,6 +47,7 @@ def open_source(
     Raises:
       ConfigError: the set is missing, empty, incomplete or of another kind, or it has a class that is not in
         `class_names`; the message says how to get it.
+      OSError: the disk or the network failed.
     """
     source = _open(config, split, image_size)
     if class_names is None:
@@ -65,7 +68,7 @@ def _open(config: SourceConfig, split: Split, image_size: int) -> Source:
         case FolderSource():
             return ImageFolder(_folder(config, split))
         case ArrayRecordSource():
-            return ArrayRecords(config.train if split == "train" else config.eval)
+            return ArrayRecords(config, split)
         case TfdsSource():
             return TfdsRecords(config, split)
 
@@ -76,13 +79,29 @@ def _training_classes(config: SourceConfig, eval_source: Source) -> Sequence[str
         case FolderSource():
             return class_folders(_folder(config, "train"))
         case ArrayRecordSource():
-            return ArrayRecords(config.train).class_names
+            return array_record_source.listed_classes(config, "train")
         case _:  # both splits share one list
             return eval_source.class_names
 
 
 def _folder(config: FolderSource, split: Split) -> Path:
-    return Path(config.root).expanduser() / (config.train if split == "train" else config.eval)
+    field, name = ("source.train", config.train) if split == "train" else ("source.eval", config.eval)
+    return local_path(field, local_path("source.root", config.root) / name)
+
+
+def check_apart(config: SourceConfig) -> None:
+    """Raises ConfigError where the held-out split of a set holds examples of its training split."""
+    match config:
+        case FolderSource():
+            if _folder(config, "train") == _folder(config, "eval"):
+                raise ConfigError(
+                    f"source.train = {config.train!r} and source.eval = {config.eval!r} are one folder: an evaluation "
+                    "on what is trained on says nothing; hold images out by --data.num-held-out"
+                )
+        case ArrayRecordSource():
+            array_record_source.check_apart(config)
+        case TfdsSource():
+            tfds_records.check_apart(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +112,8 @@ class ArraySource:
     """(N, H, W, 3) uint8."""
     labels: np.ndarray
     """(N,) int32."""
+    unused: tuple[str, ...] = ()
+    """Nothing is left out."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -147,6 +168,7 @@ class SyntheticImages:
         """
         self._arguments = (split, num_examples, num_classes, image_size)
         self.class_names = tuple(map(str, range(num_classes)))
+        self.unused = ()
         self._num_examples = num_examples
         self._shape = (image_size, image_size, 3)
         # An extendable hash gives the same bytes on every machine and in every version of NumPy. The array is

@@ -9,7 +9,9 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, check_index, digest
+from nfnet_flax.data.record_files import read_record
 from nfnet_flax.data.source_config import TfdsSource
+from nfnet_flax.paths import check_path, local_path
 
 
 def _how_to_prepare(config: TfdsSource) -> str:
@@ -23,7 +25,9 @@ def _open_builder(config: TfdsSource) -> Any:
     import tensorflow_datasets as tfds  # half a second, which users of other sources need not wait
     from tensorflow_datasets.core import read_only_builder
 
-    data_dir = None if config.data_dir is None else os.path.expanduser(config.data_dir)
+    data_dir = None if config.data_dir is None else str(local_path("source.data_dir", config.data_dir))
+    if data_dir is None and "TFDS_DATA_DIR" in os.environ:
+        check_path("TFDS_DATA_DIR", os.environ["TFDS_DATA_DIR"])
     try:
         builder = read_only_builder.builder_from_files(config.name, data_dir=data_dir)
     except ValueError as error:  # also TFDS's DatasetNotFoundError
@@ -61,8 +65,46 @@ def _check_features(config: TfdsSource, features: dict[str, Any]) -> tuple[str, 
     return names
 
 
+def _pieces(builder: Any, config: TfdsSource, split: Split) -> list[Any]:
+    """The parts of files that a split consists of.
+
+    Raises:
+      ConfigError: the set has no such split.
+    """
+    wanted = config.train_split if split == "train" else config.eval_split
+    try:
+        return list(builder.info.splits[wanted].file_instructions)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"source.{split}_split = {wanted!r}: not a part of TFDS set {config.name!r} "
+            f"({str(error).splitlines()[0]}); its splits are {', '.join(builder.info.splits)}"
+        ) from error
+
+
+def check_apart(config: TfdsSource) -> None:
+    """Raises ConfigError if both splits hold the same record; says nothing of a missing split."""
+    builder = _open_builder(config)
+    try:
+        train, held_out = _pieces(builder, config, "train"), _pieces(builder, config, "eval")
+    except ConfigError:  # for whoever opens that split
+        return
+    num_shared = sum(
+        max(0, min(one.skip + one.take, other.skip + other.take) - max(one.skip, other.skip))
+        for one, other in itertools.product(train, held_out)
+        if one.filename == other.filename
+    )
+    if num_shared:
+        raise ConfigError(
+            f"source.train_split = {config.train_split!r} and source.eval_split = {config.eval_split!r} share "
+            f"{num_shared} examples: an evaluation on what is trained on says nothing; take parts that do not overlap"
+        )
+
+
 class TfdsRecords:
     """A split of a prepared TFDS set."""
+
+    unused: tuple[str, ...] = ()
+    """The split says what is read."""
 
     def __init__(self, config: TfdsSource, split: Split) -> None:
         """Reads the set's metadata; opens none of its data files.
@@ -74,6 +116,7 @@ class TfdsRecords:
         Raises:
           ConfigError: the set is not prepared, or in another format; it lacks the features, the split, examples or
             files.
+          OSError: the disk or the network failed.
         """
         import tensorflow_datasets as tfds
 
@@ -81,13 +124,7 @@ class TfdsRecords:
         self.class_names = _check_features(config, dict(builder.info.features.items()))
         self._config = config
         wanted = config.train_split if split == "train" else config.eval_split
-        try:
-            pieces = builder.info.splits[wanted].file_instructions
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"source.{split}_split = {wanted!r}: not a part of TFDS set {config.name!r} "
-                f"({str(error).splitlines()[0]}); its splits are {', '.join(builder.info.splits)}"
-            ) from error
+        pieces = _pieces(builder, config, split)
         self._pieces = [(piece.filename, piece.skip) for piece in pieces]
         self._ends = list(itertools.accumulate(piece.take for piece in pieces))
         if not pieces or not self._ends[-1]:
@@ -99,30 +136,45 @@ class TfdsRecords:
                 f"{missing[0]!r}: copy them, or {_how_to_prepare(config)} in another data_dir"
             )
         whole = [str(info.num_bytes) for info in builder.info.splits.values()]
-        lengths = [f"{os.path.basename(piece.filename)}:{piece.skip}+{piece.take}" for piece in pieces]
-        self._fingerprint = digest("tfds", builder.info.full_name, *self.class_names, *whole, *lengths)
-        self._records = builder.as_data_source(split=wanted, decoders={config.image_key: tfds.decode.SkipDecoding()})
+        parts = [
+            f"{os.path.basename(piece.filename)}:{piece.skip}+{piece.take} of {os.path.getsize(piece.filename)} bytes"
+            for piece in pieces
+        ]
+        self._fingerprint = digest("tfds", builder.info.full_name, *self.class_names, *whole, *parts)
+        self._features = builder.info.features
+        self._decoders = {config.image_key: tfds.decode.SkipDecoding()}
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._records = builder.as_data_source(split=wanted, deserialize_method=raw)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        index = check_index(index, len(self))
+        path, _ = self._place(index)
         try:
-            example = self._records[index]
-        except RuntimeError as error:
+            record = read_record(self._records, index, path)
+        except CorruptRecordError as error:
             raise CorruptRecordError(f"{self.describe(index)} is damaged: {error}") from error
+        example = self._features.deserialize_example_np(record, decoders=self._decoders)
         label = example[self._config.label_key]
         if not 0 <= label < len(self.class_names):  # TFDS marks unlabelled test sets by -1
             raise ConfigError(f"{self.describe(index)} has label {label}: choose a split with labels")
         return {"image": example[self._config.image_key], "label": np.int32(label)}
 
     def fingerprint(self) -> str:
-        """Of the set's name and version, its classes, its size, and which records of which files are read."""
+        """Of the set's name and version, its classes, its size, and which records of which files are read.
+
+        The size of each file counts, too.
+        """
         return self._fingerprint
 
     def describe(self, index: int) -> str:
+        path, number = self._place(index)
+        return f"{path} record {number}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """File of an example, and its number in there."""
         index = check_index(index, len(self))
         piece = bisect.bisect_right(self._ends, index)
         path, skip = self._pieces[piece]
-        return f"{path} record {skip + index - (self._ends[piece - 1] if piece else 0)}"
+        return path, skip + index - (self._ends[piece - 1] if piece else 0)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nfnet_flax import IMPORTED_AT_S
-from nfnet_flax.data.pipeline import train_batches
+from nfnet_flax.data.pipeline import say_unused, train_batches
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
@@ -79,6 +79,8 @@ def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None)
         if recipe.execution.reproducible:
             check_deterministic()
         setup = assemble(recipe)
+        if current().is_first:
+            say_unused(setup.train_source, setup.eval_source)
         weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
         claim(current(), workdir, recipe, setup.input_identity(), _CLAIM_TIMEOUT_S)
         times_s.append(time.perf_counter())

@@ -1,0 +1,149 @@
+"""A set of images in ArrayRecord files as a source of examples."""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.array_records import (
+    Manifest,
+    Shard,
+    contradiction,
+    decode_record,
+    ends_digest,
+    find_shards,
+    manifest_path,
+    read_manifest,
+    split_of,
+)
+from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, check_index, digest
+from nfnet_flax.data.record_files import open_records, read_record
+from nfnet_flax.data.source_config import ArrayRecordSource
+
+# Reading the ends of a file is waiting for the disk or the network.
+_NUM_OPEN_THREADS = 16
+_Found = list[tuple[Path, Shard]]
+
+
+class ArrayRecords:
+    """A split, or some shards of one, prepared by `tools/prepare_imagenet.py`; images stay encoded."""
+
+    unused: tuple[str, ...] = ()
+    """Patterns say what is read."""
+
+    def __init__(self, config: ArrayRecordSource, split: Split) -> None:
+        """Looks at the manifest, and at the sizes and ends of the files.
+
+        Args:
+          config: which files.
+          split: for which use.
+
+        Raises:
+          ConfigError: as `find_shards` and `read_manifest`; files differ from their manifest or in their classes; or
+            shards of a held-out set are to be trained on.
+          OSError: a file cannot be read.
+        """
+        self.class_names, found = _listed(config, split)
+        with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
+            list(threads.map(_check_identity, *zip(*found, strict=True)))
+        self._paths = [str(path) for path, _ in found]
+        self._ends = list(itertools.accumulate(shard.num_records for _, shard in found))
+        self._fingerprint = digest("array_record", *self.class_names, *(shard.blake2b for _, shard in found))
+        self._records = open_records({str(path): shard.num_records for path, shard in found})
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        path, _ = self._place(index)
+        try:
+            example = decode_record(read_record(self._records, index, path), check=False)
+        except CorruptRecordError as error:
+            raise CorruptRecordError(f"{self.describe(index)} is damaged: {error}") from error
+        if (wrong := contradiction(example, self.class_names)) is not None:
+            raise ConfigError(f"{self.describe(index)}: {wrong}; copy file and manifest again, both of one set")
+        return {"image": example.image, "label": np.int32(example.label)}
+
+    def fingerprint(self) -> str:
+        """Of the classes and of the contents of every shard, as recorded when they were written."""
+        return self._fingerprint
+
+    def describe(self, index: int) -> str:
+        path, number = self._place(index)
+        return f"{path} record {number}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """File of an example, and its number in there."""
+        index = check_index(index, len(self))
+        shard = bisect.bisect_right(self._ends, index)
+        return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
+
+
+def listed_classes(config: ArrayRecordSource, split: Split) -> tuple[str, ...]:
+    """The class names of a split, from its manifest.
+
+    Raises:
+      ConfigError: as `ArrayRecords`.
+    """
+    return _listed(config, split)[0]
+
+
+def check_apart(config: ArrayRecordSource) -> None:
+    """Raises ConfigError if both splits hold the same shard, under whatever name; says nothing of a missing split."""
+    patterns: dict[Split, Sequence[str]] = {"train": config.train, "eval": config.eval}
+    found: dict[Split, dict[str, Path]] = {}
+    for split in patterns:
+        try:
+            found[split] = {shard.blake2b: path for path, shard in _listed(config, split)[1]}
+        except ConfigError:  # for whoever opens that split
+            return
+    if shared := sorted(found["train"].keys() & found["eval"].keys(), key=lambda key: found["train"][key]):
+        raise ConfigError(
+            f"source.train = {config.train!r} and source.eval = {config.eval!r} share {len(shared)} shards, such as "
+            f"{str(found['train'][shared[0]])!r}: an evaluation on what is trained on says nothing; take other shards, "
+            "or hold images out by --data.num-held-out"
+        )
+
+
+def _listed(config: ArrayRecordSource, split: Split) -> tuple[tuple[str, ...], _Found]:
+    """Class names, and each file of a split with its entry in the manifest; no file is opened."""
+    field, patterns = f"source.{split}", config.train if split == "train" else config.eval
+    paths = find_shards(patterns, field)
+    if split == "train" and (held_out := [path for path in paths if split_of(path) == "eval"]):
+        raise ConfigError(
+            f"{field} = {patterns!r}: takes {len(held_out)} shards of the held-out set, such as "
+            f"{str(held_out[0])!r}: name the training shards alone, such as 'FOLDER/train-*.array_record'"
+        )
+    manifests = {key: read_manifest(*key) for key in sorted({(path.parent, split_of(path)) for path in paths})}
+    class_names = next(iter(manifests.values())).class_names
+    for key, manifest in manifests.items():
+        if manifest.class_names != class_names:
+            where = str(manifest_path(*key))
+            raise ConfigError(f"{where!r} has other classes than the other files of {patterns!r}: use one set")
+    return class_names, [(path, _shard_of(path, manifests[path.parent, split_of(path)])) for path in paths]
+
+
+def _shard_of(path: Path, manifest: Manifest) -> Shard:
+    """The manifest's entry of a file."""
+    for shard in manifest.shards:
+        if shard.file == path.name:
+            return shard
+    raise ConfigError(f"{str(path)!r} is not listed in the manifest beside it: it belongs to another set")
+
+
+def _check_identity(path: Path, shard: Shard) -> None:
+    """Checks that a file is the one that its manifest describes, as far as that can be seen without reading it all."""
+    if (size := path.stat().st_size) != shard.num_bytes:
+        raise ConfigError(
+            f"{str(path)!r} has {size} bytes, not the {shard.num_bytes} that were written: copy it again, or delete "
+            "it and run tools/prepare_imagenet.py again"
+        )
+    if shard.ends_blake2b is not None and ends_digest(path) != shard.ends_blake2b:
+        raise ConfigError(
+            f"{str(path)!r} is not the file that the manifest beside it describes (its beginning or its end differs): "
+            "it was changed, or belongs to another set; copy it again, or prepare the set again"
+        )
