@@ -9,11 +9,12 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "paths", "run_clock", "runtime"}
+BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
     "json_files": {"config"},
+    "output": set[str](),
     "paths": {"config"},
     "run_clock": set[str](),
     "runtime": {"config"},

@@ -11,6 +11,7 @@ import jax
 
 from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.data.pipeline import say_unused, train_batches
+from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe
@@ -52,6 +53,7 @@ class TrainResult:
     """False if the run was told to stop, be it during the last evaluation; the same call goes on from there."""
 
 
+@guarded_output(goes_on=True)
 def train(recipe: Recipe, workdir: str | Path, watchdog: Watchdog | None = None) -> TrainResult:
     """Trains until the recipe's last step or a signal to stop; continues from the newest checkpoint in `workdir`.
 
