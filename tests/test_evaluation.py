@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.sources import ArraySource
@@ -79,3 +80,33 @@ def test_metrics_are_numpys_over_any_number_of_processes(network: Network, num_e
         ]
         found = run_evaluation(step, {"eval": weights}, whole, make_mesh())
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_where_nothing_can_be_evaluated_there_is_an_error_and_no_number(network: Network) -> None:
+    _, weights, step = network
+    nothing = {
+        "image": np.zeros((16, 16, 16, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "mask": np.zeros(16, np.float32),
+    }
+    for batches in ([], [nothing, nothing]):
+        with pytest.raises(ConfigError, match=r"no held-out image could be evaluated.*--data\.on-corrupt raise"):
+            run_evaluation(step, {"eval": weights}, batches, make_mesh())
+
+
+def test_logits_that_overflow_are_no_hits(network: Network) -> None:
+    _, (params, batch_stats), step = network
+    rows = {
+        "image": np.zeros((16, 16, 16, 3), np.uint8),
+        "label": np.zeros(16, np.int32),  # the class that a search for the largest of nothing but NaN ends at
+        "mask": np.ones(16, np.float32),
+    }
+    overflowing = params | {
+        "final_conv.gain": 1e6 * params["final_conv.gain"],
+        "head.kernel": np.full_like(params["head.kernel"], 3e38),
+    }
+    assert all(np.all(np.isfinite(value)) for value in overflowing.values())
+    found = run_evaluation(step, {"eval": (overflowing, batch_stats)}, [rows], make_mesh())
+    assert found is not None
+    assert not np.isfinite(found["eval/loss"])
+    assert (found["eval/top1"], found["eval/top5"], found["eval/num_examples"]) == (0.0, 0.0, 16.0)

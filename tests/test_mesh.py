@@ -65,22 +65,70 @@ for devices in (None, [jax.devices()[-1], jax.devices()[0]]):
         print(error)
 """
 
+# A stage of 8 blocks, so that parameters are stacked, divided over the devices of two processes.
+WEIGHTS = """
+import sys
+import jax, numpy as np, optax
+from jax.experimental import multihost_utils
+from nfnet_flax.models import NFNetConfig
+from nfnet_flax.models.params import expand
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.state import create_state, model_structure, with_weights
 
-def test_processes_with_unequal_devices_and_devices_out_of_order_are_refused() -> None:
+index, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
+config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 8, 1), group_width=4)
+structure = model_structure(config, 3)
+state = create_state(structure, 0, optax.identity(), make_mesh(fsdp=2))
+
+def whole(params):
+    return expand({name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()},
+                  structure.members)
+
+drawn = whole(state.params)
+rng = np.random.default_rng(0)
+given = {name: rng.standard_normal(value.shape) for name, value in drawn.items()}
+for name in [name for name in given if name.startswith(("head.", "stages.2.3."))]:
+    del given[name]
+assert 0 < len(given) < len(drawn)
+state = with_weights(state, given, structure)
+assert not state.params["stages.2.1.conv0.kernel"].is_fully_addressable
+for found in (whole(state.params), whole(state.ema_params)):
+    for name, value in found.items():
+        want = np.asarray(given[name], np.float32) if name in given else drawn[name]
+        assert np.asarray(value).tobytes() == want.tobytes(), name
+print("equal")
+"""
+
+
+def run_two(script: str, *num_devices: int) -> list[str]:
+    """What two processes with so many devices print."""
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(index), str(port)],
+            [sys.executable, "-c", script, str(index), str(port)],
             env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index, count in enumerate((2, 1))
+        for index, count in enumerate(num_devices)
     ]
+    printed = []
     for process in started:
-        printed, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+        printed.append(output)
+    return printed
+
+
+def test_processes_with_unequal_devices_and_devices_out_of_order_are_refused() -> None:
+    for printed in run_two(PROCESS, 2, 1):
         unequal, disordered = printed.splitlines()
         assert unequal.startswith("devices = {0: 2, 1: 1}: every process needs equally many devices")
         assert disordered.startswith("devices = 'one of process 0 after one of process 1': must be ordered by process")
+
+
+def test_weights_are_put_where_parameters_are_divided_over_processes() -> None:
+    for printed in run_two(WEIGHTS, 1, 1):
+        assert printed.splitlines()[-1] == "equal"

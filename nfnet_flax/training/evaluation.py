@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.models import NFNetConfig, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
@@ -102,7 +103,11 @@ def run_evaluation(
       is_stopped: asked before each batch; true ends the evaluation early. The same in all processes.
 
     Returns:
-      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped.
+      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped. Only a loss may be not finite:
+      where logits overflow. An example with such a loss is no hit, whatever its logits are.
+
+    Raises:
+      ConfigError: nothing was there to be evaluated.
     """
     found: list[dict[str, Arrays]] = []
     for rows in batches:
@@ -112,14 +117,29 @@ def run_evaluation(
         found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})
         if len(found) > _MAX_BATCHES_IN_FLIGHT:  # bounds the images that wait on the devices
             jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])
-    metrics: dict[str, float] = {}
     batches_of: list[dict[str, dict[str, np.ndarray]]] = jax.device_get(found)
-    for prefix in weights_of:
-        names = ("loss", "top1", "top5", "mask")
-        whole = {name: np.concatenate([batch[prefix][name] for batch in batches_of]) for name in names}
-        # Padding must not count even if its loss is not finite.
-        counted = whole["mask"] > 0
-        for name in ("top1", "top5", "loss"):
-            metrics[f"{prefix}/{name}"] = float(np.mean(whole[name][counted], dtype=np.float64))
-        metrics["eval/num_examples"] = float(np.sum(counted))
-    return metrics
+    return {
+        name: value
+        for prefix in weights_of
+        for name, value in _metrics_of(prefix, [batch[prefix] for batch in batches_of]).items()
+    }
+
+
+def _metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    # Padding and images that could not be decoded must not count, even if their loss is not finite.
+    counted = np.concatenate([batch["mask"] for batch in batches] or [np.zeros(0)]) > 0
+    if not np.any(counted):
+        raise ConfigError(
+            "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
+            "--data.on-corrupt raise names the first that is"
+        )
+    loss, top1, top5 = (
+        np.concatenate([batch[name] for batch in batches])[counted] for name in ("loss", "top1", "top5")
+    )
+    is_finite = np.isfinite(loss)
+    return {
+        f"{prefix}/top1": float(np.mean(top1 * is_finite, dtype=np.float64)),
+        f"{prefix}/top5": float(np.mean(top5 * is_finite, dtype=np.float64)),
+        f"{prefix}/loss": float(np.mean(loss, dtype=np.float64)),
+        "eval/num_examples": float(np.sum(counted)),
+    }

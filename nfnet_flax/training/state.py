@@ -108,14 +108,16 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray], structure: St
     def replace(name: str, value: jax.Array) -> jax.Array:
         whole = names[name]
         if isinstance(whole, str):
-            return jax.device_put(arrays[whole], value.sharding) if whole in arrays else value
-        given = [position for position, member in enumerate(whole) if member in arrays]
-        if not given:
+            return _placed(arrays[whole], value) if whole in arrays else value
+        is_given = np.asarray([member in arrays for member in whole])
+        if not np.any(is_given):
             return value
-        stack = np.array(value)
-        for position in given:
-            stack[position] = arrays[whole[position]]
-        return jax.device_put(stack, value.sharding)
+        unset = np.zeros(value.shape[1:], value.dtype)
+        stack = _placed(np.stack([arrays.get(member, unset) for member in whole]), value)
+        if np.all(is_given):
+            return stack
+        chosen = is_given.reshape(-1, *[1] * (value.ndim - 1))
+        return jax.jit(lambda new, old: jnp.where(chosen, new, old), out_shardings=value.sharding)(stack, value)
 
     def placed(current: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: replace(name, value) for name, value in current.items()}
@@ -127,6 +129,12 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray], structure: St
         ema_params=placed(state.ema_params),
         ema_batch_stats=placed(state.ema_batch_stats),
     )
+
+
+def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """An array of the host with the sharding of another one, parts of which may lie in other processes."""
+    whole = np.asarray(array, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
 
 
 def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
