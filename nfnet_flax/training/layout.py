@@ -17,9 +17,12 @@ Orbax writes them: Zarr arrays in an OCDBT database. How many files this databas
 the library and depends on the number of processes; so an array is there if TensorStore can read it.
 """
 
+import contextlib
 import json
+import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import numpy as np
 import tensorstore as ts
 
 from nfnet_flax.training.fingerprints import Fingerprints, host_fingerprint
-from nfnet_flax.training.storage import StorageFailed, brief
+from nfnet_flax.training.storage import StorageFailed, brief, reads_and_writes
 
 RECIPE = "recipe.json"
 INPUT = "input.json"
@@ -51,8 +54,9 @@ Notes = dict[str, Any]
 
 _CACHE_BYTES = 100_000_000
 """For the index of the arrays, which would be read anew for each."""
-_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
-"""How TensorStore's errors begin where a file is missing, too short, or not what its checksum or format says."""
+_DAMAGE = re.compile("(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION): |(?![A-Z_]+: )")
+"""How TensorStore's errors begin where a file is missing, too short, or not what its checksum or format says. With no
+code in front are those of an invalid argument: here, of content that cannot be decoded."""
 
 
 class Damaged(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
@@ -60,8 +64,17 @@ class Damaged(Exception):  # noqa: N818 - it names what is the case, as Keyboard
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps for which a folder holds something under a checkpoint's name, good or not; newest first."""
-    return sorted((int(path.name) for path in folder.glob("*") if re.fullmatch("[0-9]+", path.name)), reverse=True)
+    """Steps for which a folder holds something under a checkpoint's name, good or not; newest first.
+
+    Raises:
+      StorageFailed: the folder is there and cannot be listed, which is not the same as a run without checkpoints.
+    """
+    with reads_and_writes(folder, OSError):
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            return []
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
 
 def seal(notes: Notes, arrays: Fingerprints) -> dict[str, Any]:
@@ -110,20 +123,35 @@ def open_array(checkpoint: Path, name: str, context: ts.Context) -> ts.TensorSto
     """An array of a checkpoint, by its name in the notes; its data are read by slicing.
 
     Raises:
-      ValueError: of TensorStore; `failure` says what it means.
+      StorageFailed: TensorStore cannot read at such a place.
+      ValueError: of TensorStore; `reading` says what it means.
     """
     base = {"driver": "file", "path": f"{(checkpoint / STATE).absolute()}/"}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return ts.open(spec, read=True, open=True, context=context).result()
+    try:
+        checked = ts.Spec(spec)
+    except ValueError as error:  # such as a path that TensorStore does not take: no word about what is stored
+        raise StorageFailed(f"{checkpoint}: {brief(error)}") from error
+    return ts.open(checked, read=True, open=True, context=context).result()
 
 
-def failure(checkpoint: Path, name: str, error: ValueError) -> Damaged | StorageFailed:
-    """What an error of TensorStore, while it opened or read an array, is called by the rest of the package."""
-    text = str(error)
-    # With an error number, the system could not do what it was asked to; only without one it is about the content.
-    if text.startswith(_DAMAGE) and "os_error_code" not in text:
-        return Damaged(f"{name}: {brief(error)}")
-    return StorageFailed(f"{checkpoint}: {name}: {brief(error)}")
+@contextlib.contextmanager
+def reading(checkpoint: Path, name: str) -> Iterator[None]:
+    """Says what the errors of TensorStore mean, while it opens or reads an array.
+
+    Raises:
+      Damaged: a file is missing or too short, or is not what its checksum or format says.
+      StorageFailed: the system could not do what it was asked to, which says nothing of what was saved.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        # With an error number, the system could not do what it was asked to; only without one it is about the content.
+        is_damage = bool(_DAMAGE.match(text)) and "os_error_code" not in text and checkpoint.is_dir()
+        if is_damage:
+            raise Damaged(f"{name}: {brief(error)}") from error
+        raise StorageFailed(f"{checkpoint}: {name}: {brief(error)}") from error
 
 
 def read_array(checkpoint: Path, name: str, saved: str, context: ts.Context) -> np.ndarray:
@@ -139,12 +167,10 @@ def read_array(checkpoint: Path, name: str, saved: str, context: ts.Context) -> 
       Damaged: the array is missing or not what was saved.
       StorageFailed: it cannot be read, which says nothing of what it holds.
     """
-    try:
+    with reading(checkpoint, name):
         stored = open_array(checkpoint, name, context)
         check_type(name, stored, saved)  # before memory is asked for
         array = np.asarray(stored.read().result())
-    except ValueError as error:
-        raise failure(checkpoint, name, error) from error
     if (found := host_fingerprint(array)) != saved:
         raise Damaged(f"{name} is {found} instead of {saved}")
     return array

@@ -29,10 +29,10 @@ from nfnet_flax.training.layout import (
     check_type,
     open_array,
     read_sealed,
+    reading,
     steps_in,
 )
 from nfnet_flax.training.state import TrainState
-from nfnet_flax.training.storage import brief
 
 _NUM_READERS = 8
 """Arrays that are read at the same time."""
@@ -57,6 +57,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
     Raises:
       ConfigError: there are checkpoints, but all of them are damaged; or the newest good one holds other arrays than
         this recipe makes.
+      StorageFailed: one cannot be read for another reason than damage. Nothing was moved.
     """
     folder = workdir / CHECKPOINTS
     damaged: list[int] = []
@@ -83,10 +84,8 @@ def _read_verified(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainS
     found, damage = None, ""
     try:
         found = read(checkpoint, abstract_state)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a reader of damaged files comes upon
-        damage = str(error) if isinstance(error, Damaged) else brief(error)
+    except Damaged as error:  # any other error says nothing of what was saved, and ends the start
+        damage = str(error)
     if _is_undamaged(checkpoint, damage) and found is not None:
         state, notes, saved = found
         # Of what is on the devices, so that nothing between them and the disk goes unnoticed.
@@ -118,7 +117,7 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
     Raises:
       ConfigError: the checkpoint holds other arrays than those of `abstract_state`.
       Damaged: notes or an array are not what was saved.
-      Exception: of TensorStore; an array cannot be read.
+      StorageFailed: they cannot be read, which says nothing of what they hold.
     """
     notes, saved = read_sealed(checkpoint)
     wanted = named_leaves(abstract_state)
@@ -126,10 +125,16 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
     context = array_context()
 
     def read_array(name: str) -> jax.Array:
-        stored = open_array(checkpoint, name, context)
-        check_type(name, stored, saved[name])
         leaf = wanted[name]
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: stored[index].read().result())
+        with reading(checkpoint, name):
+            stored = open_array(checkpoint, name, context)
+        check_type(name, stored, saved[name])
+
+        def part(index: Any) -> np.ndarray:
+            with reading(checkpoint, name):
+                return np.asarray(stored[index].read().result())
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         arrays = list(readers.map(read_array, wanted))

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from nfnet_flax.config import ConfigError
 
 
@@ -18,11 +20,12 @@ def reads_and_writes(folder: Any, errors: type[Exception] = Exception) -> Iterat
     """Says of `errors` within the context that they happened to `folder`.
 
     Raises:
-      StorageFailed: instead of the error, which is its cause; a `ConfigError` passes.
+      StorageFailed: instead of the error, which is its cause. A `ConfigError` passes, and so does an error of JAX, as
+        of waiting for a process that died: it says nothing about the folder.
     """
     try:
         yield
-    except (ConfigError, StorageFailed):
+    except (ConfigError, StorageFailed, jax.errors.JaxRuntimeError):
         raise
     except errors as error:
         raise StorageFailed(f"{folder}: {brief(error)}") from error
