@@ -13,11 +13,14 @@ EXIT_DIVERGED = 3
 EXIT_INPUT_FAILED = 4
 """A worker process of the input died or is stuck, or a file cannot be read; the last checkpoint stands."""
 EXIT_LOST = 5
-"""A process did not come, died or is frozen, or nothing moved in time; the last checkpoint stands: run again.
+"""A process did not come, died or is frozen, nothing moved in time, or another process took the folder over; the last
+checkpoint stands: run again.
 
 Where process 0 dies, JAX may abort the others first, with SIGABRT (134 to a shell) and its own message.
 """
 EXIT_STORAGE_FAILED = 6
 """A checkpoint or the metrics cannot be written (disk full, no permission); earlier checkpoints stand."""
+EXIT_COPIES_DIFFER = 7
+"""Devices or processes hold different copies of the state; nothing of that step was saved. Run on hosts of one kind."""
 EXIT_STOPPED = 75
 """SIGTERM, SIGUSR1 or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""

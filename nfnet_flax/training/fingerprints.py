@@ -44,21 +44,33 @@ def _key(part: Any) -> str:
     raise TypeError(f"no name for {part!r} in a state")
 
 
+class CopiesDiffer(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """Devices or processes hold different copies of what must be the same. The message names them and the arrays."""
+
+
 def fingerprints(state: Any) -> Fingerprints:
     """Of every array of a state, in one pass over it. Waits for the state.
 
     Raises:
+      CopiesDiffer: the devices of this process hold different copies of an array.
       TypeError: an element is not of 1, 2 or 4 bytes.
     """
     arrays = named_leaves(state)
     on_devices = {name: array for name, array in arrays.items() if not _is_whole_in_host_memory(array)}
-    totals = dict(zip(on_devices, _device_totals(list(on_devices.values())), strict=True))
-    return {
-        name: _describe(array, totals[name])
-        if name in totals
-        else host_fingerprint(np.asarray(array.addressable_data(0)))
-        for name, array in arrays.items()
-    }
+    of_devices = dict(zip(on_devices, _device_totals(list(on_devices.values())), strict=True))
+    found: Fingerprints = {}
+    for name, array in arrays.items():
+        if name in of_devices:
+            copies = [_describe(array, total) for total in of_devices[name]]
+        else:
+            copies = [host_fingerprint(np.asarray(shard.data)) for shard in array.addressable_shards]
+        if len(set(copies)) > 1:
+            raise CopiesDiffer(
+                f"the devices of this process hold different copies of {name}: {', '.join(copies)}. "
+                "One of them computes wrongly, or its memory is faulty"
+            )
+        found[name] = copies[0]
+    return found
 
 
 def host_fingerprint(array: np.ndarray) -> str:
@@ -77,13 +89,15 @@ def _is_whole_in_host_memory(array: jax.Array) -> bool:
     return array.is_fully_replicated and all(shard.device.platform == "cpu" for shard in array.addressable_shards)
 
 
-def _device_totals(arrays: list[jax.Array]) -> list[int]:
+def _device_totals(arrays: list[jax.Array]) -> list[list[int]]:
+    """Of each array, the sum as each device of this process has it: it sums up its own copy, where it has one."""
     if not arrays:
         return []
     # However the arrays are sharded, every process must hold every sum.
     sharding = arrays[0].sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return np.asarray(_program(whole)(arrays)).tolist()
+    totals = [np.asarray(shard.data).tolist() for shard in _program(whole)(arrays).addressable_shards]
+    return [list(of_one) for of_one in zip(*totals, strict=True)]
 
 
 @functools.cache
