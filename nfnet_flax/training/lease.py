@@ -1,0 +1,309 @@
+"""One owner of a run's folder at a time: the lease in `owner/`.
+
+Two processes that train in one folder would delete what the other writes. So process 0 of a run owns the folder while
+it runs, and a second start ends with a message that says who does.
+
+Each owner has a number, one above that of the owner before it, and two files: `00000007.json`, made once, says who it
+is, and `00000007.beat.json`, which it rewrites every few seconds, is its sign of life. Making the first file must fail
+where it exists already: that is how one of several that come at once wins. Nothing else is asked of the storage, no
+lock and no rename, so an object store with conditional writes can hold a lease, too.
+
+An owner that was killed holds nobody up for long. On its own host it is seen at once that it is gone; on another one,
+when its sign of life has not changed for `ELSEWHERE_TIMEOUT_S`. An owner that was only suspended for so long, and is
+continued later, finds a higher number than its own: then its folder belongs to another process, and it ends.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.training.layout import OWNER
+from nfnet_flax.training.storage import StorageFailed, reads_and_writes
+
+BEAT_INTERVAL_S = 5.0
+"""How often an owner gives a sign of life."""
+ELSEWHERE_TIMEOUT_S = 60.0
+"""An owner of another host, or another container, that gave no sign of life for so long is gone."""
+_LOOK_INTERVAL_S = 0.5
+
+
+class LeaseLost(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """The folder has another owner by now: this process was suspended for so long that it was taken for gone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who owns a folder."""
+
+    host: str
+    """Name of the host."""
+    boot_id: str
+    """Of the host's kernel since it was started, as far as it tells; empty: not known."""
+    pid_namespace: str
+    """Within which `pid` means this process: that of the host, or of a container."""
+    pid: int
+    process_start: str
+    """When the process began, as the kernel counts it: a later process may get the same `pid`."""
+    folder_id: str
+    """Device and inode of the folder `owner`: those of a copy are others."""
+    since: str
+    """When it became the owner, in UTC."""
+
+    def is_of_this_host(self) -> bool:
+        """Whether this process can see that one, if it is there."""
+        here = _this_process("")
+        return self.boot_id != "" and (self.boot_id, self.pid_namespace) == (here.boot_id, here.pid_namespace)
+
+    def is_running(self) -> bool:
+        """Whether the process exists; only for one of this host."""
+        return self.process_start != "" and _process_start(self.pid) == self.process_start
+
+
+class Lease:
+    """That this process owns a run's folder; made by `owning`."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._folder = folder
+        self._number = number
+        self._num_beats = 0
+
+    def check(self) -> None:
+        """Looks whether the folder is still this process's own; to be called before anything is written there.
+
+        Raises:
+          LeaseLost: it has another owner.
+          StorageFailed: it cannot be read, or was deleted or moved.
+        """
+        with reads_and_writes(self._folder, OSError):
+            numbers = _numbers(self._folder)
+            newest = max(numbers, default=0)
+            owner, _ = _read(self._folder, newest)
+        if newest > self._number:
+            raise LeaseLost(
+                f"{self._folder.parent} belongs to {_describe(owner)} by now: this process gave no sign of life for "
+                f"more than {ELSEWHERE_TIMEOUT_S:g} s (was it suspended?), so another one took over. This process "
+                "ends, and that run goes on"
+            )
+        if self._number not in numbers:
+            raise StorageFailed(f"{self._folder} was deleted or moved while this run was going on")
+
+    def beat(self, *, is_released: bool = False) -> None:
+        """Gives a sign of life, or says that the folder is free."""
+        self._num_beats += 1
+        beat = {"number": self._num_beats, "at": _now(), "is_released": is_released}
+        _beat_path(self._folder, self._number).write_text(json.dumps(beat))
+
+
+@contextlib.contextmanager
+def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Lease]:
+    """Makes this process the owner of a run's folder until the end of the context.
+
+    Args:
+      workdir: folder of the run; made where it does not exist.
+      on_lost: called from a thread if the folder is found to have another owner. It must end the process.
+
+    Raises:
+      ConfigError: another process owns the folder and is alive; the message says which. Or it cannot be written.
+    """
+    folder = workdir / OWNER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lease = Lease(folder, _take(folder))
+        lease.beat()
+    except OSError as error:
+        raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
+    is_over = threading.Event()
+
+    def give_signs_of_life() -> None:
+        while not is_over.wait(BEAT_INTERVAL_S):
+            try:
+                lease.check()
+                lease.beat()
+            except LeaseLost as error:
+                on_lost(error)
+                return
+            except (StorageFailed, OSError):  # the run itself finds out, and says so, when it writes
+                continue
+
+    thread = threading.Thread(target=give_signs_of_life, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        is_over.set()
+        thread.join()
+        with contextlib.suppress(StorageFailed, OSError):  # a folder that fails is no reason for another error here
+            lease.check()
+            lease.beat(is_released=True)
+
+
+def owner_of(workdir: Path) -> tuple[Owner, str] | None:
+    """Who owns a run's folder and when it last gave a sign of life (UTC); None: nobody does. Reads only.
+
+    An owner of another host may be gone: that takes `ELSEWHERE_TIMEOUT_S` to find out, which this does not wait.
+    """
+    folder = workdir / OWNER
+    number = max(_numbers(folder), default=0)
+    if number == 0:
+        return None
+    owner, beat = _read(folder, number)
+    is_free = owner is None or beat.get("is_released") is True or _is_gone(owner, folder)
+    return None if is_free or owner is None else (owner, beat.get("at", owner.since))
+
+
+def _take(folder: Path) -> int:
+    """Becomes the owner; returns the number."""
+    while True:
+        newest = max(_numbers(folder), default=0)
+        if newest != 0:
+            _wait_until_free(folder, newest)
+        number = newest + 1
+        me = dataclasses.asdict(_this_process(_folder_id(folder)))
+        if _create_only(_owner_path(folder, number), json.dumps(me)):
+            for old in _numbers(folder):
+                if old < number:  # the newest says all that matters
+                    _owner_path(folder, old).unlink(missing_ok=True)
+                    _beat_path(folder, old).unlink(missing_ok=True)
+            return number
+
+
+def _wait_until_free(folder: Path, number: int) -> None:
+    """Returns once the owner `number` is known to be gone; at once where that is known at once.
+
+    Raises:
+      ConfigError: it is alive.
+    """
+    owner, beat = _read(folder, number)
+    if beat.get("is_released") is True or (owner is not None and _is_gone(owner, folder)):
+        return
+    if owner is not None and owner.is_of_this_host():
+        raise _in_use(folder, owner, beat)
+    print(
+        f"{folder.parent} belongs to {_describe(owner)}, whose last sign of life is of {beat.get('at', '(none yet)')}: "
+        f"waiting for up to {ELSEWHERE_TIMEOUT_S:g} s for another one",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + ELSEWHERE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_INTERVAL_S)
+        found = _read(folder, number)
+        if found[1].get("is_released") is True or max(_numbers(folder), default=0) != number:
+            return
+        if found != (owner, beat):
+            raise _in_use(folder, *found)
+
+
+def _in_use(folder: Path, owner: Owner | None, beat: dict[str, Any]) -> ConfigError:
+    here = owner is not None and owner.is_of_this_host()
+    stop = f" (kill {owner.pid} lets it save and stop)" if owner is not None and here else ""
+    return ConfigError(
+        f"workdir {str(folder.parent)!r} is in use: {_describe(owner)} trains in it and gave its last sign of life at "
+        f"{beat.get('at', '(none yet)')}. Wait for its end, stop it{stop}, or give another workdir"
+    )
+
+
+def _describe(owner: Owner | None) -> str:
+    if owner is None:
+        return "a process that has not said yet who it is"
+    return f"process {owner.pid} on host {owner.host!r} (since {owner.since})"
+
+
+def _is_gone(owner: Owner, folder: Path) -> bool:
+    """Whether an owner is known not to run any more: on this host only."""
+    if not owner.is_of_this_host():
+        return False
+    return owner.folder_id != _folder_id(folder) or not owner.is_running()
+
+
+def _this_process(folder_id: str) -> Owner:
+    pid = os.getpid()
+    return Owner(
+        host=socket.gethostname(),
+        boot_id=_text_of(Path("/proc/sys/kernel/random/boot_id")),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        process_start=_process_start(pid),
+        folder_id=folder_id,
+        since=_now(),
+    )
+
+
+def _process_start(pid: int) -> str:
+    """When a process began; empty where there is none, or where the system does not tell."""
+    # The name of the program, in brackets, may hold anything; a zombie, `Z`, has ended.
+    fields = _text_of(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _folder_id(folder: Path) -> str:
+    status = folder.stat()
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _owner_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.json"
+
+
+def _beat_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.beat.json"
+
+
+def _numbers(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
+
+
+def _read(folder: Path, number: int) -> tuple[Owner | None, dict[str, Any]]:
+    """The owner, None while it is still writing its name, and its sign of life, empty before the first one."""
+    try:
+        owner = Owner(**json.loads(_owner_path(folder, number).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        owner = None
+    try:
+        beat = json.loads(_beat_path(folder, number).read_text())
+    except (FileNotFoundError, ValueError):
+        beat = {}
+    return owner, beat if isinstance(beat, dict) else {}
+
+
+def _create_only(path: Path, text: str) -> bool:
+    """Writes a file that does not exist yet; False where it does."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
