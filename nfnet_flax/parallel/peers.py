@@ -16,9 +16,12 @@ import jax
 
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.parallel.processes import Processes, leave
+from nfnet_flax.run_clock import RunClock
 
 BEAT_INTERVAL_S = 2.0
 """How often each process says what it is doing."""
+_MAX_GAP_S = 5 * BEAT_INTERVAL_S
+"""A longer time between two looks is one in which this process itself did not run: nobody was silent meanwhile."""
 _SILENT_AFTER_S = 4 * BEAT_INTERVAL_S
 """After an error that a dead process may have caused, one that was not heard of for so long is taken for dead."""
 _ORDERLY_TIMEOUT_S = 60.0
@@ -41,7 +44,8 @@ class Peers:
         self._processes = processes
         self._timeout_s = heartbeat_timeout_s
         self._lock = threading.Lock()  # guards the table of what was heard, and who is the one to leave
-        self._heard = {index: _Heard(None, time.monotonic()) for index in range(processes.count)}
+        self._clock = RunClock(max_gap_s=_MAX_GAP_S)
+        self._heard = {index: _Heard(None, self._clock.seconds()) for index in range(processes.count)}
         self._is_leaving = False
         self.describe: Callable[[], str] = lambda: "starting"
         """What this process is doing, for the others; replaced by who knows better."""
@@ -51,7 +55,7 @@ class Peers:
     def positions(self) -> list[str]:
         """One line per process: what it was doing when it was last heard of."""
         with self._lock:
-            now = time.monotonic()
+            now = self._clock.seconds()
             return [
                 f"process {index}: {heard.beat[1] if heard.beat else 'not heard of'} ({now - heard.at:.0f} s ago)"
                 for index, heard in self._heard.items()
@@ -94,7 +98,7 @@ class Peers:
 
     def _silent(self, after_s: float) -> list[int]:
         with self._lock:
-            now = time.monotonic()
+            now = self._clock.seconds()
             return [
                 index
                 for index, heard in self._heard.items()
@@ -121,7 +125,7 @@ class Peers:
             with self._lock:
                 for index, beat in beats.items():
                     if self._heard[index].beat is None or self._heard[index].beat[0] != beat[0]:
-                        self._heard[index] = _Heard(beat, time.monotonic())
+                        self._heard[index] = _Heard(beat, self._clock.seconds())
             for index, (code, reason) in failed.items():
                 if index != self._processes.index:
                     print(f"nfnet: process {index} ended: {reason}", file=sys.stderr, flush=True)

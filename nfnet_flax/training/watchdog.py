@@ -5,15 +5,17 @@ import dataclasses
 import faulthandler
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 from nfnet_flax.config import check_types, require
+from nfnet_flax.run_clock import RunClock
 
 Phase = Literal["start", "input", "step", "evaluation", "save", "end"]
 """What the loop is busy with: `start` is devices, sources and restoring; `end` waits for what is being written."""
 _LOOK_INTERVAL_S = 1.0
+_MAX_GAP_S = 10 * _LOOK_INTERVAL_S
+"""A longer time between two looks does not count: this process did not run meanwhile (it was suspended, say)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Watchdog:
         self._lock = threading.Lock()
         self._phase: Phase = "start"
         self._step = 0
-        self._since = time.monotonic()
+        self._clock = RunClock(max_gap_s=_MAX_GAP_S)
+        self._since_s = self._clock.seconds()
         self._seen: set[Phase] = set()
         self._timeout_s = config.first_timeout_s
 
@@ -49,17 +52,17 @@ class Watchdog:
             if phase != self._phase or step != self._step:
                 self._seen.add(self._phase)
             self._timeout_s = self._config.timeout_s if phase in self._seen else self._config.first_timeout_s
-            self._phase, self._step, self._since = phase, step, time.monotonic()
+            self._phase, self._step, self._since_s = phase, step, self._clock.seconds()
 
     def describe(self) -> str:
         """Such as `step 12: evaluation, for 3 s`."""
         with self._lock:
-            return f"step {self._step}: {self._phase}, for {time.monotonic() - self._since:.0f} s"
+            return f"step {self._step}: {self._phase}, for {self._clock.seconds() - self._since_s:.0f} s"
 
     def seconds_left(self) -> float:
         """How much longer nothing may move; at most 0 where it has been too long."""
         with self._lock:
-            return self._since + self._timeout_s - time.monotonic()
+            return self._since_s + self._timeout_s - self._clock.seconds()
 
 
 @contextlib.contextmanager
