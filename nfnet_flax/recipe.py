@@ -8,11 +8,13 @@ from typing import Literal
 
 from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.source_config import with_absolute_places
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.models.keys import check_seed
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
+from nfnet_flax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,13 +176,42 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per differing field that decides an update.
+    """One line per differing field that decides an update, or which examples and how they are evaluated."""
+    return differences(to_json(_with_free_fields_of(old, new)), to_json(new))
 
-    Where the images lie, what is done about a corrupt one, how many threads prepare the input, over how many devices
-    parameters and images are divided, which platform is asked for, and whether TensorBoard's files are written, is free
-    to change.
+
+def free_differences(old: Recipe, new: Recipe) -> list[str]:
+    """One line per differing field that decides no update, and may change at a resume."""
+    return differences(to_json(old), to_json(_with_free_fields_of(old, new)))
+
+
+def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """The fields of `other` that decide no update.
+
+    These are: when and what is saved, logged and evaluated, the run's name, where images and initial weights lie, what
+    is done about a corrupt image, how many threads prepare the input, over how many devices parameters and images are divided, and which platform is
+    asked for.
     """
-    execution = dataclasses.replace(old.execution, fsdp=new.execution.fsdp, spatial=new.execution.spatial)
-    data = old.data.with_resumable_of(new.data)
-    old = dataclasses.replace(old, data=data, execution=execution, platform=new.platform, tensorboard=new.tensorboard)
-    return differences(to_json(old), to_json(new))
+    return dataclasses.replace(
+        recipe,
+        name=other.name,
+        data=recipe.data.with_resumable_of(other.data),
+        execution=dataclasses.replace(recipe.execution, fsdp=other.execution.fsdp, spatial=other.execution.spatial),
+        checkpoint=other.checkpoint,
+        init_from=other.init_from if recipe.init_from is not None and other.init_from is not None else recipe.init_from,
+        platform=other.platform,
+        log_every_steps=other.log_every_steps,
+        eval_every_steps=other.eval_every_steps,
+        tensorboard=other.tensorboard,
+    )
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """A recipe whose paths mean the same from every folder, as it is stored in that of a run.
+
+    Raises:
+      ConfigError: a path is not one of this machine's file systems.
+    """
+    data = dataclasses.replace(recipe.data, source=with_absolute_places(recipe.data.source))
+    init_from = None if recipe.init_from is None else str(local_path("init_from", recipe.init_from))
+    return dataclasses.replace(recipe, data=data, init_from=init_from)

@@ -15,6 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nfnet_flax.parallel.processes import current
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.training.identity import claim, stored_class_names
+from nfnet_flax.training.run import assemble
+
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "recipes" / "digits.py"
 STEPS = 60
@@ -42,11 +47,13 @@ def recipe_with(model: str, folder: Path) -> Path:
     return path
 
 
-def command(workdir: Path, *options: str, recipe: Path = DIGITS) -> list[str]:
-    """The command line of a short run."""
+def command(
+    workdir: Path, *options: str, recipe: Path = DIGITS, program: Sequence[str] = ("-m", "nfnet_flax.cli")
+) -> list[str]:
+    """The command line of a short run; `program` is what Python runs in place of the command `nfnet`."""
     small = SMALL if recipe == DIGITS else []
     words = [word for option in [*OPTIONS, *small, *options] for word in option.replace("=", " ").split(" ")]
-    return [sys.executable, "-m", "nfnet_flax.cli", "train", str(recipe), "--workdir", str(workdir), *words]
+    return [sys.executable, *program, "train", str(recipe), "--workdir", str(workdir), *words]
 
 
 def start(
@@ -55,10 +62,11 @@ def start(
     recipe: Path = DIGITS,
     environment: dict[str, str] | None = None,
     output: int | IO[str] = subprocess.PIPE,
+    program: Sequence[str] = ("-m", "nfnet_flax.cli"),
 ) -> subprocess.Popen[str]:
     """Starts a run in a process group of its own; it prints into `output`."""
     return subprocess.Popen(
-        command(workdir, *options, recipe=recipe),
+        command(workdir, *options, recipe=recipe, program=program),
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
@@ -74,8 +82,10 @@ def start_all(
     of_last: tuple[str, ...] = (),
     outputs: Sequence[int | IO[str]] | None = None,
     environment: dict[str, str] | None = None,
+    environment_of_last: dict[str, str] | None = None,
+    program_of_last: Sequence[str] = ("-m", "nfnet_flax.cli"),
 ) -> list[subprocess.Popen[str]]:
-    """Starts a run of several processes on this machine; `of_last` are options that only the last one gets."""
+    """Starts a run of several processes on this machine; what is `of_last` only the last one gets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -86,12 +96,19 @@ def start_all(
             *options,
             *joined,
             f"--distributed.process-id={index}",
-            *(of_last if index == num_processes - 1 else ()),
+            *(of_last if is_last else ()),
             output=subprocess.PIPE if outputs is None else outputs[index],
-            environment=environment,
+            environment={**(environment or {}), **(environment_of_last or {})} if is_last else environment,
+            program=program_of_last if is_last else ("-m", "nfnet_flax.cli"),
         )
         for index in range(num_processes)
+        for is_last in (index == num_processes - 1,)
     ]
+
+
+def claimed(workdir: Path, recipe: Recipe) -> None:
+    """Records a run in a folder, or checks that it is the same, as every start does; trains nothing."""
+    claim(current(), workdir, assemble(recipe, stored_class_names(workdir)).identity(), 60.0)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

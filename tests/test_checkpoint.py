@@ -225,11 +225,11 @@ def test_a_damaged_best_one_is_chosen_anew(run: Path, capfd: pytest.CaptureFixtu
     assert restored_step(run) == 3
     assert "damaged, so the best is chosen anew" in capfd.readouterr().err
     with checkpoint.open_manager(run, "best", keep=1) as best:
-        assert checkpoint.read_notes(best) is None
+        assert checkpoint.read_newest_notes(best) is None
         checkpoint.save(best, make_state(2), 2, NOTES)
-        assert checkpoint.read_notes(best) == NOTES
+        assert checkpoint.read_newest_notes(best) == (2, NOTES)
         checkpoint.save(best, make_state(2), 2, {**NOTES, "evaluated": False})  # a repeated step replaces it
-        assert checkpoint.read_notes(best) == {**NOTES, "evaluated": False}
+        assert checkpoint.read_newest_notes(best) == (2, {**NOTES, "evaluated": False})
 
 
 def test_another_recipe_is_not_damage(run: Path) -> None:

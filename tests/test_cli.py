@@ -65,9 +65,8 @@ def test_an_unwritable_or_foreign_workdir_is_refused(capsys: pytest.CaptureFixtu
     if os.path.isdir("/proc/self"):  # a folder that even root cannot write
         assert "cannot be written" in fails(capsys, "train", RECIPE, "--workdir", "/proc/self/run")
     from nfnet_flax.recipe import load_recipe
-    from nfnet_flax.training.run import claim_workdir
 
-    claim_workdir(tmp_path / "run", load_recipe(RECIPE))
+    runs.claimed(tmp_path / "run", load_recipe(RECIPE))
     other = fails(
         capsys, "train", RECIPE, "--workdir", str(tmp_path / "run"), "--optim.clipping", "0.02", "--seed", "7"
     )

@@ -16,7 +16,6 @@ from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.doctor import check_data, check_devices, check_disks, check_machine, check_versions, examine
 from nfnet_flax.recipe import Recipe, load_recipe, save_recipe
 from nfnet_flax.training.inspection import Finding, check_workdir
-from nfnet_flax.training.run import assemble, claim_input, claim_workdir
 from tests import runs
 from tests.image_sets import CLASSES, make_folder
 
@@ -93,8 +92,7 @@ def test_a_run_is_seen_as_it_is(tmp_path: Path) -> None:
         "best: none",
         "no run has begun here",
     ]
-    claim_workdir(workdir, digits())
-    claim_input(workdir, assemble(digits()).input_identity())
+    runs.claimed(workdir, digits())
     for step in (20, 40, 60):
         save_checkpoint(workdir / "checkpoints" / str(step))
     (workdir / "checkpoints" / "80.orbax-checkpoint-tmp").mkdir()
@@ -109,7 +107,8 @@ def test_a_run_is_seen_as_it_is(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_and_files_are_named(tmp_path: Path) -> None:
-    claim_workdir(tmp_path, digits())
+    runs.claimed(tmp_path, digits())
+    (tmp_path / "input.json").unlink()
     for step in (20, 40, 60):
         save_checkpoint(tmp_path / "checkpoints" / str(step))
     os.truncate(tmp_path / "checkpoints" / "40" / "state" / "_METADATA", 0)
@@ -134,8 +133,7 @@ def test_damaged_checkpoints_and_files_are_named(tmp_path: Path) -> None:
 def test_data_that_are_damaged_or_changed_are_named(tmp_path: Path) -> None:
     root, workdir = make_folder(tmp_path / "images"), tmp_path / "run"
     recipe = of_folder(root)
-    claim_workdir(workdir, recipe)
-    claim_input(workdir, assemble(recipe).input_identity())
+    runs.claimed(workdir, recipe)
     assert problems(check_data(recipe, workdir)) == []
     few = dataclasses.replace(recipe, num_classes=2)
     assert problems(check_data(few, None)) == ["num_classes = 2: must be at least 3"]

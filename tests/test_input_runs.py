@@ -10,7 +10,6 @@ from PIL import Image
 
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.recipe import load_recipe, recipe_differences, save_recipe
-from nfnet_flax.training.run import assemble, claim_input, claim_workdir
 from tests import runs
 from tests.test_cli import fails
 from tests.test_resume import scalars
@@ -83,9 +82,8 @@ def test_another_input_under_the_same_recipe_is_refused(
     path.write_text(path.read_text().replace("'nowhere'", repr(str(root))))
     recipe = load_recipe(path)
     workdir = tmp_path / "run"
-    claim_workdir(workdir, recipe)
-    claim_input(workdir, assemble(recipe).input_identity())
-    claim_input(workdir, assemble(recipe).input_identity())
+    runs.claimed(workdir, recipe)
+    runs.claimed(workdir, recipe)
     next((root / "train").rglob("*.png")).unlink()
     message = fails(capsys, "train", str(path), "--workdir", str(workdir))
     assert "was trained on another input" in message

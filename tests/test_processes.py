@@ -129,11 +129,11 @@ def test_a_cpu_is_no_accelerator() -> None:
 
 
 def test_processes_that_differ_all_hear_of_every_difference() -> None:
-    check_agreement(ALONE, {"jax": "1"}, 1.0)
+    check_agreement(ALONE, "run", {"jax": "1"}, 1.0)
     store = Store(3)
     try:
         facts = [{"jax": "1", "recipe.seed": "0"}, {"jax": "1", "recipe.seed": "7"}, {"jax": "2", "recipe.seed": "0"}]
-        found = store.in_parallel(lambda index: check_agreement(store.processes[index], facts[index], 20.0))
+        found = store.in_parallel(lambda index: check_agreement(store.processes[index], "run", facts[index], 20.0))
         for error in found:
             assert isinstance(error, ConfigError)
             assert "recipe.seed: 0 in process 0, 7 in process 1" in str(error)

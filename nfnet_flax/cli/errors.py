@@ -2,7 +2,15 @@
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_INPUT_FAILED, EXIT_STORAGE_FAILED
+from nfnet_flax.exit_codes import (
+    EXIT_BAD_INPUT,
+    EXIT_COPIES_DIFFER,
+    EXIT_INPUT_FAILED,
+    EXIT_LOST,
+    EXIT_STORAGE_FAILED,
+)
+from nfnet_flax.training.fingerprints import CopiesDiffer
+from nfnet_flax.training.lease import LeaseLost
 from nfnet_flax.training.storage import StorageFailed
 
 
@@ -14,5 +22,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         case InputFailed():
             return EXIT_INPUT_FAILED, f"the input failed: {error}"
         case StorageFailed():
-            return EXIT_STORAGE_FAILED, f"the run's folder failed: {error}; run again once that is mended"
+            return EXIT_STORAGE_FAILED, f"the run's folder failed: {error}; run again once that is repaired"
+        case LeaseLost():
+            return EXIT_LOST, str(error)
+        case CopiesDiffer():
+            return EXIT_COPIES_DIFFER, str(error)
     return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.recipes import load
@@ -47,15 +48,19 @@ def run(argv: list[str]) -> int:
     from nfnet_flax.runtime import prepare
     from nfnet_flax.training.launch import run_together
     from nfnet_flax.training.loop import TrainingDiverged, train
-    from nfnet_flax.training.run import check_same_run
     from nfnet_flax.training.watchdog import Watchdog
 
     prepare(reproducible=chosen.recipe.execution.reproducible)
 
     def train_watched(watchdog: Watchdog) -> int:
-        check_same_run(current(), chosen.recipe, chosen.workdir, chosen.distributed.start_timeout_s)
         try:
-            result = train(chosen.recipe, chosen.workdir, watchdog)
+            result = train(
+                chosen.recipe,
+                chosen.workdir,
+                watchdog,
+                started_at_s=IMPORTED_AT_S,
+                start_timeout_s=chosen.distributed.start_timeout_s,
+            )
         except TrainingDiverged as error:  # in all processes, as the loss is that of the whole batch
             if current().is_first:
                 print(f"nfnet: diverged: {error}", file=sys.stderr)

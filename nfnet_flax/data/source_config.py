@@ -1,6 +1,7 @@
 """Where labelled images come from; apart from the code that reads them, so that a recipe needs none of it."""
 
 import dataclasses
+import os
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.paths import check_path
@@ -112,3 +113,21 @@ def with_places_of(source: SourceConfig, other: SourceConfig) -> SourceConfig:
         return source
     names = PLACE_FIELDS.get(type(source).__name__, ())
     return dataclasses.replace(source, **{name: getattr(other, name) for name in names})
+
+
+def with_absolute_places(source: SourceConfig) -> SourceConfig:
+    """A source that finds its images from every current folder."""
+    match source:
+        case FolderSource():
+            return dataclasses.replace(source, root=_absolute(source.root))
+        case ArrayRecordSource():
+            patterns = {name: tuple(map(_absolute, getattr(source, name))) for name in ("train", "eval")}
+            return dataclasses.replace(source, **patterns)
+        case TfdsSource() if source.data_dir is not None:
+            return dataclasses.replace(source, data_dir=_absolute(source.data_dir))
+    return source
+
+
+def _absolute(path: str) -> str:
+    # Symbolic links stay: a pattern is no path yet, and a link may be moved to another copy of the same images.
+    return os.path.abspath(os.path.expanduser(path))

@@ -212,11 +212,12 @@ def current() -> Processes:
     return Processes(index=state.process_id, count=state.num_processes, store=state.client)
 
 
-def check_agreement(processes: Processes, facts: dict[str, str], timeout_s: float) -> None:
+def check_agreement(processes: Processes, topic: str, facts: dict[str, str], timeout_s: float) -> None:
     """Compares what all processes are about to run; with one process there is nothing to compare.
 
     Args:
       processes: of this run.
+      topic: names what is compared; each name is for one use.
       facts: name, such as `jax` or `recipe.seed` -> value. To be the same in all.
       timeout_s: longest wait for the others.
 
@@ -225,12 +226,12 @@ def check_agreement(processes: Processes, facts: dict[str, str], timeout_s: floa
     """
     if processes.count == 1:
         return
-    processes.put(f"facts/{processes.index}", facts)
+    processes.put(f"{topic}/{processes.index}", facts)
     told = []
     deadline = time.monotonic() + timeout_s
     for index in range(processes.count):
         try:
-            told.append(processes.wait_for(f"facts/{index}", max(1.0, deadline - time.monotonic())))
+            told.append(processes.wait_for(f"{topic}/{index}", max(1.0, deadline - time.monotonic())))
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
                 f"process {index} did not say within {timeout_s:g} s what it runs: look at its own messages ({error})"

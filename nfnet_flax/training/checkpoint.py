@@ -1,6 +1,7 @@
 """Checkpoints on Orbax: the newest few, and the best apart from them so that neither evicts the other."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from nfnet_flax.parallel.processes import current
+from nfnet_flax.training.copies import check_copies
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.layout import CHECKPOINTS, NOTES, NOTES_FILE, STATE, Notes, read_sealed, seal, steps_in
 from nfnet_flax.training.state import TrainState
@@ -54,9 +57,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
     process, is replaced.
 
     Raises:
+      CopiesDiffer: devices or processes hold different states; nothing is written.
       StorageFailed: this or an earlier background write failed.
     """
-    sealed = seal(notes, fingerprints(state))
+    arrays = fingerprints(state)
+    check_copies(current(), arrays, step)
+    sealed = seal(notes, arrays)
     items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), NOTES: ocp.args.JsonSave(sealed)})
     with reads_and_writes(manager.directory):
         # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
@@ -85,8 +91,8 @@ def latest_step(workdir: Path) -> int | None:
     return next(iter(steps_in(workdir / CHECKPOINTS)), None)
 
 
-def read_notes(manager: ocp.CheckpointManager) -> Notes | None:
-    """Notes of the newest checkpoint of a manager; None if there is none.
+def read_newest_notes(manager: ocp.CheckpointManager) -> tuple[int, Notes] | None:
+    """Step and notes of the newest checkpoint of a manager; None if there is none.
 
     Raises:
       StorageFailed: it is damaged, or a background write failed.
@@ -94,7 +100,7 @@ def read_notes(manager: ocp.CheckpointManager) -> Notes | None:
     with reads_and_writes(manager.directory):
         manager.wait_until_finished()
         step = manager.latest_step()
-        return None if step is None else read_sealed(Path(manager.directory) / str(step))[0]
+        return None if step is None else (step, read_sealed(Path(manager.directory) / str(step))[0])
 
 
 class SaveClock:
@@ -114,3 +120,8 @@ class SaveClock:
             return False
         due = time.monotonic() - self._started >= self._every_s
         return due if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
+
+
+def is_better(value: float, than: float) -> bool:
+    """Whether a metric is higher than another one. What is not finite is never better, and anything finite beats it."""
+    return math.isfinite(value) and (not math.isfinite(than) or value > than)

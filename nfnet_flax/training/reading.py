@@ -11,6 +11,7 @@ from nfnet_flax.recipe import read_recipe
 from nfnet_flax.runtime import prepare
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
+from nfnet_flax.training.identity import stored_class_names
 from nfnet_flax.training.restoring import restore_newest
 from nfnet_flax.training.run import Setup, assemble
 from nfnet_flax.training.state import TrainState
@@ -26,7 +27,7 @@ def read_run(workdir: Path) -> tuple[Setup, TrainState]:
     recipe = read_recipe(workdir / "recipe.json")
     if checkpoint.latest_step(workdir) is None:
         raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
-    setup = assemble(recipe)
+    setup = assemble(recipe, stored_class_names(workdir))
     restored = restore_newest(workdir, setup.abstract_state(), is_owner=False)
     assert restored is not None
     return setup, restored[0]

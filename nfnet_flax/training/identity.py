@@ -1,0 +1,177 @@
+"""Which run a folder belongs to: what decides its updates, on record there, and compared at every start.
+
+The processes of a run compare these things with one another, and a start compares them with those that the run began
+with. Recipe, input and class names have to be the same. Of the environment (versions, processor, settings of JAX) it is
+said what differs, as only the last bits depend on it. What decides no update is free.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nfnet_flax import runtime
+from nfnet_flax.config import ConfigError, differences, require, to_json
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.source_config import PLACE_FIELDS
+from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.parallel.processes import Processes, check_agreement
+from nfnet_flax.recipe import Recipe, free_differences, read_recipe, recipe_differences, save_recipe
+from nfnet_flax.training import checkpoint, layout
+
+
+def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
+    """Checks that all processes are about to run the same; before any of them computes.
+
+    Raises:
+      ConfigError: recipe, workdir, versions, kind of device or processor, settings of JAX or the number of devices
+        differ, or a process did not say in time.
+    """
+    if processes.count == 1:
+        return
+
+    def fields(data: Any, path: str) -> dict[str, str]:
+        if not isinstance(data, dict):
+            return {path: repr(data)}
+        return {name: text for key, value in data.items() for name, text in fields(value, f"{path}.{key}").items()}
+
+    shared = dataclasses.replace(recipe, data=recipe.data.with_execution_of(DataConfig(prefetch_batches=2)))
+    settings = to_json(shared)
+    # Each host may hold images and initial weights in a place of its own: what they are is compared by what is in them.
+    for name in PLACE_FIELDS.get(type(recipe.data.source).__name__, ()):
+        del settings["data"]["source"][name]
+    del settings["init_from"]
+    facts = {
+        **runtime.environment(),
+        "devices of each process": str(jax.local_device_count()),
+        "workdir": str(workdir),
+        **fields(settings, "recipe"),
+    }
+    check_agreement(processes, "run", facts, timeout_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a start is about to run."""
+
+    recipe: Recipe
+    input: dict[str, Any]
+    """What decides every byte of every batch (`pipeline.input_identity`)."""
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    environment: dict[str, str]
+    """What decides the last bits (`runtime.environment`)."""
+
+
+def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: float) -> list[str]:
+    """Records by process 0 what a run is, or checks in all processes that the folder is that of the same run.
+
+    Returns:
+      Lines for the user: what differs from before without deciding an update, and what the differences mean.
+
+    Raises:
+      ConfigError: the folder cannot be written, belongs to another recipe, input or classes, or is not the same folder
+        in all processes.
+    """
+    lines = []
+    if processes.is_first:
+        lines = _claim(workdir, identity)
+    processes.barrier("claimed", timeout_s)
+    if not processes.is_first:
+        remedy = f"is not the folder that process 0 sees, as process {processes.index} finds no recipe.json in it: "
+        remedy += "give one on a file system that all hosts share"
+        require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)
+        _check_recipe(workdir, identity.recipe)
+        _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
+        stored_class_names(workdir)
+    return lines
+
+
+_INPUT_CHANGED = "was trained on another input; give back the same images, or another workdir"
+
+
+def _claim(workdir: Path, identity: Identity) -> list[str]:
+    has_begun = checkpoint.latest_step(workdir) is not None
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / layout.RECIPE).exists():
+            save_recipe(identity.recipe, workdir / layout.RECIPE)
+        changed = _check_recipe(workdir, identity.recipe)
+        for name in (layout.INPUT, layout.CLASSES):
+            if has_begun and not (workdir / name).exists():
+                raise ConfigError(f"workdir {str(workdir)!r} holds checkpoints but no {name}: start in a new workdir")
+        _record(workdir / layout.INPUT, identity.input)
+        _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
+        _record(workdir / layout.CLASSES, {"class_names": list(identity.class_names)})
+        lines = _claim_environment(workdir, identity.environment)
+        if changed:
+            save_recipe(identity.recipe, workdir / layout.RECIPE)
+            lines.append(f"changed since the last start, which decides no update: {'; '.join(changed)}")
+    except OSError as error:
+        raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
+    return lines
+
+
+def _check_recipe(workdir: Path, recipe: Recipe) -> list[str]:
+    """Returns a line for each field that differs and is free to.
+
+    Raises:
+      ConfigError: a field differs that decides an update.
+    """
+    stored = read_recipe(workdir / layout.RECIPE)
+    if lines := recipe_differences(stored, recipe):
+        raise ConfigError(
+            f"workdir {str(workdir)!r} belongs to another recipe; give another workdir, or the same values as before:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+    return free_differences(stored, recipe)
+
+
+def _record(path: Path, data: Any) -> None:
+    if not path.exists():
+        write_json(path, data)
+
+
+def _check_recorded(path: Path, now: Any, problem: str) -> None:
+    recorded = read_json(path, "start in a new workdir")
+    if lines := differences(recorded, now):
+        raise ConfigError(f"workdir {str(path.parent)!r} {problem}:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def stored_class_names(workdir: Path) -> tuple[str, ...] | None:
+    """Class names of a run, in the order of its labels; None where no run has begun.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
+    path = workdir / layout.CLASSES
+    if not path.exists():
+        return None
+    remedy = "put it back from a copy; every reader of this run needs it"
+    stored = read_json(path, remedy)
+    names = stored.get("class_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{str(path)!r} holds no class names: {remedy}")
+    return tuple(names)
+
+
+def _claim_environment(workdir: Path, environment: dict[str, str]) -> list[str]:
+    """Records the environment; returns what to say where it is another than at the last start."""
+    path = workdir / layout.ENVIRONMENT
+    step = checkpoint.latest_step(workdir)
+    changed: list[str] = []
+    if path.exists():
+        before = read_json(path, "move it away; nfnet train writes it again")
+        changed = differences(before, environment)
+        if not changed:
+            return []
+        # Kept for whoever wants to know later which steps were computed by what.
+        path.rename(workdir / f"environment-until-step-{step or 0}.json")
+    write_json(path, environment)
+    if not changed or step is None:
+        return []
+    return [
+        f"another environment than before ({'; '.join(changed)}): from step {step} on the last bits will differ from "
+        "those of a run that stayed in one; for the same bits, stop now and continue where these values are as before"
+    ]
