@@ -189,8 +189,8 @@ def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
     """The fields of `other` that decide no update.
 
     These are: when and what is saved, logged and evaluated, the run's name, where images and initial weights lie, what
-    is done about a corrupt image, how many threads prepare the input, over how many devices parameters and images are divided, and which platform is
-    asked for.
+    is done about a corrupt image, how many threads prepare the input, over how many devices parameters and images are
+    divided, and which platform is asked for.
     """
     return dataclasses.replace(
         recipe,

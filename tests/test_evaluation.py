@@ -103,7 +103,7 @@ def test_logits_that_overflow_are_no_hits(network: Network) -> None:
     }
     overflowing = params | {
         "final_conv.gain": 1e6 * params["final_conv.gain"],
-        "head.kernel": np.full_like(params["head.kernel"], 3e38),
+        "head.kernel": jnp.full_like(params["head.kernel"], 3e38),
     }
     assert all(np.all(np.isfinite(value)) for value in overflowing.values())
     found = run_evaluation(step, {"eval": (overflowing, batch_stats)}, [rows], make_mesh())

@@ -5,7 +5,7 @@
 In each trial one process trains, and a second one is started on the same folder at a random moment: while the first
 one starts, compiles, trains or saves. Now and then the first one was killed by SIGKILL just before. One of the two must
 own the folder and go on; the other one must end with code 2 and change nothing, unless the first one is gone; and a
-restart after SIGKILL must not wait. Then the owner is stopped by a random signal, and the next trial goes on from there.
+restart after SIGKILL must not wait. Then the owner is stopped by a random signal, and the next trial goes on there.
 In the end no checkpoint and no row of the metrics may be missing, and the state must be equal bit for bit. Prints a row
 for each trial and a summary; exits with 1 if anything is not as promised.
 """
