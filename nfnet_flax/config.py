@@ -24,8 +24,13 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
 def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> ConfigError:
     """The error for a name outside a table, with the nearest known names as the remedy."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
-    return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near)}{'' if near is names else ', ...'}")
+    near = nearest(name, names)
+    return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near or names)}{', ...' if near else ''}")
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> list[str]:
+    """At most three of the known names that are spelt like a name, the likeliest first."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
 
 def _matches(value: object, hint: Any) -> bool:

@@ -74,7 +74,8 @@ def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) 
 
 def _check_recipe(workdir: Path | None, recipe_path: str | None, recipes: "list[Recipe]") -> list[Finding]:
     """Adds the recipe to `recipes`, if there is one."""
-    from nfnet_flax.recipe import load_recipe, read_recipe
+    from nfnet_flax.recipe import read_recipe
+    from nfnet_flax.recipe_file import load_recipe
 
     if recipe_path is not None:
         recipes.append(load_recipe(recipe_path))

@@ -23,4 +23,4 @@ EXIT_STORAGE_FAILED = 6
 EXIT_COPIES_DIFFER = 7
 """Devices or processes hold different copies of the state; nothing of that step was saved. Run on hosts of one kind."""
 EXIT_STOPPED = 75
-"""SIGTERM, SIGUSR1 or Ctrl-C: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""
+"""Told to stop by a signal: the state is saved; run the same command again to continue (sysexits.h: EX_TEMPFAIL)."""

@@ -1,8 +1,6 @@
 """A recipe: everything that decides a run, in one frozen value. Its JSON form is stored in the run's folder."""
 
 import dataclasses
-import importlib.util
-import inspect
 from pathlib import Path
 from typing import Literal
 
@@ -103,53 +101,6 @@ class Recipe:
     def total_steps(self, num_examples: int) -> int:
         """Updates of the whole run for a training set of `num_examples`."""
         return self.num_steps or max(1, round(self.num_epochs * num_examples / self.data.batch_size))
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """Runs a recipe file and returns what its `recipe()` makes.
-
-    Args:
-      path: of the file; `recipes/nfnet_imagenet.py:variant=f3` calls `recipe(variant="f3")`. Several arguments are
-        separated by commas; their values are strings.
-
-    Raises:
-      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, or a value in it is invalid.
-    """
-    file, arguments = _split_arguments(str(path))
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(f"recipe file {str(file)!r} does not exist or is not a .py file: give the path of a recipe")
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        function = getattr(module, "recipe", None)
-        if not callable(function):
-            raise ConfigError("it defines no function recipe() that returns a Recipe")
-        parameters = inspect.signature(function).parameters
-        for name in arguments:
-            if name not in parameters:
-                raise ConfigError(f"its recipe() has no parameter {name!r}: it has {', '.join(parameters) or 'none'}")
-        result = function(**arguments)
-    except Exception as error:
-        raise ConfigError(f"recipe file {str(file)!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(result, Recipe):
-        raise ConfigError(f"recipe file {str(file)!r}: recipe() returned {type(result).__name__}, not a Recipe")
-    return result
-
-
-def _split_arguments(path: str) -> tuple[Path, dict[str, str]]:
-    file, colon, text = path.partition(".py:")
-    if not colon:
-        return Path(path), {}
-    arguments: dict[str, str] = {}
-    for item in text.split(","):
-        name, _, value = item.partition("=")
-        if not name or not value or name in arguments:
-            raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value of its own, such as variant=f3")
-        arguments[name] = value
-    return Path(f"{file}.py"), arguments
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -6,17 +6,22 @@ round as others do.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+from nfnet_flax.data.workers import STOP_SIGNALS
 from tests.image_sets import make_sets
 
 os.environ.setdefault("NPROC", "8")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+for number in STOP_SIGNALS:  # ignored where the suite runs in the background or under `nohup`; tests send them
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

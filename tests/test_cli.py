@@ -53,10 +53,18 @@ def test_broken_recipes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "unknown model 'nfnet_f9'" in complaint(
         "def recipe() -> Recipe:", "from nfnet_flax.models import model_config\nmodel_config('nfnet_f9')\ndef recipe():"
     )
-    assert "learnin_rate" in complaint("learning_rate_per_256=", "learnin_rate=")
+    typed = complaint("learning_rate_per_256=", "learnin_rate=")
+    line = next(n for n, text in enumerate(recipe.read_text().splitlines(), 1) if "learnin_rate=" in text)
+    assert f"mine.py', line {line}: TypeError: OptimConfig.__init__() got an unexpected keyword argument" in typed
+    assert "did you mean final_learning_rate or learning_rate_per_256?" in typed
+    assert "Its fields are learning_rate_per_256, warmup_epochs," in typed
     assert "DataConfig.batch_size = '64': expected int" in complaint("batch_size=64", "batch_size='64'")
     assert "no function recipe()" in complaint("def recipe()", "def recipes()")
-    assert "SyntaxError" in complaint("def recipe()", "def recipe(")
+    syntax = complaint("def recipe()", "def recipe(")
+    line = next(n for n, text in enumerate(recipe.read_text().splitlines(), 1) if "def recipe(" in text)
+    assert f"mine.py', line {line}: SyntaxError" in syntax
+    (tmp_path / "beside.py").write_text("rate = 1 / 0\n")
+    assert "beside.py', line 1: ZeroDivisionError" in complaint("def recipe()", "import beside\ndef recipe()")
 
 
 def test_an_unwritable_or_foreign_workdir_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -64,7 +72,7 @@ def test_an_unwritable_or_foreign_workdir_is_refused(capsys: pytest.CaptureFixtu
     assert "cannot be written" in fails(capsys, "train", RECIPE, "--workdir", str(tmp_path / "file" / "run"))
     if os.path.isdir("/proc/self"):  # a folder that even root cannot write
         assert "cannot be written" in fails(capsys, "train", RECIPE, "--workdir", "/proc/self/run")
-    from nfnet_flax.recipe import load_recipe
+    from nfnet_flax.recipe_file import load_recipe
 
     runs.claimed(tmp_path / "run", load_recipe(RECIPE))
     other = fails(

@@ -14,7 +14,8 @@ import pytest
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.doctor import check_data, check_devices, check_disks, check_machine, check_versions, examine
-from nfnet_flax.recipe import Recipe, load_recipe, save_recipe
+from nfnet_flax.recipe import Recipe, save_recipe
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.inspection import Finding, check_workdir
 from tests import runs
 from tests.image_sets import CLASSES, make_folder

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from nfnet_flax import cli, exit_codes
-from nfnet_flax.recipe import load_recipe, recipe_differences, save_recipe
+from nfnet_flax.recipe import recipe_differences, save_recipe
+from nfnet_flax.recipe_file import load_recipe
 from tests import runs
 from tests.test_cli import fails
 from tests.test_resume import scalars

@@ -20,7 +20,8 @@ from nfnet_flax.debug import debug_recipe
 from nfnet_flax.models import EfficientNetConfig, NFNetConfig
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
 from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, RMSPropConfig, make_optimizer, make_schedule
-from nfnet_flax.recipe import Recipe, load_recipe, read_recipe, save_recipe
+from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
+from nfnet_flax.recipe_file import load_recipe
 from tests.runs import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -127,6 +128,28 @@ def test_a_wrong_argument_is_answered_with_the_known_ones(
     for command in (["train", path, "--workdir", "unused"], ["plan", path, "--topology", "v5e:1x1"]):
         assert cli.main(command) == exit_codes.EXIT_BAD_INPUT
         assert message in capsys.readouterr().err
+
+
+def test_a_recipe_may_hold_dataclasses_and_import_a_module_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "import recipe_base\n"
+        "@dataclasses.dataclass\n"
+        "class Variant:\n"
+        "    seed: int = 5\n"
+        "def recipe():\n"
+        "    import recipe_late\n"
+        "    return dataclasses.replace(recipe_base.BASE, seed=Variant().seed, name=recipe_late.NAME)\n"
+    )
+    (tmp_path / "recipe_late.py").write_text("NAME = 'late'\n")
+    (tmp_path / "recipe_base.py").write_text(
+        f"import nfnet_flax\nBASE = nfnet_flax.load_recipe({str(RECIPES / 'digits.py')!r})\n"
+    )
+    before = list(sys.path)
+    recipe = load_recipe(tmp_path / "mine.py")
+    assert (recipe.name, recipe.seed, recipe.num_classes) == ("late", 5, 10)
+    assert sys.path == before
 
 
 def test_the_published_schedules() -> None:

@@ -20,14 +20,15 @@ ALLOWED = {
     "runtime": {"config"},
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
+    "recipe_file": BASE | {"recipe"},
     "debug": LEAVES | BASE | {"recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"recipe", "weights"},
     "hlo": {"hlo_products"},
     "hlo_products": set[str](),
     "plan": LEAVES | BASE | {"hlo", "recipe", "training"},
-    "doctor": LEAVES | BASE | {"recipe", "training"},
-    "cli": LEAVES | BASE | {"recipe", "training", "weights", "export", "plan", "debug", "doctor"},
+    "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
+    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "export", "plan", "debug", "doctor"},
 }
 
 

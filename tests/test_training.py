@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nfnet_flax import cli, exit_codes, weights
-from nfnet_flax.recipe import load_recipe
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.weights.entries import arrays_of
 from tests import runs
 from tests.test_weights import with_random_arrays

@@ -81,7 +81,7 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
     set_environment()
     from nfnet_flax.models import ExecutionConfig, model_config
     from nfnet_flax.optim import OptimConfig
-    from nfnet_flax.recipe import load_recipe
+    from nfnet_flax.recipe_file import load_recipe
 
     config = model_config(options.models[0], compute_dtype="bfloat16")
     base = load_recipe(ROOT / "recipes" / "nfnet_imagenet.py")

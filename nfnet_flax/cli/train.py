@@ -60,6 +60,7 @@ def run(argv: list[str]) -> int:
                 watchdog,
                 started_at_s=IMPORTED_AT_S,
                 start_timeout_s=chosen.distributed.start_timeout_s,
+                owns_process=True,
             )
         except TrainingDiverged as error:  # in all processes, as the loss is that of the whole batch
             if current().is_first:

@@ -24,8 +24,9 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed, Rows, explain
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What may tell the main process to stop; often sent to all processes of a job."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What may tell the main process to stop: a scheduler, Ctrl-C, Slurm, a terminal that is lost. They are often sent to
+all processes of a job."""
 _DUMP_SIGNAL = signal.SIGUSR2
 """Makes a worker write its stacks."""
 _EXIT_TIMEOUT_S = 5.0
@@ -55,7 +56,7 @@ class WorkerProcess:
         self._socket, theirs = socket.socketpair()
         # The child inherits the mask, so a signal to the process group cannot end it before the main process has saved;
         # one that arrives meanwhile waits for the mask to be lifted here.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from nfnet_flax.data.workers import serve; serve({theirs.fileno()})"],

@@ -60,6 +60,7 @@ def train(
     *,
     started_at_s: float | None = None,
     start_timeout_s: float = 300.0,
+    owns_process: bool = False,
 ) -> TrainResult:
     """Trains until the recipe's last step or a signal to stop; continues from the newest checkpoint in `workdir`.
 
@@ -73,6 +74,8 @@ def train(
       started_at_s: when the program began, by `time.perf_counter`, for the line that says what a start consists of;
         None: with this call.
       start_timeout_s: how long processes wait for one another before the first step.
+      owns_process: whether a second signal to stop ends the process at once, as for a command; otherwise Ctrl-C then
+        raises `KeyboardInterrupt`, and a notebook's kernel lives on.
 
     Raises:
       ConfigError: the recipe does not fit the devices or the folder, another process trains in the folder, the input is
@@ -94,7 +97,7 @@ def train(
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(stop_requests(processes))
+        stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
         setup = assemble(recipe, stored_class_names(workdir))
         if processes.is_first:
             say_unused(setup.train_source, setup.eval_source)

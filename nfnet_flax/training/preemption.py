@@ -1,9 +1,11 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (as Slurm sends) or Ctrl-C to any process stops all of them at the same point.
+"""Being told to stop: SIGTERM, SIGUSR1 (as Slurm sends), SIGHUP (the terminal is lost) or Ctrl-C to any process stops
+all of them at the same point.
 
 Signals are received by a thread, as a handler in Python would wait until the main thread comes back from a compilation
 or a collective. JAX's own notifier stays off: it knows SIGTERM only, and nothing of a run of one process.
 """
 
+import _thread
 import contextlib
 import os
 import signal
@@ -11,13 +13,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import jax
 
+from nfnet_flax.data.workers import STOP_SIGNALS
 from nfnet_flax.parallel.processes import Processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Each of them asks a run to save and stop."""
 _REPEAT_S = 1.0
 """A signal that follows within this time is the same request: launchers may deliver one to a group and to a process."""
 _POLL_S = 60.0
@@ -79,10 +82,18 @@ class StopPoint:
 
 
 @contextlib.contextmanager
-def stop_requests(processes: Processes) -> Iterator[StopPoint]:
-    """Yields the point at which to stop; signals are requests for it, and a second one ends the process at once.
+def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopPoint]:
+    """Yields the point at which to stop; signals are requests for it.
 
-    Outside the main thread Python can install no handler; there, no signal of this process is a request.
+    A signal that is ignored stays so: `nohup` ignores SIGHUP for its command, and a shell Ctrl-C for a script's
+    background job. Outside the main thread Python can install no handler; there, no signal of this process is a
+    request.
+
+    Args:
+      processes: of this run.
+      owns_process: whether the process has nothing to do but the run. A second signal then ends it at once, whatever
+        it is busy with. Otherwise, as in a notebook, the second signal does what it did before: Ctrl-C raises
+        `KeyboardInterrupt` once Python comes back from a compilation.
     """
     point = StopPoint(processes)
     if threading.current_thread() is not threading.main_thread():
@@ -90,36 +101,51 @@ def stop_requests(processes: Processes) -> Iterator[StopPoint]:
         return
     requested_at: list[float] = []
 
-    def on_signal(number: int) -> None:
-        if requested_at and time.monotonic() - requested_at[0] > _REPEAT_S:
-            os._exit(128 + number)
+    def on_signal(number: int) -> bool:
         if not requested_at:
             requested_at.append(time.monotonic())
             point.request(f"{signal.Signals(number).name} to process {processes.index}")
+            return False
+        # The hang-up of a terminal comes from the kernel and from each shell in between: nobody is impatient.
+        is_second = number != signal.SIGHUP and time.monotonic() - requested_at[0] > _REPEAT_S
+        if is_second and owns_process:
+            os._exit(128 + number)
+        return is_second
 
     with _signals_in_a_thread(on_signal):
         yield point
 
 
 @contextlib.contextmanager
-def _signals_in_a_thread(on_signal: Callable[[int], None]) -> Iterator[None]:
+def _signals_in_a_thread(on_signal: Callable[[int], bool]) -> Iterator[None]:
+    """Calls `on_signal` from a thread; where it returns True, the signal does once more what it did before."""
     received, written = socket.socketpair()
     written.setblocking(False)
+    to_repeat: set[int] = set()
 
     def receive() -> None:
         while number := received.recv(1):
-            if number[0] in SIGNALS:
-                on_signal(number[0])
+            if number[0] in previous and not to_repeat and on_signal(number[0]):
+                to_repeat.add(number[0])
+                _thread.interrupt_main(signal.Signals(number[0]))  # runs the handler below in the main thread
 
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number in to_repeat:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    previous: dict[int, Any] = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
     thread = threading.Thread(target=receive, name="signals", daemon=True)
     thread.start()
     previous_fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
     try:
+        for number in previous:
+            signal.signal(number, handler)
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
         signal.set_wakeup_fd(previous_fd)
         written.close()  # ends the thread
         thread.join()

@@ -1,0 +1,113 @@
+"""Running a recipe file, and saying where in it something is wrong."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from nfnet_flax.config import ConfigError, nearest
+from nfnet_flax.paths import local_path
+from nfnet_flax.recipe import Recipe
+
+_UNKNOWN_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Runs a recipe file and returns what its `recipe()` makes. It may import modules that lie beside it.
+
+    Args:
+      path: of the file; `recipes/nfnet_imagenet.py:variant=f3` calls `recipe(variant="f3")`. Several arguments are
+        separated by commas; their values are strings.
+
+    Raises:
+      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, or a value in it is invalid. The
+        message names the file and the line.
+    """
+    given, arguments = _split_arguments(str(path))
+    file = local_path("recipe file", given)
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(f"recipe file {str(given)!r} does not exist or is not a .py file: give the path of a recipe")
+    name = f"recipe_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up what their annotations name
+    try:
+        with _importable(file.parent):
+            spec.loader.exec_module(module)
+            function = vars(module).get("recipe")
+            if not callable(function):
+                raise ConfigError("it defines no function recipe() that returns a Recipe")
+            parameters = inspect.signature(function).parameters
+            for argument in arguments:
+                if argument not in parameters:
+                    known = ", ".join(parameters) or "none"
+                    raise ConfigError(f"its recipe() has no parameter {argument!r}: it has {known}")
+            result = function(**arguments)
+    except Exception as error:
+        raise ConfigError(f"recipe file {_location(file, error)}: {_explanation(error)}") from error
+    if not isinstance(result, Recipe):
+        raise ConfigError(f"recipe file {str(file)!r}: recipe() returned {type(result).__name__}, not a Recipe")
+    return result
+
+
+def _split_arguments(path: str) -> tuple[str, dict[str, str]]:
+    file, colon, text = path.partition(".py:")
+    if not colon:
+        return path, {}
+    arguments: dict[str, str] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if not name or not value or name in arguments:
+            raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value of its own, such as variant=f3")
+        arguments[name] = value
+    return f"{file}.py", arguments
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Lets modules of a folder be imported, as those beside a script are."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the recipe has removed it
+            sys.path.remove(str(folder))
+
+
+def _location(file: Path, error: Exception) -> str:
+    """The innermost line of the recipe, or of a module beside it, that led to an error."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename!r}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).parent == file.parent and frame.filename != __file__:
+            return f"{frame.filename!r}, line {frame.lineno}"
+    return repr(str(file))
+
+
+def _explanation(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    unknown = _UNKNOWN_FIELD.search(str(error))
+    if isinstance(error, TypeError) and unknown is not None and (fields := _fields_of(unknown.group(1))):
+        near = nearest(unknown.group(2), fields)
+        question = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"{text}{question or '.'} Its fields are {', '.join(fields)}"
+    return text
+
+
+def _fields_of(class_name: str) -> list[str]:
+    """Fields of a configuration class that a recipe has imported."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("nfnet_flax.", "recipe_")):
+            found = vars(module).get(class_name)
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
+                return [field.name for field in dataclasses.fields(found)]
+    return []
