@@ -69,34 +69,41 @@ for devices in (None, [jax.devices()[-1], jax.devices()[0]]):
 WEIGHTS = """
 import sys
 import jax, numpy as np, optax
-from jax.experimental import multihost_utils
 from nfnet_flax.models import NFNetConfig
-from nfnet_flax.models.params import expand
 from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.training.state import create_state, model_structure, with_weights
+from nfnet_flax.training.state import abstract_state, model_structure, with_weights
 
 index, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
 config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 8, 1), group_width=4)
 structure = model_structure(config, 3)
-state = create_state(structure, 0, optax.identity(), make_mesh(fsdp=2))
-
-def whole(params):
-    return expand({name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()},
-                  structure.members)
-
-drawn = whole(state.params)
 rng = np.random.default_rng(0)
-given = {name: rng.standard_normal(value.shape) for name, value in drawn.items()}
+
+def drawn(leaf):
+    whole = rng.standard_normal(leaf.shape).astype(leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
+
+state = jax.tree.map(drawn, abstract_state(structure, optax.identity(), make_mesh(fsdp=2)))
+
+given = {}
+for array, value in structure.members.items():
+    stacked = not isinstance(value, str)
+    for name in value if stacked else (value,):
+        given[name] = rng.standard_normal(state.params[array].shape[stacked:])
 for name in [name for name in given if name.startswith(("head.", "stages.2.3."))]:
     del given[name]
-assert 0 < len(given) < len(drawn)
-state = with_weights(state, given, structure)
-assert not state.params["stages.2.1.conv0.kernel"].is_fully_addressable
-for found in (whole(state.params), whole(state.ema_params)):
-    for name, value in found.items():
-        want = np.asarray(given[name], np.float32) if name in given else drawn[name]
-        assert np.asarray(value).tobytes() == want.tobytes(), name
+moved = with_weights(state, given, structure)
+assert not moved.params["stages.2.1.conv0.kernel"].is_fully_addressable
+for before, after in ((state.params, moved.params), (state.ema_params, moved.ema_params)):
+    for array, value in structure.members.items():
+        for old, new in zip(before[array].addressable_shards, after[array].addressable_shards, strict=True):
+            # Of what each parameter of a stack became, the part that lies here.
+            stack = [(value, new.index, old.data, new.data)] if isinstance(value, str) else [
+                (name, new.index[1:], *rows) for name, *rows in zip(value, old.data, new.data, strict=True)
+            ]
+            for name, place, kept, found in stack:
+                want = given[name][place].astype(np.float32) if name in given else np.asarray(kept)
+                assert np.asarray(found).tobytes() == want.tobytes(), name
 print("equal")
 """
 
