@@ -24,9 +24,12 @@ from nfnet_flax.models import (
 )
 from nfnet_flax.models.params import (
     batch_stats_of,
+    check_alike,
     compact,
     expand,
     global_norm,
+    is_standardized,
+    mark_prepared,
     members,
     merge,
     prepare,
@@ -34,6 +37,7 @@ from nfnet_flax.models.params import (
     split,
 )
 from nfnet_flax.models.standardization import StandardizationName, standardize
+from nfnet_flax.training.gradient import normalise
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
@@ -90,6 +94,52 @@ def test_the_compact_network_is_the_network(family: str, executions: tuple[Execu
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
                 np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(value))))
+
+
+def test_blocks_that_are_not_alike_are_not_stacked() -> None:
+    def network() -> Classifier:
+        return nnx.eval_shape(lambda: build_model(COMPACT["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
+
+    check_alike(network())
+    other_settings, other_shape, short_stage = network(), network(), network()
+    other_settings.stages[2][3].pools = True
+    with pytest.raises(ConfigError, match=r"NFNet: block stages\.2\.3 differs from stages\.2\.1 in settings"):
+        check_alike(other_settings)
+    gain = other_shape.stages[2][6].conv0.gain
+    gain.set_value(jax.ShapeDtypeStruct((*gain.get_value().shape, 2), jnp.float32))
+    with pytest.raises(ConfigError, match=r"stages\.2\.6 differs from stages\.2\.1 in conv0\.gain"):
+        check_alike(other_shape)
+    short_stage.stages[1][1].pools = True  # not stacked, so free to differ
+    check_alike(short_stage)
+
+
+def test_one_rule_says_which_kernels_are_standardized() -> None:
+    model: Any = nnx.eval_shape(lambda: build_model(SMALL["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
+    mark_prepared(model)
+    _, params, _ = split(model)
+    marked = {
+        ".".join(map(str, (*path, "kernel")))
+        for path, module in nnx.iter_modules(model)
+        if getattr(module, "is_prepared", False)
+    }
+    assert marked == {name for name in params if is_standardized(name, params)}
+    assert "head.kernel" not in marked
+    model.head.gain = nnx.Param(jnp.ones(3))
+    with pytest.raises(ConfigError, match=r"head\.kernel of Dense: a kernel is standardized if a gain lies beside it"):
+        mark_prepared(model)
+
+
+def test_images_that_are_not_normalised_give_no_number() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    mean, std = (123.0, 116.0, 103.0), (58.0, 57.0, 57.5)
+    normal = normalise(jnp.asarray(levels), mean, std)
+    np.testing.assert_allclose(normal, (levels - np.asarray(mean)) / np.asarray(std), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(normalise(normal, mean, std), normal)
+    assert np.all(np.isnan(normalise(jnp.asarray(levels, jnp.float32), mean, std)))
+    # A network that takes grey levels as they are.
+    assert np.array_equal(normalise(jnp.asarray(levels, jnp.float32), (0.0,) * 3, (1.0,) * 3), levels)
+    with pytest.raises(ConfigError, match="image = 'of type int32': give grey levels as uint8"):
+        normalise(jnp.asarray(levels, jnp.int32), mean, std)
 
 
 @pytest.mark.parametrize("form", ["published", "timm"])

@@ -2,12 +2,14 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import merge
@@ -87,6 +89,26 @@ def test_agc_needs_parameters_and_chains_with_any_optimizer() -> None:
         adaptive_grad_clip(0.1).update({"w": jnp.ones(3)}, tx.init(params)[0])
     zero, _ = adaptive_grad_clip(0.1).update({"w": jnp.zeros(3)}, tx.init(params)[0], {"w": jnp.zeros(3)})
     assert np.array_equal(zero["w"], np.zeros(3))
+
+
+def test_agc_clips_the_state_of_any_nnx_module() -> None:
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1)))
+    tx = optax.chain(adaptive_grad_clip(0.01, eps=1e-3), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = jax.tree.map(np.array, nnx.state(model, nnx.Param))
+
+    def loss(model: Any) -> jax.Array:
+        return jnp.sum(1e3 * model(jnp.asarray([[1.0, -2.0, 0.5]])) ** 2)
+
+    gradient = nnx.grad(loss)(model)
+    optimizer.update(model, gradient)
+    after = nnx.state(model, nnx.Param)
+    for old, new, loud in zip(*map(jax.tree.leaves, (before, after, gradient)), strict=True):
+        want = old - clip_with_numpy(np.asarray(loud), old, 0.01, 1e-3)
+        np.testing.assert_allclose(new, want, rtol=1e-5, atol=1e-7)
+    for wrong in ({"clipping": 0.0}, {"clipping": -0.1}, {"clipping": 0.1, "eps": 0.0}):
+        with pytest.raises(ConfigError, match="must be positive"):
+            adaptive_grad_clip(**wrong)
 
 
 @pytest.mark.parametrize("num_classes", [10, 3])

@@ -81,6 +81,28 @@ for fsdp in (1, 4):
 """
 
 
+# Kernels of 3 input channels in a stage whose blocks are stacked: only their output channels can be divided by 2.
+DIVIDED = """
+import jax, jax.numpy as jnp, optax
+from nfnet_flax.models import ExecutionConfig, NFNetConfig
+from nfnet_flax.parallel.mesh import make_mesh, sharded_axis
+from nfnet_flax.training.gradient import make_gradient
+from nfnet_flax.training.state import abstract_state, model_structure
+
+config = NFNetConfig(widths=(12, 12, 12, 12), depths=(1, 1, 8, 1), group_width=3)
+structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2))
+mesh = make_mesh(fsdp=2)
+state = abstract_state(structure, optax.identity(), mesh)
+shapes = {name: leaf.shape for name, leaf in structure.shapes.items()}
+assert shapes == {name: leaf.shape for name, leaf in state.params.items()}
+assert sharded_axis("stages.2.1.conv1.kernel", shapes["stages.2.1.conv1.kernel"], mesh) == 4
+batch = {"image": jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((4,), jnp.int32)}
+gradient = make_gradient(structure, mesh, seed=0, label_smoothing=0.1, mean=(128.0,) * 3, std=(64.0,) * 3)
+found, _, _ = jax.eval_shape(gradient, state.params, state.batch_stats, state.step, batch)
+assert shapes == {name: leaf.shape for name, leaf in found.items()}
+"""
+
+
 def run(num_devices: int, *num_microbatches: int) -> dict[str, list[float]]:
     env = {
         **os.environ,
@@ -125,6 +147,12 @@ def test_four_fsdp_devices_hold_little_more_than_a_quarter_of_the_state() -> Non
     replicated, divided = map(int, done.stdout.split())
     assert replicated > 3 * 4 * 71e6  # parameters, momentum and EMA of F0
     assert divided <= 0.27 * replicated
+
+
+def test_stacked_kernels_are_divided_along_their_output_channels() -> None:
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", DIVIDED], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def temporary_bytes(rematerialization: Literal["none", "blocks", "full"]) -> int:

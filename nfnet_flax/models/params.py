@@ -4,13 +4,14 @@ The training state, parameter groups, converters and checkpoints all speak these
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.models import standardization
 from nfnet_flax.models.layers import WSConv
 from nfnet_flax.models.standardization import KernelStatistics, StandardizationName
@@ -67,6 +68,28 @@ def compact(arrays: dict[str, Any], stack: Callable[[list[Any]], Any] = jnp.stac
     return result
 
 
+def check_alike(model: Any) -> None:
+    """Raises `ConfigError` unless the blocks that `compact` stacks are alike, as one module computes all of them."""
+    for number, stage in enumerate(model.stages):
+        blocks = list(stage)[1:] if len(stage) > MIN_STACKED_BLOCKS else []
+        for position, block in enumerate(blocks, 1):
+            if lines := _block_differences(blocks[0], block):
+                raise ConfigError(
+                    f"{type(model).__name__}: block stages.{number}.{position} differs from stages.{number}.1 in "
+                    f"{', '.join(lines)}; all blocks of a stage but its first must be alike"
+                )
+
+
+def _block_differences(one: nnx.Module, other: nnx.Module) -> list[str]:
+    (graphdef, *arrays), (other_graphdef, *other_arrays) = split(one), split(other)
+    shapes, other_shapes = (
+        {name: (leaf.shape, leaf.dtype) for part in parts for name, leaf in part.items()}
+        for parts in (arrays, other_arrays)
+    )
+    names = sorted(name for name in shapes | other_shapes if shapes.get(name) != other_shapes.get(name))
+    return names or ([] if graphdef == other_graphdef else ["settings that are no arrays"])
+
+
 Members = dict[str, str | tuple[str, ...]]
 """For each array of a compact network, the names in the whole network: one, or a tuple of those it stacks."""
 
@@ -109,7 +132,7 @@ def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFa
     for name, kernel in params.items():
         if not name.endswith(".kernel"):
             continue
-        if _gain_of(name) in params:
+        if is_standardized(name, params):
             statistics = facts.statistics[name] = standardization.kernel_statistics(kernel)
             prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics, form)
             facts.norms[name] = jnp.sqrt(standardization.squared_norm(kernel, statistics))
@@ -159,6 +182,11 @@ def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 
 
+def is_standardized(name: str, names: Container[str]) -> bool:
+    """Whether an array is a kernel that is standardized: one with a gain beside it, of all the names of a network."""
+    return name.endswith(".kernel") and _gain_of(name) in names
+
+
 def _gain_of(kernel_name: str) -> str:
     return f"{kernel_name.removesuffix('.kernel')}.gain"
 
@@ -174,8 +202,20 @@ def cast(params: Params, compute_dtype: jnp.dtype) -> Params:
 
 
 def mark_prepared(model: nnx.Module) -> None:
-    """Tells a network's convolutions that their kernels are standardized already."""
-    for _, module in nnx.iter_modules(model):
+    """Tells a network's convolutions that their kernels are standardized already.
+
+    Raises:
+      ConfigError: `prepare` would standardize the kernel of a module that does not standardize it itself, or the other
+        way round.
+    """
+    _, params, _ = split(model)
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, (*path, "kernel")))
+        if is_standardized(name, params) != isinstance(module, WSConv):
+            raise ConfigError(
+                f"{name} of {type(module).__name__}: a kernel is standardized if a gain lies beside it; so a WSConv "
+                "needs a gain, and any other module must give its kernel or its gain another name"
+            )
         if isinstance(module, WSConv):
             module.is_prepared = True
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nfnet_flax.config import require
+
 
 class AdaptiveGradClipState(NamedTuple):
     """What the last update saw; it does not influence the next one."""
@@ -67,7 +69,12 @@ def adaptive_grad_clip(
       A transformation to put first in an `optax.chain`; its update needs the parameters. It also takes `unit_norms`, a
       tree like the parameters: where it holds a pair of arrays, these are the norms of the gradient's and the
       parameter's units, which the caller knows already; elsewhere (None) and without it they are computed.
+
+    Raises:
+      ConfigError: `clipping` or `eps` is not positive.
     """
+    require(clipping > 0, "adaptive_grad_clip: clipping", clipping, "must be positive")
+    require(eps > 0, "adaptive_grad_clip: eps", eps, "must be positive")
 
     def init(params: optax.Params) -> AdaptiveGradClipState:
         del params

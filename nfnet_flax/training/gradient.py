@@ -39,16 +39,37 @@ from nfnet_flax.parallel.reduce import (
 from nfnet_flax.training.state import Structure
 
 Batch = dict[str, Any]
-"""`image` (N, H, W, 3) uint8 or already normalised float; `label` (N,) int32; optionally `mix_label` (N,) int32 and
-`label_weight` (N,) float32, the share of `label` in the target; optionally `is_corrupt` (N,) float32, for a metric."""
+"""`image` (N, H, W, 3) uint8, or float that is normalised already (see `normalise`); `label` (N,) int32; optionally
+`mix_label` (N,) int32 and `label_weight` (N,) float32, the share of `label` in the target; optionally `is_corrupt` (N,)
+float32, for a metric."""
 Metrics = dict[str, jax.Array]
 _METRICS = ("train/loss", "train/top1")
 
 
+_LARGEST_NORMALISED = 32.0
+"""Images of zero mean and unit variance stay far below it."""
+
+
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 images to zero mean and unit variance per channel, in float32; float images pass unchanged."""
+    """uint8 images to zero mean and unit variance per channel, in float32.
+
+    Float images pass unchanged, as they are taken to be normalised already. Where they hold what no normalised image
+    does, such as grey levels up to 255, all become NaN, and with them the loss: a compiled step cannot raise.
+
+    Raises:
+      ConfigError: the images are neither uint8 nor float.
+    """
     if images.dtype != jnp.uint8:
-        return images
+        is_float = bool(jnp.issubdtype(images.dtype, jnp.floating))
+        require(
+            is_float, "image", f"of type {images.dtype}", "give grey levels as uint8, or normalised images as float"
+        )
+        darkest, brightest = (
+            max(abs(level - own_mean) / own_std for own_mean, own_std in zip(mean, std, strict=True))
+            for level in (0.0, 255.0)
+        )
+        limit = max(_LARGEST_NORMALISED, darkest, brightest)
+        return jnp.where(jnp.max(jnp.abs(images)) <= limit, images, jnp.nan)
     scale = jnp.asarray([1.0 / value for value in std], jnp.float32)
     return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
 
@@ -106,8 +127,9 @@ def make_gradient(
 
     def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
         model = merge(structure.prepared, weights, batch_stats)
+        images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
         with convolution.for_platform(platform):
-            logits = model(normalise(batch["image"], mean, std), keys)
+            logits = model(images, keys)
         loss = jnp.mean(cross_entropy(logits, soft_targets(batch, structure.num_classes, label_smoothing)))
         top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
         # Shares of the mean over all parts: what the parts give need only be added.
@@ -170,7 +192,11 @@ def _require_parts(structure: Structure, fraction: float) -> None:
 
 
 def _dense_kernels(structure: Structure) -> tuple[str, ...]:
-    return tuple(name for name, whole in structure.shapes.items() if name.endswith(".kernel") and len(whole.shape) == 2)
+    num_dims = {
+        name: len(whole.shape) - (0 if isinstance(structure.members[name], str) else 1)
+        for name, whole in structure.shapes.items()
+    }
+    return tuple(name for name, dims in num_dims.items() if name.endswith(".kernel") and dims == 2)
 
 
 def _widened(weight: jax.Array, prepared: jax.Array, sharded_axis: int | None) -> jax.Array:

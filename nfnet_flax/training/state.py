@@ -12,7 +12,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
 from nfnet_flax.models.keys import initial_key
-from nfnet_flax.models.params import BatchStats, GraphDef, Members, Params, compact, mark_prepared, members, split
+from nfnet_flax.models.params import (
+    BatchStats,
+    GraphDef,
+    Members,
+    Params,
+    check_alike,
+    compact,
+    mark_prepared,
+    members,
+    split,
+)
 from nfnet_flax.parallel.mesh import partition_spec
 
 
@@ -47,7 +57,7 @@ class Structure:
     prepared: GraphDef
     """The same for parameters whose kernels are standardized already (`params.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
-    """Of the compact network's parameters."""
+    """Of the compact network's parameters, those that stack blocks included."""
     members: Members
     """Array of the compact network -> parameter of the network, or the parameters that it stacks."""
     batch_stat_members: Members
@@ -55,7 +65,11 @@ class Structure:
 
 
 def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionConfig | None = None) -> Structure:
-    """Structure of a network and names of its parameters; allocates nothing."""
+    """Structure of a network and names of its parameters; allocates nothing.
+
+    Raises:
+      ConfigError: a value of the configuration is invalid, or the network is not one that can be stacked and prepared.
+    """
     execution = execution or ExecutionConfig()
 
     def build(is_compact: bool) -> Any:
@@ -65,17 +79,23 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
 
     model = build(is_compact=True)
     model.execution = execution
-    graphdef, shapes, _ = split(model)
+    graphdef, _, _ = split(model)
     mark_prepared(model)
     prepared, _, _ = split(model)
-    _, params, batch_stats = split(build(is_compact=False))
+    whole = build(is_compact=False)
+    check_alike(whole)
+    _, params, batch_stats = split(whole)
+
+    def stacked(leaves: list[Any]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+
     return Structure(
         config=config,
         num_classes=num_classes,
         execution=execution,
         graphdef=graphdef,
         prepared=prepared,
-        shapes={name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in shapes.items()},
+        shapes={name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in compact(params, stacked).items()},
         members=members(params),
         batch_stat_members=members(batch_stats),
     )
