@@ -1,7 +1,6 @@
 """Checkpoints on Orbax: the newest few, and the best apart from them so that neither evicts the other."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,8 +119,3 @@ class SaveClock:
             return False
         due = time.monotonic() - self._started >= self._every_s
         return due if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
-
-
-def is_better(value: float, than: float) -> bool:
-    """Whether a metric is higher than another one. What is not finite is never better, and anything finite beats it."""
-    return math.isfinite(value) and (not math.isfinite(than) or value > than)

@@ -84,7 +84,9 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
         require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)
         _check_recipe(workdir, identity.recipe)
         _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
-        stored_class_names(workdir)
+        names = stored_class_names(workdir)
+        remedy = "are not those of process 0; give all processes the same training set"
+        require(names == identity.class_names, "the class names", identity.class_names, remedy)
     return lines
 
 

@@ -30,7 +30,7 @@ from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run import Setup, assemble
-from nfnet_flax.training.saving import Saver, saving
+from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, saving
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
@@ -108,7 +108,7 @@ def train(
         times_s.append(time.perf_counter())
         restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
         saver = opened.enter_context(saving(workdir, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
-        start = restored or (setup.create_state(weights), {"evaluated": False, "metrics": {}})
+        start = restored or (setup.create_state(weights), make_notes(evaluated=False, metrics={}))
         _report_start([*times_s, time.perf_counter()])
         return _run(setup, workdir, start, saver, stop, watchdog)
 
@@ -119,7 +119,7 @@ def _run(
     recipe, num_steps = setup.recipe, setup.num_steps
     state, restored = start
     start_step = step = int(state.step)
-    evaluated, eval_metrics = restored["evaluated"], restored["metrics"]
+    evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
     if step > 0 and current().is_first:
         print(f"continuing from step {step} in {workdir}", flush=True)
     if step == num_steps and evaluated:
@@ -154,7 +154,7 @@ def _run(
                 watchdog.enter("save", step)
                 window.drain(step)
                 # Told to stop during the evaluation, the checkpoint says so, and it is done after the resume.
-                notes = {"evaluated": evaluated or not eval_due, "metrics": eval_metrics}
+                notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
                 saver.save(state, step, notes, log)
             if step == num_steps or stopping:
                 window.drain(step)

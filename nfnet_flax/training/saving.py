@@ -1,15 +1,33 @@
 """When a run saves, and what it keeps: the newest checkpoints, and the best one apart from them."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nfnet_flax.recipe import CheckpointConfig
 from nfnet_flax.training import checkpoint
+from nfnet_flax.training.layout import Notes
 from nfnet_flax.training.lease import Lease
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.state import TrainState
+
+
+def make_notes(*, evaluated: bool, metrics: dict[str, float]) -> Notes:
+    """What a checkpoint notes of its run; JSON, which has no word for a number that is not finite but `null`.
+
+    Args:
+      evaluated: whether the evaluation that is due at the checkpoint's step is done.
+      metrics: of the newest evaluation.
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {"evaluated": evaluated, "metrics": finite}
+
+
+def noted_metrics(notes: Notes) -> dict[str, float]:
+    """The metrics of the newest evaluation, from what `make_notes` made."""
+    return {name: math.nan if value is None else value for name, value in notes["metrics"].items()}
 
 
 class Saver:
@@ -51,7 +69,7 @@ class Saver:
             is_due |= self._clock.is_due()
         return step > 0 and is_due and step != self._saved_step
 
-    def save(self, state: TrainState, step: int, notes: dict[str, Any], log: MetricsLog | NoMetrics) -> None:
+    def save(self, state: TrainState, step: int, notes: Notes, log: MetricsLog | NoMetrics) -> None:
         """Starts writing a checkpoint of a step, after its metrics are on disk.
 
         Raises:
@@ -76,16 +94,20 @@ class Saver:
           StorageFailed: as `checkpoint.save`.
         """
         name = self._config.best_metric
+        if not math.isfinite(metrics[name]):
+            return
         # Read from its checkpoint: a restarted process knows no less than one that was never killed.
         previous = checkpoint.read_newest_notes(self._best)
         if previous is not None:
-            previous_step, previous_metrics = previous[0], previous[1]["metrics"]
+            previous_step, previous_metrics = previous[0], noted_metrics(previous[1])
             is_replaced = self._lost_best == previous_step and step >= previous_step and metrics != previous_metrics
-            if not is_replaced and not checkpoint.is_better(metrics[name], than=previous_metrics[name]):
+            # Where the metric was not recorded then, or is not a number, nothing can be compared: the new one is taken.
+            than = previous_metrics.get(name, math.nan)
+            if not is_replaced and math.isfinite(than) and metrics[name] <= than:
                 return
         self._check_lease()
         log.flush()
-        checkpoint.save(self._best, state, step, {"evaluated": True, "metrics": metrics})
+        checkpoint.save(self._best, state, step, make_notes(evaluated=True, metrics=metrics))
         self._lost_best = None
 
     def _check_lease(self) -> None:

@@ -1,0 +1,144 @@
+"""Which run a folder is: what has to be the same at a resume, what may change and is said, what labels mean."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
+from nfnet_flax.recipe import CheckpointConfig
+from nfnet_flax.training import checkpoint, layout
+from nfnet_flax.training.metrics import NoMetrics
+from nfnet_flax.training.saving import saving
+from tests import runs
+from tests.image_sets import CLASSES, make_folder
+from tests.test_checkpoint import make_state
+from tests.test_input_runs import recipe_on
+from tests.test_processes import TINY
+
+OPTIONS = (*TINY, "--num-steps=4", "--eval-every-steps=4", "--checkpoint.every-steps=2", "--num-classes=3")
+
+
+def train(workdir: Path, recipe: Path, *options: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and all that a start prints."""
+    process = runs.start(workdir, *OPTIONS, *options, recipe=recipe, environment=environment)
+    return process.wait(300), runs.finish(process)
+
+
+def evaluated(workdir: Path) -> tuple[int, str]:
+    """Exit code of `nfnet eval`, and what it prints."""
+    command = [*runs.command(workdir)[:3], "eval", "--workdir", str(workdir)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, a recipe on them, and a run that ended."""
+    folder = tmp_path_factory.mktemp("first")
+    make_folder(folder / "images", num_train=8)
+    recipe = Path(recipe_on(folder))
+    recipe.write_text(recipe.read_text().replace("'nowhere'", repr(str(folder / "images"))))
+    code, printed = train(folder / "run", recipe)
+    assert code == EXIT_DONE, printed
+    return folder
+
+
+@pytest.fixture
+def run(first: Path, tmp_path: Path) -> Path:
+    """A copy of that run, without its last checkpoint."""
+    workdir = Path(shutil.copytree(first / "run", tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    return workdir
+
+
+def test_what_decides_no_update_may_change_and_is_said(first: Path, run: Path) -> None:
+    moved = shutil.copytree(first / "images", run.parent / "moved")
+    code, printed = train(
+        run,
+        first / "mine.py",
+        "--checkpoint.keep-last=1",
+        "--log-every-steps=2",
+        "--name=mine",
+        f"--data.source.root={moved}",
+        environment={"NPROC": "9"},
+    )
+    assert code == EXIT_DONE, printed
+    assert "continuing from step 2" in printed
+    (said,) = [line for line in printed.splitlines() if line.startswith("changed since the last start")]
+    for change in ("checkpoint.keep_last: 3 -> 1", "log_every_steps: 1 -> 2", "name: 'digits' -> 'mine'", str(moved)):
+        assert change in said
+    (environment,) = [line for line in printed.splitlines() if line.startswith("another environment than before")]
+    assert "thread_pool_size: '8' -> '9'" in environment
+    assert "from step 2 on the last bits will differ" in environment
+    assert json.loads((run / "environment-until-step-2.json").read_text())["thread_pool_size"] == "8"
+    assert json.loads((run / layout.RECIPE).read_text())["data"]["source"]["root"] == str(moved)
+    assert layout.steps_in(run / "checkpoints") == [4]
+
+
+def test_what_decides_an_update_may_not(first: Path, run: Path) -> None:
+    code, printed = train(run, first / "mine.py", "--seed=7")
+    assert code == EXIT_BAD_INPUT
+    assert "seed: 0 -> 7" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_renamed_class_is_named_and_never_taken_for_its_neighbour(first: Path, run: Path) -> None:
+    images = shutil.copytree(first / "images", run.parent / "images")
+    for split in ("train", "val"):
+        (images / split / CLASSES[0]).rename(images / split / "z_last")
+    stored = run / layout.RECIPE
+    stored.write_text(stored.read_text().replace(str(first / "images"), str(images)))
+    for code, printed in (evaluated(run), train(run, first / "mine.py", f"--data.source.root={images}")):
+        assert code == EXIT_BAD_INPUT, printed
+        assert "class 'z_last' is unknown" in printed
+    for split in ("train", "val"):
+        (images / split / "z_last").rename(images / split / CLASSES[0])
+    shutil.rmtree(images / "val" / CLASSES[0])  # a class that the held-out set lacks moves no label
+    code, printed = evaluated(run)
+    assert code == EXIT_DONE, printed
+    assert "on 4 examples" in printed
+
+
+def test_the_class_list_is_needed_and_checked(run: Path) -> None:
+    (run / layout.CLASSES).write_text("")
+    code, printed = evaluated(run)
+    assert code == EXIT_BAD_INPUT
+    assert str(run / layout.CLASSES) in printed
+    assert "Traceback" not in printed
+
+
+def best_step(workdir: Path) -> int | None:
+    return next(iter(layout.steps_in(workdir / "best")), None)
+
+
+def evaluate_at(workdir: Path, resume_step: int, *scores: tuple[int, float]) -> None:
+    """A life of a run that goes on from a step and is evaluated at others."""
+    with saving(workdir, CheckpointConfig(), None, log_every_steps=1) as saver:
+        saver.resume_at(resume_step)
+        for step, score in scores:
+            saver.save_if_best(make_state(step), step, {"eval_ema/top1": score}, NoMetrics())
+
+
+def test_the_best_of_steps_that_are_done_again_does_not_outlive_them(tmp_path: Path) -> None:
+    evaluate_at(tmp_path, 0, (10, 0.5), (20, 0.9), (30, 0.6))
+    assert best_step(tmp_path) == 20
+    evaluate_at(tmp_path, 10, (20, 0.9))  # the same again: it stays
+    assert best_step(tmp_path) == 20
+    evaluate_at(tmp_path, 10, (20, 0.7), (30, 0.6))  # another environment came to another result
+    with checkpoint.open_manager(tmp_path, "best", keep=1) as manager:
+        assert checkpoint.read_newest_notes(manager) == (20, {"evaluated": True, "metrics": {"eval_ema/top1": 0.7}})
+    evaluate_at(tmp_path, 30, (40, 0.65), (50, 0.8))
+    assert best_step(tmp_path) == 50
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    evaluate_at(tmp_path, 0, (10, float("nan")))
+    assert best_step(tmp_path) is None
+    evaluate_at(tmp_path, 10, (20, 0.1), (30, float("nan")))
+    assert best_step(tmp_path) == 20
