@@ -208,7 +208,7 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
         try:
             sources[split] = open_split(recipe.data, split)
             findings.append(seen(f"{split}: {_first_example(sources[split])}"))
-            findings += [seen(line) for line in sources[split].unused]
+            findings += [seen(found.text) for found in sources[split].unused]
         except ConfigError as error:  # its message says what to do
             return [*findings, Finding(text=str(error), is_wrong=True)]
     num_classes = max(len(source.class_names) for source in sources.values())
@@ -233,7 +233,9 @@ def _first_example(source: "Source") -> str:
         image = source[0]["image"]
         pixels = decode(image) if isinstance(image, bytes) else image
     size = f"{pixels.shape[1]} x {pixels.shape[0]} px"
-    return f"{len(source)} examples of {len(source.class_names)} classes; the first is {size}"
+    num_unused = sum(found.num_files for found in source.unused)
+    unused = f", {num_unused} files are not used" if num_unused else ""
+    return f"{len(source)} examples of {len(source.class_names)} classes{unused}; the first is {size}"
 
 
 def check_disks(workdir: Path | None) -> list[Finding]:

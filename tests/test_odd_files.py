@@ -209,4 +209,4 @@ def test_the_scan_takes_just_what_can_be_decoded(tmp_path: Path) -> None:
     assert len(source) == len(IMAGE_SUFFIXES) + 1
     assert {decode(source[index]["image"]).shape for index in range(len(source))} == {PICTURE.shape}
     (said,) = source.unused
-    assert "4 files whose names end in none of .jpg .jpeg" in said
+    assert "4 files whose names end in none of .jpg .jpeg" in said.text

@@ -257,8 +257,8 @@ def run(options: Options) -> None:
         print(f"looking through {options.train_tar} ...", flush=True)
         listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
     for split, listing in listings.items():
-        for line in listing.unused:
-            print(f"prepare_imagenet: {line}", file=sys.stderr, flush=True)
+        for found in listing.unused:
+            print(f"prepare_imagenet: {found.text}", file=sys.stderr, flush=True)
         if options.expect_imagenet:
             check_counts(split, listing.class_names, len(listing))
     with _workers(options.num_processes) as pool:

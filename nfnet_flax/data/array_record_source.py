@@ -20,7 +20,7 @@ from nfnet_flax.data.array_records import (
     read_manifest,
     split_of,
 )
-from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, check_index, digest
+from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, Unused, check_index, digest
 from nfnet_flax.data.record_files import open_records, read_record
 from nfnet_flax.data.source_config import ArrayRecordSource
 
@@ -32,7 +32,7 @@ _Found = list[tuple[Path, Shard]]
 class ArrayRecords:
     """A split, or some shards of one, prepared by `tools/prepare_imagenet.py`; images stay encoded."""
 
-    unused: tuple[str, ...] = ()
+    unused: tuple[Unused, ...] = ()
     """Patterns say what is read."""
 
     def __init__(self, config: ArrayRecordSource, split: Split) -> None:

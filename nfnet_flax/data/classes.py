@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.random_access import Record, Source, Split, digest
+from nfnet_flax.data.random_access import Record, Source, Split, Unused, digest
 
 _MAX_NAMES_SHOWN = 5
 
@@ -64,7 +64,7 @@ class _Relabelled:
     """New label of each old one."""
 
     @property
-    def unused(self) -> tuple[str, ...]:
+    def unused(self) -> tuple[Unused, ...]:
         return self.source.unused
 
     def __len__(self) -> int:

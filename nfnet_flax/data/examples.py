@@ -91,8 +91,12 @@ def naming(source: Source, index: int) -> Iterator[None]:
     try:
         yield
     except (CorruptImageError, CorruptRecordError) as error:
+        if isinstance(error, CorruptRecordError):  # it names file and record
+            text = f"{error} (example {index})"
+        else:
+            text = f"{source.describe(index)} (example {index}): {error}"
         remedy = "repair or remove it, or give --data.on-corrupt skip to go on without such images"
-        raise CorruptImageError(f"{source.describe(index)} (example {index}): {error}: {remedy}") from error
+        raise CorruptImageError(f"{text}: {remedy}") from error
     except Exception as error:
         error.add_note(f"in {source.describe(index)} (example {index})")
         raise

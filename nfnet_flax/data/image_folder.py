@@ -12,7 +12,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name
-from nfnet_flax.data.random_access import Record, check_index, digest, fixed_order
+from nfnet_flax.data.random_access import Record, Unused, check_index, digest, fixed_order
 
 _LAYOUT = "expected are image files in one folder per class, such as train/n01440764/n01440764_18.JPEG"
 # Listing a folder is waiting for the disk or the network.
@@ -26,7 +26,7 @@ _NESTED = "files in sub-folders of a class folder (only what lies directly in it
 _DANGLING = "links to files that are not there"
 _SPECIAL = "things that are neither files nor folders"
 
-_Unused = dict[str, tuple[int, str]]
+_Counts = dict[str, tuple[int, str]]
 """By reason: how many, and one of them."""
 
 
@@ -41,8 +41,8 @@ class Scan(NamedTuple):
     """(N,) int32."""
     sizes: np.ndarray
     """(N,) int64, in bytes."""
-    unused: tuple[str, ...]
-    """A sentence for each reason for which something is not used."""
+    unused: tuple[Unused, ...]
+    """By reason."""
 
 
 def class_folders(split_folder: Path) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def class_folders(split_folder: Path) -> tuple[str, ...]:
     return _list_split(split_folder)[0]
 
 
-def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Unused]:
+def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Counts]:
     names, unused = [], []
     try:
         with os.scandir(split_folder) as entries:
@@ -66,10 +66,7 @@ def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Unused]:
                 else:
                     unused.append((_BESIDE, entry.path))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(
-            f"image folder {str(split_folder)!r} does not exist: {_LAYOUT}; without held-out images, "
-            "--data.num-held-out 1000 holds out so many of the training images"
-        ) from error
+        raise ConfigError(f"image folder {str(split_folder)!r} does not exist: {_LAYOUT}") from error
     except PermissionError as error:
         raise _not_allowed(error, split_folder) from error
     if not names:
@@ -107,16 +104,16 @@ def _not_allowed(error: PermissionError, folder: Path) -> ConfigError:
     )
 
 
-def _counted(unused: Iterable[tuple[str, str]]) -> _Unused:
+def _counted(unused: Iterable[tuple[str, str]]) -> _Counts:
     """Of pairs of reason and path."""
-    counts: _Unused = {}
+    counts: _Counts = {}
     for reason, path in unused:
         count, example = counts.get(reason, (0, path))
         counts[reason] = (count + 1, example)
     return counts
 
 
-def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Unused]:
+def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Counts]:
     """Name and size of each image of a class folder, and what else is in it.
 
     Raises:
@@ -178,8 +175,11 @@ def scan(split_folder: Path) -> Scan:
     sizes = np.array([size for images, _ in listed for _, size in images], np.int64)
     labels = np.repeat(np.arange(len(listed), dtype=np.int32), [len(images) for images, _ in listed])
     order = fixed_order(class_names, file_names, labels)
-    said = tuple(f"{split_folder}: not used are {_sentence(*item)}" for item in sorted(unused.items()))
-    return Scan(class_names, file_names[order], labels[order], sizes[order], said)
+    by_reason = tuple(
+        Unused(count, f"{split_folder}: not used are {_sentence(reason, (count, example))}")
+        for reason, (count, example) in sorted(unused.items())
+    )
+    return Scan(class_names, file_names[order], labels[order], sizes[order], by_reason)
 
 
 class ImageFolder:

@@ -15,7 +15,7 @@ from nfnet_flax.data.array_records import Example
 from nfnet_flax.data.classes import label_table
 from nfnet_flax.data.image_folder import class_folders, scan
 from nfnet_flax.data.imagenet_tars import Member
-from nfnet_flax.data.random_access import Split, digest, fixed_order
+from nfnet_flax.data.random_access import Split, Unused, digest, fixed_order
 
 # Finding the members of a tar is waiting for the disk or the network.
 _NUM_SCAN_THREADS = 16
@@ -37,8 +37,8 @@ class Listing:
     """(N,) int64: first byte within the tar; None for a folder."""
     sizes: np.ndarray
     """(N,) int64: in bytes."""
-    unused: tuple[str, ...] = ()
-    """A sentence for each reason for which something in the container is not used."""
+    unused: tuple[Unused, ...] = ()
+    """What lies in the container and is not used, by reason."""
 
     def __len__(self) -> int:
         return len(self.labels)

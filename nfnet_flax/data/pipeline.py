@@ -65,8 +65,8 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
 
 def say_unused(*sources: Source) -> None:
     """Prints, once and to stderr, what lies in the sets and is not used."""
-    for line in dict.fromkeys(line for source in sources for line in source.unused):
-        print(f"nfnet: {line}", file=sys.stderr, flush=True)
+    for found in dict.fromkeys(found for source in sources for found in source.unused):
+        print(f"nfnet: {found.text}", file=sys.stderr, flush=True)
 
 
 def train_batches(

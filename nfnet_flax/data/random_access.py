@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,15 @@ from nfnet_flax.config import require
 Split = Literal["train", "eval"]
 Record = dict[str, Any]
 """`image`: bytes of an encoded file, or a (H, W, 3) uint8 array; `label`: an np.int32 scalar."""
+
+
+class Unused(NamedTuple):
+    """Something that lies in a set of images and is not used, for one reason."""
+
+    num_files: int
+    """How many."""
+    text: str
+    """A sentence with the number, the reason and an example."""
 
 
 class CorruptRecordError(ValueError):
@@ -27,10 +36,8 @@ class Source(Protocol):
         """Name of each label, in the order of the labels."""
 
     @property
-    def unused(self) -> tuple[str, ...]:
-        """A sentence for each reason for which something that lies in the set is not used, with a count and an example.
-
-        Whoever opens a source for a user prints them."""
+    def unused(self) -> tuple[Unused, ...]:
+        """What lies in the set and is not used, by reason. Whoever opens a source for a user says so."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -120,7 +127,7 @@ class SourceSlice:
         return self.source.class_names
 
     @property
-    def unused(self) -> tuple[str, ...]:
+    def unused(self) -> tuple[Unused, ...]:
         return self.source.unused
 
     def __len__(self) -> int:

@@ -68,7 +68,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # the writer's only one
-        raise ConfigError(f"{str(path)!r} cannot be written: {error}: make room, or give another --out") from error
+        name = str(path).removesuffix(PARTIAL_SUFFIX)
+        raise ConfigError(f"{name!r} cannot be written: {error}: make room, or give another --out") from error
 
 
 def _read(listing: Listing, index: int) -> Example:

@@ -15,7 +15,7 @@ from nfnet_flax.data.array_record_source import ArrayRecords
 from nfnet_flax.data.classes import with_classes
 from nfnet_flax.data.image_folder import ImageFolder, class_folders
 from nfnet_flax.data.random_access import CorruptRecordError as CorruptRecordError
-from nfnet_flax.data.random_access import Record, Split, check_index, digest
+from nfnet_flax.data.random_access import Record, Split, Unused, check_index, digest
 from nfnet_flax.data.random_access import Source as Source
 from nfnet_flax.data.random_access import split_off as split_off
 from nfnet_flax.data.source_config import (
@@ -66,7 +66,13 @@ def _open(config: SourceConfig, split: Split, image_size: int) -> Source:
             num_examples = config.num_train_examples if split == "train" else config.num_eval_examples
             return SyntheticImages(split, num_examples, config.num_classes, image_size)
         case FolderSource():
-            return ImageFolder(_folder(config, split))
+            folder = _folder(config, split)
+            if split == "eval" and not folder.exists():
+                raise ConfigError(
+                    f"image folder {str(folder)!r} does not exist: give that of the held-out images by "
+                    "--data.source.eval, or hold out training images by --data.num-held-out 1000"
+                )
+            return ImageFolder(folder)
         case ArrayRecordSource():
             return ArrayRecords(config, split)
         case TfdsSource():
@@ -112,7 +118,7 @@ class ArraySource:
     """(N, H, W, 3) uint8."""
     labels: np.ndarray
     """(N,) int32."""
-    unused: tuple[str, ...] = ()
+    unused: tuple[Unused, ...] = ()
     """Nothing is left out."""
 
     @property

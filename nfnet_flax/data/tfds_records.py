@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, check_index, digest
+from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, Unused, check_index, digest
 from nfnet_flax.data.record_files import read_record
 from nfnet_flax.data.source_config import TfdsSource
 from nfnet_flax.paths import check_path, local_path
@@ -103,7 +103,7 @@ def check_apart(config: TfdsSource) -> None:
 class TfdsRecords:
     """A split of a prepared TFDS set."""
 
-    unused: tuple[str, ...] = ()
+    unused: tuple[Unused, ...] = ()
     """The split says what is read."""
 
     def __init__(self, config: TfdsSource, split: Split) -> None:
