@@ -3,63 +3,88 @@
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from nfnet_flax.cli.usage import USAGE
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
+from nfnet_flax.config import ConfigError
+from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.paths import local_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Haiku:
+    """Converts a published pickle to NAME.safetensors."""
+
+    file: tyro.conf.Positional[str]
+    """A published file, such as F0_haiku.npz. Nothing in it is executed."""
+    model: str
+    """Name of the network (`nfnet models`)."""
+    out: str
+    """Folder of the result."""
+    parameters: Literal["raw", "ema", "unknown"] = "unknown"
+    """What the file holds; recorded."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timm:
+    """Converts timm's .safetensors to NAME.safetensors."""
+
+    file: tyro.conf.Positional[str]
+    """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6."""
+    model: str
+    """Name of the network (`nfnet models`)."""
+    out: str
+    """Folder of the result."""
+    parameters: Literal["raw", "ema", "unknown"] = "unknown"
+    """What the file holds; recorded."""
+    timm_form: bool = False
+    """The weights were trained with timm: record its exact gelu and its standardization."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Writes the weights of a run's newest checkpoint as weights.safetensors."""
+
+    workdir: tyro.conf.Positional[str]
+    """Folder of a run; its newest checkpoint is read."""
+    out: str
+    """Folder of the result."""
+    parameters: Literal["raw", "ema"] = "ema"
+    """Which of the two to write."""
+
+
+_KINDS: dict[str, type[Haiku | Timm | Run]] = {"haiku": Haiku, "timm": Timm, "run": Run}
 
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Haiku:
-        file: tyro.conf.Positional[Path]
-        """A published file, such as F0_haiku.npz. Nothing in it is executed."""
-        model: str
-        """Name of the network (`nfnet models`)."""
-        out: Path
-        """Folder of the result."""
-        parameters: Literal["raw", "ema", "unknown"] = "unknown"
-        """What the file holds; recorded."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Timm:
-        file: tyro.conf.Positional[Path]
-        """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6."""
-        model: str
-        """Name of the network (`nfnet models`)."""
-        out: Path
-        """Folder of the result."""
-        parameters: Literal["raw", "ema", "unknown"] = "unknown"
-        """What the file holds; recorded."""
-        timm_form: bool = False
-        """The weights were trained with timm: record its exact gelu and its standardization."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Run:
-        workdir: tyro.conf.Positional[Path]
-        """Folder of a run; its newest checkpoint is read."""
-        out: Path
-        """Folder of the result."""
-        parameters: Literal["raw", "ema"] = "ema"
-        """Which of the two to write."""
-
-    kinds: dict[str, type[Haiku | Timm | Run]] = {"haiku": Haiku, "timm": Timm, "run": Run}
-    if not argv or argv[0] not in kinds:
-        helped = bool(argv) and argv[0] in ("-h", "--help")
-        print(USAGE, end="", file=sys.stdout if helped else sys.stderr)
-        return EXIT_DONE if helped else EXIT_BAD_INPUT
-    options = tyro.cli(kinds[argv[0]], args=argv[1:], prog=f"nfnet convert {argv[0]}", description="Convert weights.")
+    if argv and argv[0] in ("-h", "--help"):
+        for name in _KINDS:
+            _help(name)
+        return EXIT_DONE
+    if not argv or argv[0] not in _KINDS:
+        given = repr(argv[0]) if argv else "missing"
+        raise ConfigError(
+            f"what to convert is {given}: give {', '.join(_KINDS)}, as in nfnet convert run DIR --out DIR"
+        )
+    options = tyro.cli(_KINDS[argv[0]], args=argv[1:], prog=f"nfnet convert {argv[0]}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
     from nfnet_flax.weights.convert import convert_haiku, convert_timm
 
     match options:
         case Haiku():
-            path = convert_haiku(options.file, options.model, options.out, parameters=options.parameters)
+            path = convert_haiku(
+                options.file,
+                options.model,
+                options.out,
+                parameters=options.parameters,
+                overwrite=options.overwrite,
+            )
         case Timm():
             path = convert_timm(
                 options.file,
@@ -67,10 +92,19 @@ def run(argv: list[str]) -> int:
                 options.out,
                 parameters=options.parameters,
                 timm_form=options.timm_form,
+                overwrite=options.overwrite,
             )
         case Run():
             from nfnet_flax.training.reading import export_weights
 
-            path = export_weights(options.workdir, options.out, parameters=options.parameters)
+            workdir, out = local_path("workdir", options.workdir), local_path("out", options.out)
+            path = export_weights(workdir, out, parameters=options.parameters)
     print(f"weights: {path}")
     return EXIT_DONE
+
+
+def _help(name: str) -> None:
+    try:
+        tyro.cli(_KINDS[name], args=["--help"], prog=f"nfnet convert {name}")
+    except SystemExit:  # its way to end after help
+        sys.stdout.write("\n")

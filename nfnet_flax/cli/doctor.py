@@ -1,11 +1,11 @@
 """`nfnet doctor`."""
 
 import dataclasses
-from pathlib import Path
 
 import tyro
 
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
+from nfnet_flax.paths import local_path
 
 
 def run(argv: list[str]) -> int:
@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class DoctorOptions:
-        workdir: Path | None = None
+        workdir: str | None = None
         """Folder of a run, begun or not."""
         recipe: str | None = None
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
@@ -21,10 +21,11 @@ def run(argv: list[str]) -> int:
         """Longest wait for a disk or a device that does not answer."""
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
+    workdir = None if options.workdir is None else local_path("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
 
     num_wrong = 0
-    for topic, findings in examine(options.workdir, options.recipe, timeout_s=options.timeout_s):
+    for topic, findings in examine(workdir, options.recipe, timeout_s=options.timeout_s):
         print(describe(topic, findings), flush=True)
         num_wrong += sum(finding.is_wrong for finding in findings)
     print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")

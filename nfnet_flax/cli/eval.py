@@ -1,12 +1,12 @@
 """`nfnet eval`."""
 
 import dataclasses
-from pathlib import Path
 
 import tyro
 
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.paths import local_path
 
 
 def run(argv: list[str]) -> int:
@@ -14,7 +14,7 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class EvalOptions:
-        workdir: Path
+        workdir: str
         """Folder of the run."""
 
     options = tyro.cli(
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     from nfnet_flax.training.reading import evaluate
 
     prepare()
-    metrics = evaluate(options.workdir)
+    metrics = evaluate(local_path("workdir", options.workdir))
     print(f"step {metrics['step']:.0f}")
     print_accuracy(metrics)
     return EXIT_DONE

@@ -10,9 +10,8 @@ import tyro
 from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.cli.errors import explain
-from nfnet_flax.cli.recipes import load
-from nfnet_flax.cli.usage import USAGE
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.paths import local_path
 
 if TYPE_CHECKING:
     from nfnet_flax.training.loop import TrainResult
@@ -20,29 +19,27 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    if not argv or argv[0].startswith("-"):
-        print(USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
-        return EXIT_DONE if "--help" in argv else EXIT_BAD_INPUT
+    from nfnet_flax.cli import recipe_options
     from nfnet_flax.parallel.processes import DistributedConfig
     from nfnet_flax.recipe import Recipe
     from nfnet_flax.training.watchdog import WatchdogConfig
 
-    recipe_path, *options = argv
-    loaded = load(recipe_path, options)
+    given = recipe_options.read("train", argv)
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
-        workdir: Path
+        workdir: str
         """Folder of the run: made, or continued."""
-        debug: bool = "--debug" in options
+        debug: bool = given.is_debug
         """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
         distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
         """The processes of the run."""
         watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
         """How long nothing may move."""
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = loaded
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.recipe
 
-    chosen = tyro.cli(TrainOptions, args=options, prog=f"nfnet train {recipe_path}", description="Train a network.")
+    chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")
+    workdir = local_path("workdir", chosen.workdir)
 
     from nfnet_flax.parallel.processes import current
     from nfnet_flax.runtime import prepare
@@ -56,7 +53,7 @@ def run(argv: list[str]) -> int:
         try:
             result = train(
                 chosen.recipe,
-                chosen.workdir,
+                workdir,
                 watchdog,
                 started_at_s=IMPORTED_AT_S,
                 start_timeout_s=chosen.distributed.start_timeout_s,
@@ -67,7 +64,7 @@ def run(argv: list[str]) -> int:
                 print(f"nfnet: diverged: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         if current().is_first:
-            _print_result(result, chosen.workdir)
+            _print_result(result, workdir)
         return EXIT_DONE if result.finished else EXIT_STOPPED
 
     return run_together(chosen.distributed, chosen.watchdog, train_watched, explain)

@@ -72,7 +72,9 @@ def steps_in(folder: Path) -> list[int]:
     with reads_and_writes(folder, OSError):
         try:
             names = os.listdir(folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.exists():  # a file in its place
+                raise
             return []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 

@@ -1,0 +1,159 @@
+"""Options of what a recipe leaves out or makes of another type: `--optim.sam.rho 0.05`, `--data.source FolderSource`.
+
+tyro shows and sets the fields of what the recipe holds. Here, before it, a part of the recipe is replaced by another.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import tyro
+
+from nfnet_flax.config import ConfigError, unknown_name
+from nfnet_flax.recipe import Recipe
+
+_NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A field of a recipe that may hold one of several configurations, or none."""
+
+    path: tuple[str, ...]
+    """Names of fields, from the recipe's own."""
+    kinds: tuple[type, ...]
+    """Classes of the configurations."""
+    is_optional: bool
+    """Whether None is a value, too."""
+    value: Any
+    """What the recipe holds."""
+
+    @property
+    def option(self) -> str:
+        """Such as `--optim.sam`."""
+        return f"--{'.'.join(self.path)}".replace("_", "-")
+
+    @property
+    def names(self) -> list[str]:
+        """What the option may be."""
+        return [kind.__name__ for kind in self.kinds] + [_NONE] * self.is_optional
+
+
+def choices(config: Any, path: tuple[str, ...] = ()) -> Iterator[Choice]:
+    """All of a recipe, at any depth."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
+        kinds = tuple(kind for kind in members if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+        if kinds and len(members) > 1:
+            yield Choice((*path, name), kinds, types.NoneType in members, value)
+        if dataclasses.is_dataclass(value):
+            yield from choices(value, (*path, name))
+
+
+def choose(recipe: Recipe, options: list[str], prog: str) -> tuple[Recipe, list[str]]:
+    """Replaces the parts of a recipe that options name by type, or turn on by one of their fields.
+
+    Args:
+      recipe: as its file makes it.
+      options: of the command line.
+      prog: for messages, such as `nfnet train mine.py`.
+
+    Returns:
+      The recipe, whose fields are checked against one another where all options are known, and the other options.
+
+    Raises:
+      ConfigError: a name is none of the known types, or it is not clear of which type the given fields are.
+    """
+    for choice in list(choices(recipe)):
+        name, fields, others = _taken(choice.option, options)
+        if name is None and (not fields or choice.value is not None):
+            continue  # as the recipe has it
+        recipe, options = _with(recipe, choice.path, _chosen(choice, name, fields, prog)), others
+    return recipe, options
+
+
+def describe(recipe: Recipe) -> str:
+    """Help on all types but those that a recipe holds, whose options tyro shows."""
+    parts = []
+    for choice in choices(recipe):
+        held = _NONE if choice.value is None else type(choice.value).__name__
+        parts.append(f"{choice.option} {{{','.join(choice.names)}}}  (here: {held})")
+        for kind in choice.kinds:
+            if kind is not type(choice.value):
+                parts.append(f"  {choice.option} {kind.__name__}: then also")
+                parts.append(textwrap.indent(_help(choice, kind), "  "))
+    heading = (
+        "Parts of another type, or that the recipe leaves out. A part of one type is turned on by any of its options."
+    )
+    return "\n".join([heading, *parts])
+
+
+def _taken(option: str, options: list[str]) -> tuple[str | None, list[str], list[str]]:
+    """The type's name that is given for an option, the options of its fields, and all others."""
+    name: str | None = None
+    fields: list[str] = []
+    others: list[str] = []
+    target = others
+    words = iter(options)
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.replace("_", "-")
+        if key == option:
+            name, target = value if equals else next(words, ""), others
+            continue
+        if word.startswith("--"):
+            target = fields if key.startswith(f"{option}.") else others
+        target.append(word)
+    return name, fields, others
+
+
+def _chosen(choice: Choice, name: str | None, fields: list[str], prog: str) -> Any:
+    if name is None:
+        if len(choice.kinds) > 1:
+            names = " or ".join(choice.names)
+            raise ConfigError(
+                f"{fields[0]}: {choice.option} is {_NONE} in this recipe: give {choice.option} {names}, too"
+            )
+        kind = choice.kinds[0]
+    elif name.lower() == _NONE and choice.is_optional:
+        if fields:
+            raise ConfigError(f"{fields[0]}: {choice.option} is {name}: leave one of the two out")
+        return None
+    else:
+        known = {kind.__name__: kind for kind in choice.kinds}
+        if name not in known:
+            raise unknown_name(f"value of {choice.option}", name, choice.names)
+        kind = known[name]
+    default = choice.value if type(choice.value) is kind else dataclasses.MISSING
+    return tyro.cli(_holder(choice, kind, default), args=fields, prog=prog).value
+
+
+def _holder(choice: Choice, kind: type, default: Any = dataclasses.MISSING) -> Any:
+    """A class of one field, whose options tyro names as those of the recipe's."""
+    field = dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)
+    named = Annotated[kind, tyro.conf.arg(name=".".join(choice.path))]  # type: ignore[valid-type]
+    return dataclasses.make_dataclass(kind.__name__, [("value", named, field)])
+
+
+def _help(choice: Choice, kind: type) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(_holder(choice, kind), args=["--help"])
+    _, found, text = printed.getvalue().partition(f"{choice.option.removeprefix('--')} options")
+    lines = [line.rstrip() for line in text.splitlines()[2:]]  # below a ruler
+    return "\n".join(lines).rstrip() if found else "    (no options)"
+
+
+def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    """A copy with another value at a path. Its fields are not compared: options that follow may change others."""
+    changed = copy.copy(config)
+    name, *rest = path
+    object.__setattr__(changed, name, _with(getattr(config, name), tuple(rest), value) if rest else value)
+    return changed

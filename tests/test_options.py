@@ -1,0 +1,106 @@
+"""Options of the command line: what they set, what help shows of them, and what is said of wrong ones."""
+
+import dataclasses
+
+import pytest
+import tyro
+
+from nfnet_flax import cli, exit_codes
+from nfnet_flax.cli import alternatives, recipe_options
+from nfnet_flax.data.augment_config import AffineAugment
+from nfnet_flax.data.mixing_config import MixingConfig
+from nfnet_flax.data.source_config import ArrayRecordSource, FolderSource
+from nfnet_flax.models import EfficientNetConfig
+from nfnet_flax.optim import SAMConfig
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.recipe_file import load_recipe
+from tests.runs import DIGITS, ROOT
+from tests.test_cli import fails
+
+
+def changed(*options: str, recipe: str = str(DIGITS)) -> Recipe:
+    """The recipe that a command runs."""
+    given = recipe_options.read("train", [recipe, *options])
+    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], args=given.options, default=given.recipe)
+
+
+def test_what_a_recipe_leaves_out_is_turned_on_by_any_of_its_options() -> None:
+    assert load_recipe(DIGITS).optim.sam is None
+    assert changed("--optim.sam.rho", "0.1", "--seed", "3").optim.sam == SAMConfig(rho=0.1)
+    assert changed("--optim.sam", "SAMConfig").optim.sam == SAMConfig()
+    assert changed("--optim.sam.rho=0.1", "--optim.clipping", "0.3").optim.clipping == 0.3
+    uphill = f"{ROOT / 'recipes' / 'nfnet_imagenet.py'}:variant=f6"
+    assert changed(recipe=uphill).optim.sam is not None
+    assert changed("--optim.sam", "none", recipe=uphill).optim.sam is None
+
+
+def test_a_part_of_a_recipe_may_be_of_another_type() -> None:
+    recipe = changed("--data.source", "FolderSource", "--data.source.root", "/photos", "--data.num_held_out", "9")
+    assert recipe.data.source == FolderSource(root="/photos")
+    assert recipe.data.num_held_out == 9
+    words = ("--data.source.train", "a*", "b*", "--data.source=ArrayRecordSource", "--data.source.eval", "c*")
+    assert changed(*words).data.source == ArrayRecordSource(train=("a*", "b*"), eval=("c*",))
+    augment = changed("--data.augment", "AffineAugment", "--data.augment.max-shift", "0.2").data.augment
+    assert augment == AffineAugment(max_shift=0.2)
+    assert changed("--model", "EfficientNetConfig").model == EfficientNetConfig()
+    # The group fits no batch of the recipe's size: only all options together are valid.
+    mixed = changed("--data.mixing.group-size", "12", "--data.batch-size", "36").data
+    assert (mixed.mixing, mixed.batch_size) == (MixingConfig(group_size=12), 36)
+
+
+def test_options_of_unclear_or_unknown_types_are_answered_with_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start = ("train", str(DIGITS), "--workdir", "unused")
+    assert "give --data.augment AffineAugment or CropAugment" in fails(capsys, *start, "--data.augment.max-shift", "1")
+    assert "unknown value of --data.source 'Folder'" in fails(capsys, *start, "--data.source", "Folder")
+    assert "--data.source.root" in fails(capsys, *start, "--data.source", "FolderSource")
+    both = fails(capsys, *start, "--optim.sam", "none", "--optim.sam.rho", "1")
+    assert "--optim.sam.rho: --optim.sam is none: leave one of the two out" in both
+    assert "--optim.sam.rho" in fails(capsys, *start, "--optim.sam.ro", "1")
+
+
+def test_a_recipe_that_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "plan"):
+        assert "the recipe is missing: nfnet " in fails(capsys, command)
+        assert f"the recipe is missing: nfnet {command} RECIPE.py --seed 1" in fails(capsys, command, "--seed", "1")
+        late = fails(capsys, command, "--seed", "1", "mine.py")
+        assert f"the recipe 'mine.py' must come first: nfnet {command} mine.py --seed 1" in late
+
+
+def test_an_empty_path_or_a_url_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", str(DIGITS), "--workdir"], ["eval", "--workdir"], ["doctor", "--workdir"]):
+        assert "workdir = ''" in fails(capsys, *words, "")
+        assert "is a URL" in fails(capsys, *words, "gs://bucket/run")
+    assert "is a URL" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
+
+
+def printed_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command prints for `--help`."""
+    try:
+        code = cli.main([*words, "--help"])
+    except SystemExit as stopped:  # tyro's
+        code = stopped.code  # type: ignore[assignment]
+    assert code == exit_codes.EXIT_DONE
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.mark.parametrize("words", [["train", str(DIGITS)], ["train"], ["plan"]])
+def test_help_shows_every_field_of_every_type(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    printed = printed_help(capsys, *words)
+    for choice in alternatives.choices(load_recipe(DIGITS)):
+        assert f"{choice.option} {{{','.join(choice.names)}}}" in printed
+        for kind in choice.kinds:
+            for field in dataclasses.fields(kind):
+                assert f"{choice.option}.{field.name}".replace("_", "-") in printed
+    assert ("--topology" in printed) == (words == ["plan"])
+    assert ("--workdir" in printed) == (words != ["plan"])
+
+
+def test_help_of_convert_shows_the_options_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = printed_help(capsys, "convert")
+    for words in ("nfnet convert haiku", "nfnet convert timm", "nfnet convert run", "--timm-form", "--parameters"):
+        assert words in printed
+    assert "--timm-form" not in printed_help(capsys, "convert", "run")
