@@ -55,10 +55,10 @@ def state(out: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir() if path.name != ".lock"}
 
 
-def failing(command: list[str]) -> str:
-    """Runs a command that must fail as bad input does; returns its message."""
+def failing(command: list[str], code: int = 2) -> str:
+    """Runs a command that must fail as bad input does, or with another code; returns its message."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2, done
+    assert done.returncode == code, done
     assert "Traceback" not in done.stderr
     return done.stderr
 
@@ -236,3 +236,49 @@ def test_names_in_a_tar_reach_no_path(tmp_path: Path, folder: Path) -> None:
     prepare(tmp_path / "set", *tars)
     assert {path.parent for path in set(tmp_path.rglob("*")) - before} == {tmp_path, tmp_path / "set"}
     assert sum(len(list(records(shard))) for shard in (tmp_path / "set").glob("eval-*")) == 6
+
+
+def test_what_cannot_be_printed_stops_nothing(folder: Path, tmp_path: Path) -> None:
+    command = prepare_command(tmp_path / "set", f"--folder={folder}", "--num-processes=1")
+    closed = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], timeout=60, check=False)
+    assert closed.returncode == 0
+    assert sum(len(list(records(shard))) for shard in (tmp_path / "set").glob("*.array_record")) == 18
+    verify = prepare_command(tmp_path / "set", "--verify")
+    left = subprocess.run(["bash", "-c", '"$@" 2>&1 >/dev/full', "bash", *verify], timeout=60, check=False, stdout=-1)
+    assert left.returncode == 0
+    assert b"stdout cannot be written" in left.stdout
+
+
+def test_an_image_that_cannot_be_read_is_a_failed_input_and_no_bad_shard(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    bad = root / "train" / CLASSES[1] / "bad.jpg"
+    bad.symlink_to("/proc/self/mem")  # can be opened; to read it is an input/output error
+    message = failing(prepare_command(tmp_path / "set", f"--folder={root}", "--num-processes=1"), code=4)
+    assert re.search(
+        rf"the input failed: {CLASSES[1]}/bad.jpg in '{root}/train' cannot be read: .*(error|address)", message
+    )
+    bad.unlink()
+    assert "are sound" in prepare(tmp_path / "again", f"--folder={root}", "--verify")
+
+
+def test_what_is_not_used_is_said_and_what_was_replaced_is_noticed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    (root / "val" / CLASSES[0] / "notes.txt").write_text("of the set")
+    command = prepare_command(tmp_path / "set", f"--folder={root}", "--num-processes=1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert f"{root}/val: not used are 1 files whose names end in none of" in done.stderr
+    (root / "train" / CLASSES[1] / f"{CLASSES[1]}_2.JPEG").write_bytes(image_file(77))
+    assert "another input" in failing(command)
+
+
+def test_only_paths_of_this_machine_are_taken(folder: Path, tmp_path: Path) -> None:
+    for out in ("gs://bucket/set", "s3:/bucket/set"):
+        command = [word if not word.startswith("--out") else f"--out={out}" for word in prepare_command(tmp_path)]
+        done = subprocess.run(
+            [*command, f"--folder={folder}"], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+        )
+        assert done.returncode == 2
+        assert "--out = " in done.stderr
+        assert "is a URL" in done.stderr
+    assert list(tmp_path.iterdir()) == []

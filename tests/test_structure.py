@@ -9,7 +9,7 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime"}
+BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime", "streams"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
@@ -18,6 +18,7 @@ ALLOWED = {
     "paths": {"config"},
     "run_clock": set[str](),
     "runtime": {"config"},
+    "streams": set[str](),
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
     "recipe_file": BASE | {"recipe"},

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,6 +30,7 @@ from typing import Any
 
 import tyro
 
+from nfnet_flax import streams
 from nfnet_flax.config import ConfigError, require, to_json
 from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_path, read_manifest, shard_name
 from nfnet_flax.data.listing import Listing, list_folder, list_tars
@@ -38,6 +38,8 @@ from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
 from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED
+from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.output import guarded_output
 from nfnet_flax.paths import local_path
 
 IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
@@ -160,16 +162,6 @@ def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[i
     print(end="" if end == "\n" else "\n", file=sys.stderr, flush=True)
 
 
-def _write_json(path: Path, data: object) -> None:
-    """Atomically."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with open(partial, "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessPoolExecutor) -> None:
     """Writes what is missing of a split, then its manifest.
 
@@ -189,7 +181,7 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
             print(f"{split}: complete, {len(listing):,} images in {num_shards} shards: nothing to do")
             return
     elif plan.exists():
-        known = json.loads(plan.read_text())["input_digest"]
+        known = str(read_json(plan, "give an empty folder").get("input_digest"))
     else:
         known = "" if any(options.out.glob(f"{split}-*")) else input_digest
     if known != input_digest:
@@ -198,7 +190,7 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
             "empty folder"
         )
     if not manifest.exists():
-        _write_json(plan, {"input_digest": input_digest})
+        write_json(plan, {"input_digest": input_digest})
     borders = [len(listing) * index // num_shards for index in range(num_shards + 1)]
     parts = [listing.part(start, stop) for start, stop in itertools.pairwise(borders)]
     kept = sum(path.exists() for path in paths)
@@ -209,7 +201,7 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
     result = Manifest(
         format_version=FORMAT_VERSION, class_names=listing.class_names, input_digest=input_digest, shards=shards
     )
-    _write_json(manifest, to_json(result))
+    write_json(manifest, to_json(result))
     plan.unlink(missing_ok=True)
 
 
@@ -278,7 +270,16 @@ def run(options: Options) -> None:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line; returns the exit code. Whether anything can be printed does not count."""
+    streams.open_missing()
+    try:
+        with guarded_output(goes_on=True):
+            return _main()
+    finally:
+        streams.drop_unwritten()
+
+
+def _main() -> int:
     try:
         run(tyro.cli(Options, description=__doc__))
     except InputFailed as error:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from nfnet_flax.cli import convert, doctor, models, plan, streams, train
+from nfnet_flax import streams
+from nfnet_flax.cli import convert, doctor, models, plan, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE

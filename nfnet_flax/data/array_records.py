@@ -18,7 +18,6 @@ import dataclasses
 import fnmatch
 import glob
 import hashlib
-import json
 import os
 import re
 import struct
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 from nfnet_flax.config import ConfigError, check_types, from_json
 from nfnet_flax.data.random_access import CorruptRecordError
+from nfnet_flax.json_files import read_json
 from nfnet_flax.paths import local_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -146,20 +146,17 @@ def read_manifest(folder: Path, split: str) -> Manifest:
 
     Raises:
       ConfigError: it is missing, damaged, or of another version of the format.
+      OSError: it cannot be read.
     """
     path = manifest_path(folder, split)
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{str(path)!r} is missing: it is written last, so either the set is unfinished (run "
-            "tools/prepare_imagenet.py again), or the file was not copied along with the shards"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is damaged ({error}): copy it again") from error
-    version = data.get("format_version") if isinstance(data, dict) else None
+    data = read_json(
+        path,
+        "it is written last, so either the set is unfinished (run tools/prepare_imagenet.py again), or the file was "
+        "not copied whole along with the shards",
+    )
+    version = data.get("format_version")
     if version == 1:
-        for shard in data["shards"]:
+        for shard in data.get("shards", ()):
             shard["ends_blake2b"] = None
     elif version != FORMAT_VERSION:
         raise ConfigError(f"{str(path)!r} is no manifest of format version 1 to {FORMAT_VERSION}: {_HOW_TO_GET_IT}")
