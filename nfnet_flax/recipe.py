@@ -127,13 +127,44 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per differing field that decides an update, or which examples and how they are evaluated."""
-    return differences(to_json(_with_free_fields_of(old, new)), to_json(new))
+    """One line per differing field that decides an update, or which examples and how they are evaluated.
+
+    The length of a run is none of them, though the learning rate follows it: see `length_change`.
+    """
+    same = dataclasses.replace(_with_free_fields_of(old, new), num_epochs=new.num_epochs, num_steps=new.num_steps)
+    return differences(to_json(same), to_json(new))
 
 
 def free_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line per differing field that decides no update, and may change at a resume."""
     return differences(to_json(old), to_json(_with_free_fields_of(old, new)))
+
+
+def length_change(old: Recipe, new: Recipe, *, num_examples: int, step: int) -> str | None:
+    """What to say of a run that goes on with another length; None where there is nothing to say.
+
+    Args:
+      old: recipe of the run until now.
+      new: recipe from now on.
+      num_examples: of the training set.
+      step: updates done.
+
+    Raises:
+      ConfigError: more updates are done than the run is to have.
+    """
+    before, after = old.total_steps(num_examples), new.total_steps(num_examples)
+    if step > after:
+        name, value = ("num_epochs", new.num_epochs) if new.num_steps is None else ("num_steps", new.num_steps)
+        raise ConfigError(
+            f"{name} = {value}: the run would end at step {after}, and is at step {step} already: "
+            "give at least as many, or another workdir"
+        )
+    if step == 0 or before == after:
+        return None
+    return (
+        f"the run now has {after} steps instead of {before}: from step {step} on the learning rate follows the "
+        "schedule of the new length, so that it ends elsewhere than a run that had this length from its start"
+    )
 
 
 def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:

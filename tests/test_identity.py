@@ -81,6 +81,20 @@ def test_what_decides_no_update_may_change_and_is_said(first: Path, run: Path) -
     assert layout.steps_in(run / "checkpoints") == [4]
 
 
+def test_a_run_may_be_lengthened_and_not_cut_off_behind_its_last_step(first: Path, run: Path) -> None:
+    code, printed = train(run, first / "mine.py", "--num-steps=1")
+    assert code == EXIT_BAD_INPUT
+    assert "num_steps = 1: the run would end at step 1, and is at step 2 already" in printed
+    code, printed = train(run, first / "mine.py", "--num-steps=5")
+    assert code == EXIT_DONE, printed
+    assert "the run now has 5 steps instead of 4: from step 2 on the learning rate follows the schedule" in printed
+    assert "changed since the last start" not in printed
+    assert json.loads((run / layout.RECIPE).read_text())["num_steps"] == 5
+    code, printed = train(run, first / "mine.py", "--num-steps=5")  # as it is by now: nothing to say
+    assert code == EXIT_DONE, printed
+    assert "the run now has" not in printed
+
+
 def test_what_decides_an_update_may_not(first: Path, run: Path) -> None:
     code, printed = train(run, first / "mine.py", "--seed=7")
     assert code == EXIT_BAD_INPUT

@@ -17,7 +17,14 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.parallel.processes import Processes, check_agreement
-from nfnet_flax.recipe import Recipe, free_differences, read_recipe, recipe_differences, save_recipe
+from nfnet_flax.recipe import (
+    Recipe,
+    free_differences,
+    length_change,
+    read_recipe,
+    recipe_differences,
+    save_recipe,
+)
 from nfnet_flax.training import checkpoint, layout
 
 
@@ -82,7 +89,7 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
         remedy = f"is not the folder that process 0 sees, as process {processes.index} finds no recipe.json in it: "
         remedy += "give one on a file system that all hosts share"
         require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)
-        _check_recipe(workdir, identity.recipe)
+        _check_recipe(workdir, read_recipe(workdir / layout.RECIPE), identity.recipe)
         _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
         names = stored_class_names(workdir)
         remedy = "are not those of process 0; give all processes the same training set"
@@ -94,40 +101,39 @@ _INPUT_CHANGED = "was trained on another input; give back the same images, or an
 
 
 def _claim(workdir: Path, identity: Identity) -> list[str]:
-    has_begun = checkpoint.latest_step(workdir) is not None
+    step = checkpoint.latest_step(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / layout.RECIPE).exists():
             save_recipe(identity.recipe, workdir / layout.RECIPE)
-        changed = _check_recipe(workdir, identity.recipe)
+        before = read_recipe(workdir / layout.RECIPE)
+        _check_recipe(workdir, before, identity.recipe)
+        num_examples = identity.input["source"]["num_examples"]
+        longer = length_change(before, identity.recipe, num_examples=num_examples, step=step or 0)
         for name in (layout.INPUT, layout.CLASSES):
-            if has_begun and not (workdir / name).exists():
+            if step is not None and not (workdir / name).exists():
                 raise ConfigError(f"workdir {str(workdir)!r} holds checkpoints but no {name}: start in a new workdir")
         _record(workdir / layout.INPUT, identity.input)
         _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
         _record(workdir / layout.CLASSES, {"class_names": list(identity.class_names)})
         lines = _claim_environment(workdir, identity.environment)
-        if changed:
-            save_recipe(identity.recipe, workdir / layout.RECIPE)
+        lines += [longer] if longer is not None else []
+        if changed := free_differences(before, identity.recipe):
             lines.append(f"changed since the last start, which decides no update: {'; '.join(changed)}")
+        if before != identity.recipe:
+            save_recipe(identity.recipe, workdir / layout.RECIPE)
     except OSError as error:
         raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
     return lines
 
 
-def _check_recipe(workdir: Path, recipe: Recipe) -> list[str]:
-    """Returns a line for each field that differs and is free to.
-
-    Raises:
-      ConfigError: a field differs that decides an update.
-    """
-    stored = read_recipe(workdir / layout.RECIPE)
+def _check_recipe(workdir: Path, stored: Recipe, recipe: Recipe) -> None:
+    """Raises `ConfigError` where a field differs that decides an update."""
     if lines := recipe_differences(stored, recipe):
         raise ConfigError(
             f"workdir {str(workdir)!r} belongs to another recipe; give another workdir, or the same values as before:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
-    return free_differences(stored, recipe)
 
 
 def _record(path: Path, data: Any) -> None:

@@ -136,6 +136,8 @@ def _run(
             num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=current().is_first
         )
         window = Window(setup, log, progress, step)
+        if step < num_steps:
+            progress.say("compiling the step, or reading it from the cache of compiled programs")
         while True:
             # 1. Evaluate.
             eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
