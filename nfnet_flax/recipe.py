@@ -119,7 +119,10 @@ def read_recipe(path: Path) -> Recipe:
       ConfigError: the file is missing, damaged, or of another version of the package; the message names it.
       OSError: it cannot be opened or read.
     """
-    data = read_json(path, f"is {str(path.parent)!r} the folder of a run?")
+    remedy = (
+        "give the folder of a run; a damaged file is written anew if it is moved away and nfnet train started again"
+    )
+    data = read_json(path, remedy)
     try:
         return from_json(Recipe, data)
     except ConfigError as error:

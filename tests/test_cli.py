@@ -37,7 +37,7 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "optim.momentum = 1.5" in invalid
     assert "workdir" in fails(capsys, "train", RECIPE)
     assert "unknown command 'trian'" in fails(capsys, "trian")
-    assert "the folder of a run?" in fails(capsys, "eval", "--workdir", workdir)
+    assert "recipe.json does not exist: give the folder of a run" in fails(capsys, "eval", "--workdir", workdir)
     assert not (tmp_path / "run").exists()
 
 

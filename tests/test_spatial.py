@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from nfnet_flax import exit_codes
+from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError
 from nfnet_flax.parallel.mesh import make_mesh
 from tests import runs
@@ -76,15 +76,20 @@ def test_a_divided_height_gives_the_step_of_a_whole_one() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_run_divides_its_images_and_goes_on_in_two_processes(tmp_path: Path) -> None:
+def test_a_run_divides_its_images_and_goes_on_in_two_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     divided, whole = tmp_path / "divided", tmp_path / "whole"
     short = ("--num-steps=8", "--eval-every-steps=8", "--execution.num-microbatches=2")
     first = runs.start(divided, *short, "--execution.spatial=2", environment=environment(4))
     printed = runs.signal_at(first, 3, signal.SIGTERM)
     assert first.returncode == exit_codes.EXIT_STOPPED, printed
-    for process in runs.start_all(divided, 2, *short, "--execution.spatial=2", environment=environment(2)):
+    two_axes = ("--execution.spatial=2", "--execution.fsdp=2")
+    for process in runs.start_all(divided, 2, *short, *two_axes, environment=environment(2)):
         printed = runs.finish(process)
         assert process.returncode == 0, printed
+    assert cli.main(["doctor", "--workdir", str(divided)]) == exit_codes.EXIT_DONE
+    assert capsys.readouterr().out.endswith("nothing is wrong\n")
     undivided = runs.start(whole, *short, environment=environment(1))
     printed = runs.finish(undivided)
     assert undivided.returncode == 0, printed

@@ -18,7 +18,7 @@ def plot(workdir: Path, picture: Path) -> None:
         raise SystemExit(f"{workdir / 'metrics.jsonl'} holds no metrics: train first")
 
     def series(name: str) -> tuple[list[int], list[float]]:
-        found = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]  # null: it was not finite
         return [step for step, _ in found], [value for _, value in found]
 
     plt.rcParams["svg.hashsalt"] = "nfnet_flax"

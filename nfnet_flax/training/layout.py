@@ -7,7 +7,7 @@
     owner/             which process writes here
     checkpoints/STEP   the newest checkpoints
     best/STEP          the best one
-    damaged/           checkpoints that were found damaged
+    damaged/           checkpoints and files that were found damaged
     metrics.jsonl      one JSON object for each step that has metrics
     tensorboard/       the same numbers as TensorBoard scalars
 
@@ -18,6 +18,7 @@ the library and depends on the number of processes; so an array is there if Tens
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -39,6 +40,7 @@ ENVIRONMENT = "environment.json"
 OWNER = "owner"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+CHECKPOINT_KINDS = (CHECKPOINTS, BEST)
 SET_ASIDE = "damaged"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -77,6 +79,18 @@ def steps_in(folder: Path) -> list[int]:
                 raise
             return []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+
+
+def free_place(workdir: Path, name: str) -> Path:
+    """Where something that is damaged can be kept: a path in `damaged/` that nothing has yet. Makes that folder.
+
+    Raises:
+      OSError: the folder cannot be made.
+    """
+    folder = workdir / SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    names = (name if number == 0 else f"{name}-{number}" for number in itertools.count())
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
 def seal(notes: Notes, arrays: Fingerprints) -> dict[str, Any]:

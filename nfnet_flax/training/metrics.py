@@ -1,12 +1,27 @@
-"""Metrics on disk: `metrics.jsonl`, and TensorBoard through CLU. After a resume each (step, metric) stands once."""
+"""Metrics on disk: `metrics.jsonl`, and TensorBoard's event files. After a resume each (step, metric) stands once.
 
+`metrics.jsonl` holds a JSON object for each step that has metrics: `step`, a whole number, and numbers by name. A
+number that is not finite is written as `null`, since JSON has no other word for it.
+"""
+
+import contextlib
+import dataclasses
 import json
+import math
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.json_files import write_whole
+from nfnet_flax.training import layout
+from nfnet_flax.training.event_files import EventWriter, open_events, tidy_events
+from nfnet_flax.training.storage import reads_and_writes
+
+Row = dict[str, Any]
+"""`step` and the metrics of that step by name: numbers, or None for one that is not finite."""
+_ROW_BEGINS = b'{"step"'
 
 
 class NoMetrics:
@@ -26,128 +41,177 @@ class MetricsLog:
     """Writes one JSON object per step and, with `tensorboard`, the same numbers as TensorBoard scalars.
 
     Opening it at `resume_step` removes what an earlier process wrote for later steps, and the evaluation of this step
-    unless it was `evaluated` before the checkpoint: those are about to be repeated.
+    unless it was `evaluated` before the checkpoint: those are about to be repeated. Where the file is damaged, its good
+    rows stay, and the file as it was is kept in `damaged/`.
+
+    Raises (each method, too):
+      StorageFailed: a file cannot be read or written; it is named.
+      ConfigError: something else lies in the place of a file or folder.
     """
 
     def __init__(self, workdir: Path, *, resume_step: int, evaluated: bool, tensorboard: bool) -> None:
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / layout.METRICS
 
         def stands(step: int, name: str) -> bool:
             return step < resume_step or (step == resume_step and (evaluated or not name.startswith("eval")))
 
+        found = read_metrics(self._path)
+        if found.damaged_lines:
+            _keep_damaged(workdir, found.damaged_lines)
         rows = [
-            {name: value for name, value in row.items() if stands(row["step"], name)}
-            for row in read_rows(self._path)
+            {name: value for name, value in row.items() if name == "step" or stands(row["step"], name)}
+            for row in found.rows
             if row["step"] <= resume_step
         ]
         rows = [row for row in rows if len(row) > 1]
         # An object of the very step may still be completed, by the evaluation that is due there.
-        self._written: dict[str, Any] = rows[-1] if rows and rows[-1]["step"] == resume_step else {}
+        self._written: Row = rows[-1] if rows and rows[-1]["step"] == resume_step else {}
         """Of the current step: the last line of the file; empty if there is none yet."""
-        self._row: dict[str, Any] = self._written or {"step": resume_step}
-        self._file = self._replaced_by([json.dumps(row) for row in rows])
-        folder = workdir / "tensorboard"
-        # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        drop_events(folder, stands)
-        self._writer = _open_tensorboard(folder) if tensorboard else None
+        self._row: Row = self._written or {"step": resume_step}
+        tidy_events(workdir, stands, rows if tensorboard else [])
+        self._file = self._replaced_by([_line(row) for row in rows])
+        self._events: EventWriter | None = None
+        try:
+            self._events = open_events(workdir) if tensorboard else None
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics of a step; steps must not decrease."""
         if step != self._row["step"]:
             self._emit()
             self._row, self._written = {"step": step}, {}
-        self._row = self._row | metrics
-        if self._writer is not None:
-            self._writer.write_scalars(step, metrics)
+        self._row = self._row | {name: _finite(value) for name, value in metrics.items()}
+        if self._events is not None:
+            self._events.write(step, metrics)
 
     def _emit(self) -> None:
         if len(self._row) == 1 or self._row == self._written:
             return
-        if self._written:
-            self._file.close()
-            *lines, _ = self._path.read_text().splitlines()
-            self._file = self._replaced_by([*lines, json.dumps(self._row)])
-        else:
-            self._file.write(json.dumps(self._row) + "\n")
+        with reads_and_writes(self._path, OSError):
+            if self._written:
+                self._file.close()
+                *lines, _ = self._path.read_bytes().splitlines(keepends=True)
+                self._file = self._replaced_by([*lines, _line(self._row)])
+            else:
+                self._file.write(_line(self._row))
         self._written = self._row
 
-    def _replaced_by(self, lines: list[str]) -> TextIO:
+    def _replaced_by(self, lines: list[bytes]) -> BinaryIO:
         # A process may be killed at any moment: the file is never without a line that a checkpoint relies on.
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
-        return self._path.open("a")
+        with reads_and_writes(self._path, OSError):
+            write_whole(self._path, b"".join(lines))
+            return self._path.open("ab")
 
     def flush(self) -> None:
         """Puts everything on disk; to be called before a checkpoint is, so that none is ahead of its metrics."""
         self._emit()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._writer is not None:
-            self._writer.flush()
+        with reads_and_writes(self._path, OSError):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        """Flushes and closes; where the one fails, the other is done all the same."""
+        with contextlib.ExitStack() as closing:
+            if self._events is not None:
+                closing.callback(self._events.close)
+            closing.callback(self._close_file)
+            self.flush()
+
+    def _close_file(self) -> None:
+        with reads_and_writes(self._path, OSError):
+            self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Complete objects of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsFile:
+    """What a `metrics.jsonl` holds."""
+
+    rows: list[Row]
+    """One for each step, in order."""
+    damaged_lines: list[int]
+    """Numbers, from 1, of lines that hold something else; good rows may lie before, behind and even in them."""
 
 
-def _open_tensorboard(folder: Path) -> Any:
-    """CLU's writer, or None with one warning where TensorFlow is missing."""
+def read_metrics(path: Path) -> MetricsFile:
+    """Reads a `metrics.jsonl`. Every reader of metrics uses this, or `read_rows`.
+
+    A last line that a kill cut short is left out, and is no damage. Of a (step, metric) that stands twice, the later
+    one counts.
+
+    Raises:
+      ConfigError: a folder lies in the file's place.
+      StorageFailed: the file cannot be opened or read.
+    """
+    with reads_and_writes(path, OSError):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return MetricsFile(rows=[], damaged_lines=[])
+        except IsADirectoryError as error:
+            raise ConfigError(f"{path} is a folder, but metrics are written there: move it away") from error
+    *lines, last = content.split(b"\n")
+    if last and not last.startswith(b"{"):
+        lines.append(last)
+    by_step: dict[int, Row] = {}
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        row, is_whole = _parse(line)
+        if row is not None:
+            by_step[row["step"]] = by_step.get(row["step"], {}) | row
+        if not is_whole:
+            damaged.append(number)
+    return MetricsFile(rows=[by_step[step] for step in sorted(by_step)], damaged_lines=damaged)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`, as `read_metrics` reads them."""
+    return read_metrics(path).rows
+
+
+def _parse(line: bytes) -> tuple[Row | None, bool]:
+    """The row of a line, if there is one, and whether there is nothing else in it."""
+    if not line.strip():
+        return None, True
+    row = _row_of(line)
+    if row is not None:
+        return row, True
+    # Blocks that were never written, as after a power failure, end in the middle of a line: the row behind is good.
+    start = line.rfind(_ROW_BEGINS)
+    return (_row_of(line[start:]) if start > 0 else None), False
+
+
+def _row_of(text: bytes) -> Row | None:
     try:
-        import tensorflow as tf
-        from clu.metric_writers import SummaryWriter
-    except ImportError as error:
-        warnings.warn(
-            f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard",
-            stacklevel=2,
-        )
+        row = json.loads(text.decode())
+    except (ValueError, RecursionError):
         return None
-    tf.config.set_visible_devices([], "GPU")
-    return SummaryWriter(str(folder))
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    if not all(value is None or type(value) in (int, float) for value in row.values()):
+        return None
+    return {name: _finite(value) for name, value in row.items()}
 
 
-def drop_events(folder: Path, stands: Callable[[int, str], bool]) -> None:
-    """Rewrites the event files of a folder, keeping the scalars whose (step, tag) `stands`; wall times stay as well."""
-    files = sorted(folder.glob("events.out.tfevents.*")) if folder.is_dir() else []
-    if not files:
-        return
-    try:
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError as error:
-        print(f"TensorBoard files may show repeated steps: {error}", file=sys.stderr)
-        return
-    for path in files:
-        kept = []
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            tags = [value.tag for value in event.summary.value]  # CLU writes one scalar an event
-            if all(stands(event.step, tag) for tag in tags):
-                kept.append(record)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            writer = RecordWriter(file)
-            for record in kept:
-                writer.write(record)
-        partial.replace(path)
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _line(row: Row) -> bytes:
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _keep_damaged(workdir: Path, lines: list[int]) -> None:
+    path = workdir / layout.METRICS
+    with reads_and_writes(path, OSError):
+        kept = layout.free_place(workdir, layout.METRICS)
+        write_whole(kept, path.read_bytes())
+    first = f"line {lines[0]}" if len(lines) == 1 else f"{len(lines)} lines, the first of them {lines[0]},"
+    print(
+        f"{path} is damaged: {first} cannot be read; the good rows stay, and the file as it was is kept as {kept}",
+        file=sys.stderr,
+        flush=True,
+    )

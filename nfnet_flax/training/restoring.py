@@ -22,11 +22,11 @@ from nfnet_flax.training.fingerprints import Fingerprints, describe_type, finger
 from nfnet_flax.training.layout import (
     BEST,
     CHECKPOINTS,
-    SET_ASIDE,
     Damaged,
     Notes,
     array_context,
     check_type,
+    free_place,
     open_array,
     read_sealed,
     reading,
@@ -169,10 +169,7 @@ def _clear(workdir: Path, damaged: list[int]) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    aside = path.parent.parent / SET_ASIDE
-    aside.mkdir(exist_ok=True)
-    names = (f"{path.parent.name}-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
-    target = next(aside / name for name in names if not (aside / name).exists())
+    target = free_place(path.parent.parent, f"{path.parent.name}-{path.name}")
     path.rename(target)
     _say(f"moved to {target}; delete it when it is of no more use")
 

@@ -1,0 +1,88 @@
+"""What a run will meet on this machine, and what is wrong with it: `nfnet doctor`. It reads, and changes nothing.
+
+Every check runs in a thread of its own and has only so much time, as a disk that does not answer holds its reader up
+for ever. Devices are looked for in another process: a driver that hangs can only be killed.
+"""
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.doctor.data import check_data
+from nfnet_flax.doctor.devices import check_devices
+from nfnet_flax.doctor.findings import Finding, seen, wrong
+from nfnet_flax.doctor.machine import check_disks, check_machine, check_versions
+from nfnet_flax.doctor.workdir import check_workdir
+from nfnet_flax.training.layout import RECIPE
+from nfnet_flax.training.storage import StorageFailed
+
+if TYPE_CHECKING:
+    from nfnet_flax.recipe import Recipe
+
+Check = Callable[[], list[Finding]]
+
+
+def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) -> Iterator[tuple[str, list[Finding]]]:
+    """Yields topics and what was found, as it is found.
+
+    Args:
+      workdir: folder of a run, begun or not; None: no run is looked into.
+      recipe_path: of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
+      timeout_s: for each check. One that has not ended by then is a finding.
+    """
+    recipes: list[Recipe] = []
+    yield "versions", _within(timeout_s, check_versions)
+    yield "recipe", _within(timeout_s, functools.partial(_check_recipe, workdir, recipe_path, recipes))
+    recipe = recipes[0] if recipes else None
+    devices = functools.partial(check_devices, recipe, workdir, is_stored=recipe_path is None, timeout_s=timeout_s)
+    yield "devices", _within(timeout_s + 10, devices)
+    yield "machine", _within(timeout_s, functools.partial(check_machine, recipe))
+    if recipe is not None:
+        yield "data", _within(timeout_s, functools.partial(check_data, recipe, workdir))
+    if workdir is not None:
+        until_s = time.monotonic() + timeout_s / 2  # a large checkpoint is no disk that hangs
+        yield "workdir", _within(timeout_s, functools.partial(check_workdir, workdir, recipe, until_s=until_s))
+    yield "disks", _within(timeout_s, functools.partial(check_disks, workdir))
+
+
+def _check_recipe(workdir: Path | None, recipe_path: str | None, recipes: "list[Recipe]") -> list[Finding]:
+    """Adds the recipe to `recipes`, if there is one."""
+    from nfnet_flax.recipe import read_recipe
+    from nfnet_flax.recipe_file import load_recipe
+
+    if recipe_path is not None:
+        recipes.append(load_recipe(recipe_path))
+    elif workdir is not None and (workdir / RECIPE).exists():
+        with contextlib.suppress(ConfigError):  # for `check_workdir` to say
+            recipes.append(read_recipe(workdir / RECIPE))
+    return [seen(recipe.name) for recipe in recipes] or [seen("none, so no data are looked into")]
+
+
+def describe(topic: str, findings: list[Finding]) -> str:
+    """The lines of a topic."""
+    lines = [("WRONG: " if finding.is_wrong else "") + " ".join(finding.text.split()) for finding in findings]
+    return "\n".join(f"{topic if index == 0 else '':<10}{line}" for index, line in enumerate(lines))
+
+
+def _within(timeout_s: float, check: Check) -> list[Finding]:
+    """What a check finds; an error that it raises, and that it does not end in time, are findings, too."""
+    found: list[list[Finding]] = []
+
+    def run() -> None:
+        try:
+            found.append(check())
+        except (ConfigError, InputFailed, StorageFailed) as error:  # its message says what to do
+            found.append([Finding(text=str(error), is_wrong=True)])
+        except Exception as error:
+            found.append([wrong(f"{type(error).__name__}: {error}", "this check could not be finished")])
+
+    thread = threading.Thread(target=run, name="check", daemon=True)  # one that is stuck must not keep us
+    thread.start()
+    thread.join(timeout_s)
+    return found[0] if found else [wrong(f"no answer within {timeout_s:g} s", "a disk or driver hangs; look at it")]

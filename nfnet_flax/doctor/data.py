@@ -1,0 +1,52 @@
+"""The images of a run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nfnet_flax.config import ConfigError, differences
+from nfnet_flax.doctor.findings import Finding, seen, wrong
+from nfnet_flax.json_files import read_json
+from nfnet_flax.training.layout import INPUT
+
+if TYPE_CHECKING:
+    from nfnet_flax.data.random_access import Source, Split
+    from nfnet_flax.recipe import Recipe
+
+
+def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
+    """Opens both splits and decodes an image of each; compares them with what the run in the workdir began with."""
+    from nfnet_flax.data.pipeline import input_identity, open_split
+    from nfnet_flax.training.identity import stored_class_names
+
+    class_names = None if workdir is None else stored_class_names(workdir)
+    findings, sources = [], {}
+    splits: tuple[Split, ...] = ("train", "eval")
+    for split in splits:
+        try:
+            sources[split] = open_split(recipe.data, split, class_names)
+            findings.append(seen(f"{split}: {_first_example(sources[split])}"))
+            findings += [seen(found.text) for found in sources[split].unused]
+        except ConfigError as error:  # its message says what to do
+            return [*findings, Finding(text=str(error), is_wrong=True)]
+    num_classes = max(len(source.class_names) for source in sources.values())
+    if recipe.num_classes < num_classes:
+        findings.append(wrong(f"num_classes = {recipe.num_classes}", f"must be at least {num_classes}"))
+    stored = None if workdir is None else workdir / INPUT
+    if stored is not None and stored.exists():
+        now = input_identity(recipe.data, seed=recipe.seed, train_source=sources["train"], eval_source=sources["eval"])
+        changed = differences(read_json(stored, "put it back from a copy, or start in a new workdir"), now)
+        findings += [wrong(f"the run began with another input ({line})", "give it back") for line in changed]
+    return findings
+
+
+def _first_example(source: "Source") -> str:
+    from nfnet_flax.data.decode import decode
+    from nfnet_flax.data.examples import naming
+
+    with naming(source, 0):
+        image = source[0]["image"]
+        pixels = decode(image) if isinstance(image, bytes) else image
+    size = f"{pixels.shape[1]} x {pixels.shape[0]} px"
+    num_unused = sum(found.num_files for found in source.unused)
+    unused = f", {num_unused} files are not used" if num_unused else ""
+    return f"{len(source)} examples of {len(source.class_names)} classes{unused}; the first is {size}"

@@ -1,0 +1,47 @@
+"""One line of the doctor's report, and what its checks share."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    text: str
+    """What was seen; with a problem, also what to do about it."""
+    is_wrong: bool = False
+    """Whether it is a problem."""
+
+
+def seen(text: str) -> Finding:
+    """Something that is as it may be."""
+    return Finding(text=text)
+
+
+def wrong(problem: str, remedy: str) -> Finding:
+    """A problem, and what to do about it."""
+    return Finding(text=f"{problem}: {remedy}", is_wrong=True)
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    num_bytes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run may delete it meanwhile
+            num_bytes += path.stat().st_size if path.is_file() else 0
+    return num_bytes
+
+
+def human_size(num_bytes: int) -> str:
+    """Such as `1.5 GiB`."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"

@@ -1,0 +1,174 @@
+"""What the folder of a run holds, and what is wrong with it; reads, and changes nothing."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.doctor.findings import Finding, human_size, nearest, seen, tree_bytes, wrong
+from nfnet_flax.training import layout
+from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
+from nfnet_flax.training.storage import StorageFailed
+
+if TYPE_CHECKING:
+    from nfnet_flax.recipe import Recipe
+
+_MAX_LINES = 5
+"""Of a damaged file that are named."""
+_DELETION_S = 1.0
+"""Within which a run that is going on has deleted a checkpoint that it no longer keeps."""
+
+
+def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> list[Finding]:
+    """Recipe, checkpoints and metrics of a run.
+
+    Args:
+      workdir: folder of the run, begun or not.
+      recipe: that it is to go on with; None: its own.
+      until_s: time of `time.monotonic` after which no more contents of checkpoints are read.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        return [wrong(f"{workdir} is no folder", "give another workdir")]
+    findings = [seen(f"{workdir}" + ("" if workdir.exists() else " does not exist yet; nfnet train makes it"))]
+    existing = nearest(workdir)
+    # Root is told yes by `access`, and a probe would change something; so the read-only flag is looked at, too.
+    if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        remedy = "change its permissions, mount it writable, or give another one"
+        findings.append(wrong(f"{existing} cannot be written", remedy))
+    if workdir.exists():
+        findings += [
+            finding for kind in layout.CHECKPOINT_KINDS for finding in _check_checkpoints(workdir / kind, until_s)
+        ]
+        findings += _check_metrics(workdir)
+        findings += _check_identity(workdir, recipe)
+    return findings
+
+
+def _check_owner(workdir: Path) -> list[Finding]:
+    from nfnet_flax.training.lease import owner_of
+
+    found = owner_of(workdir)
+    if found is None:
+        return []
+    owner, alive_at = found
+    text = f"process {owner.pid} on host {owner.host!r} trains here since {owner.since}; last sign of life: {alive_at}"
+    return [seen(text)]
+
+
+def _check_checkpoints(folder: Path, until_s: float) -> list[Finding]:
+    """What a folder of checkpoints holds; the contents of the newest are read first."""
+    if folder.exists() and not folder.is_dir():
+        return [wrong(f"{folder} is no folder", "move it away; nfnet train makes one")]
+    problems: dict[int, Damaged | StorageFailed] = {}
+    unread, good = [], []
+    for step in steps_in(folder):
+        problem, is_read = _problem_of(folder / str(step), until_s)
+        if problem is not None:
+            problems[step] = problem
+        elif (folder / str(step)).exists():  # a run may have deleted it meanwhile
+            good.append(step)
+            unread += [] if is_read else [step]
+    findings = []
+    if good:
+        newest = folder / str(good[0])
+        about = f"newest {good[0]} of {human_size(tree_bytes(newest))}, {_age(newest)} old"
+        findings.append(seen(f"{folder.name}: steps {', '.join(map(str, reversed(good)))}; {about}"))
+    if unread:
+        steps = ", ".join(map(str, unread))
+        findings.append(seen(f"{folder.name}: not enough time to read the contents of {steps}; give more --timeout-s"))
+    for path in folder.glob("*tmp*"):
+        findings.append(seen(f"{path} is being written, or was when the run was killed; it is no checkpoint"))
+    findings += [_describe_problem(folder / str(step), problems[step], good) for step in sorted(problems)]
+    return findings or [seen(f"{folder.name}: none")]
+
+
+def _problem_of(checkpoint: Path, until_s: float) -> tuple[Damaged | StorageFailed | None, bool]:
+    """What is wrong with a checkpoint, if anything, and whether all of it was read."""
+    try:
+        return None, _read(checkpoint, until_s)
+    except (Damaged, StorageFailed):
+        time.sleep(_DELETION_S)
+    if not checkpoint.exists():
+        return None, False
+    try:
+        return None, _read(checkpoint, until_s)
+    except (Damaged, StorageFailed) as error:
+        return error, False
+
+
+def _read(checkpoint: Path, until_s: float) -> bool:
+    """Compares a checkpoint with its checksums; False: there was not enough time for all of it.
+
+    Raises:
+      Damaged: it is not what was saved.
+      StorageFailed: it cannot be read.
+    """
+    _, saved = read_sealed(checkpoint)
+    context = layout.array_context()
+    for name, text in saved.items():
+        if time.monotonic() >= until_s:
+            return False
+        read_array(checkpoint, name, text, context)
+    return True
+
+
+def _describe_problem(checkpoint: Path, problem: Damaged | StorageFailed, good: list[int]) -> Finding:
+    if isinstance(problem, StorageFailed):
+        return wrong(f"{problem}", "look at permissions and disk; nothing says that it is damaged")
+    if checkpoint.parent.name == layout.BEST:
+        remedy = "move it away; the best is then chosen among the evaluations to come"
+    elif before := [step for step in good if step < int(checkpoint.name)]:
+        remedy = f"nfnet train sets it aside and goes on from step {before[0]}"
+    else:
+        remedy = "bring a good one back from a copy, or move all checkpoints away to begin anew"
+    return wrong(f"{checkpoint} is damaged ({problem})", remedy)
+
+
+def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
+    """What tells that a start in this folder is the same run as before."""
+    from nfnet_flax.recipe import read_recipe, recipe_differences
+
+    has_begun = any(steps_in(workdir / kind) for kind in layout.CHECKPOINT_KINDS)
+    findings = []
+    for name in (layout.INPUT, layout.CLASSES):
+        if has_begun and not (workdir / name).exists():
+            findings.append(wrong(f"{workdir / name} is missing", "put it back, or start in a new workdir"))
+    stored = workdir / layout.RECIPE
+    if not stored.exists():
+        remedy = "nfnet train with the run's own recipe writes it again"
+        return [*findings, wrong(f"{stored} is missing", remedy) if has_begun else seen("no run has begun here")]
+    try:
+        own = read_recipe(stored)
+    except ConfigError as error:  # its message says what to do
+        return [*findings, Finding(text=str(error), is_wrong=True)]
+    changed = [] if recipe is None else recipe_differences(own, recipe)
+    return findings + [wrong(f"the run has another recipe ({line})", "give its values back") for line in changed]
+
+
+def _check_metrics(workdir: Path) -> list[Finding]:
+    from nfnet_flax.training.metrics import read_metrics
+
+    path, events = workdir / layout.METRICS, workdir / layout.TENSORBOARD
+    findings = []
+    if os.path.lexists(events) and not events.is_dir():
+        findings.append(wrong(f"{events} is no folder", "move it away; TensorBoard's files are written there"))
+    if not path.exists():
+        return findings
+    found = read_metrics(path)
+    last = f", to step {found.rows[-1]['step']}" if found.rows else ""
+    findings.append(seen(f"metrics: {len(found.rows)} rows{last}"))
+    if found.damaged_lines:
+        lines = ", ".join(map(str, found.damaged_lines[:_MAX_LINES]))
+        lines += ", ..." if len(found.damaged_lines) > _MAX_LINES else ""
+        remedy = f"nfnet train keeps it as it is in {workdir / layout.SET_ASIDE} and goes on with the good rows"
+        findings.append(wrong(f"{path} is damaged (line {lines})", remedy))
+    return findings
+
+
+def _age(path: Path) -> str:
+    seconds = time.time() - path.stat().st_mtime
+    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
