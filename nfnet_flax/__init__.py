@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nfnet_flax.models.folding import fold as fold
     from nfnet_flax.recipe_file import load_recipe as load_recipe
     from nfnet_flax.training.loop import train as train
+    from nfnet_flax.training.reading import Run as Run
     from nfnet_flax.training.reading import evaluate as evaluate
     from nfnet_flax.weights import create_model as create_model
     from nfnet_flax.weights import load_model as load_model
@@ -25,6 +26,7 @@ IMPORTED_AT_S = time.perf_counter()
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _EXPORTS = {
+    "Run": "nfnet_flax.training.reading",
     "create_model": "nfnet_flax.weights",
     "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
@@ -35,7 +37,7 @@ _EXPORTS = {
 }
 _MODULES = ("data", "models", "optim", "recipe", "runtime", "weights")
 __all__ = [
-    *("create_model", "evaluate", "fold", "list_models", "load_model", "load_recipe", "train"),
+    *("Run", "create_model", "evaluate", "fold", "list_models", "load_model", "load_recipe", "train"),
     *("data", "models", "optim", "recipe", "runtime", "weights"),
 ]
 

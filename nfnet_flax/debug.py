@@ -50,6 +50,8 @@ def debug_recipe(recipe: Recipe) -> Recipe:
             prefetch_batches=2,
         ),
         execution=dataclasses.replace(recipe.execution, num_microbatches=_NUM_MICROBATCHES),
+        init_from=None,  # its weights are of the large network
+        init_from_skip=(),
         platform="any",
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=2),
         num_steps=4,

@@ -33,12 +33,13 @@ def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.n
     if unknown := [name for name in own if name not in label_of]:
         raise ConfigError(
             f"{split} split: class {unknown[0]!r} is unknown ({len(unknown)} of the {len(own)} classes of this split "
-            f"are); known are {_shown(wanted)}: rename or remove it, or begin a new run with a training set that has it"
+            f"are); known are {shown(wanted)}: rename or remove it, or begin a new run with a training set that has it"
         )
     return np.array([label_of[name] for name in own], np.int32)
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first of some class names, for a message."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -24,6 +24,7 @@ from nfnet_flax.training.copies import check_copies
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.identity import check_same_run, claim, stored_class_names
+from nfnet_flax.training.initial import check_same_start, initial_arrays
 from nfnet_flax.training.lease import LeaseLost, owning
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
@@ -101,7 +102,9 @@ def train(
         setup = assemble(recipe, stored_class_names(workdir))
         if processes.is_first:
             say_unused(setup.train_source, setup.eval_source)
-        weights = setup.initial_weights() if checkpoint.latest_step(workdir) is None else {}
+        is_new = checkpoint.latest_step(workdir) is None
+        weights = initial_arrays(recipe, setup.train_source.class_names) if is_new else {}
+        check_same_start(processes, recipe, weights, is_new=is_new, timeout_s=start_timeout_s)
         lease = opened.enter_context(owning(workdir, _end_at_once)) if processes.is_first else None
         for line in claim(processes, workdir, setup.identity(), start_timeout_s):
             print(line, file=sys.stderr, flush=True)

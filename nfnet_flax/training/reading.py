@@ -1,69 +1,246 @@
-"""Reading a run on disk: its state, its evaluation, its weights."""
+"""Reading a run: recipe, class names and weights come from its folder alone, on any machine; nothing there changes."""
 
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
+import jax
+from flax import nnx
+from jax.sharding import Mesh
 
+from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models.params import expand
-from nfnet_flax.recipe import read_recipe
-from nfnet_flax.runtime import prepare
-from nfnet_flax.training import checkpoint
-from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.pipeline import eval_batches, open_split
+from nfnet_flax.models import Classifier, build_model
+from nfnet_flax.models.params import compact, expand, members, split
+from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
+from nfnet_flax.paths import local_path
+from nfnet_flax.recipe import Recipe, read_recipe
+from nfnet_flax.training import layout
+from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
 from nfnet_flax.training.identity import stored_class_names
-from nfnet_flax.training.restoring import restore_newest
-from nfnet_flax.training.run import Setup, assemble
-from nfnet_flax.training.state import TrainState
-from nfnet_flax.weights.portable import WeightsInfo, write_weights
+from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
+from nfnet_flax.training.restoring import read_arrays
+from nfnet_flax.training.state import model_structure
+from nfnet_flax.weights import network_of
+from nfnet_flax.weights.convert import target_in
+from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weights
+
+Which = Literal["newest", "best"] | int
+"""Which checkpoint of a run: the newest good one, the best good one, or that of a step."""
+Parameters = Literal["ema", "raw"]
+_FIELDS: dict[Parameters, tuple[str, str]] = {
+    "raw": ("params", "batch_stats"),
+    "ema": ("ema_params", "ema_batch_stats"),
+}
+"""Fields of `TrainState` that hold the parameters and the running statistics."""
 
 
-def read_run(workdir: Path) -> tuple[Setup, TrainState]:
-    """Parts and newest good state of a run; changes nothing in its folder.
+class Run:
+    """What a run has made so far. Its folder is all that is needed: no images, and no certain devices."""
 
-    Raises:
-      ConfigError: the folder holds no run or no good checkpoint.
-    """
-    recipe = read_recipe(workdir / "recipe.json")
-    if checkpoint.latest_step(workdir) is None:
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        """Reads the recipe.
+
+        Args:
+          workdir: folder of the run, which may still be training.
+
+        Raises:
+          ConfigError: it is not the folder of a run.
+        """
+        self.workdir = local_path("workdir", workdir)
+        self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the labels, that is, of the first outputs of the network.
+
+        Raises:
+          ConfigError: they are not on record, or their file is damaged.
+        """
+        names = stored_class_names(self.workdir)
+        if names is None:
+            raise ConfigError(
+                f"workdir {str(self.workdir)!r} holds no {layout.CLASSES}, which says what the labels mean: "
+                "copy it from where the run was trained"
+            )
+        return names
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, newest first. Only names are read, so damaged ones are among them."""
+        return steps_in(self.workdir / CHECKPOINTS)
+
+    def weights(self, parameters: Parameters = "ema", checkpoint: Which = "newest") -> Arrays:
+        """Parameters and running statistics by the names of the network, compared with their checksums.
+
+        Args:
+          parameters: the moving average, or as trained.
+          checkpoint: which one. Of the newest and the best, a damaged one is named on stderr, and the one before it is
+            taken.
+
+        Raises:
+          ConfigError: there is no such checkpoint, or it is damaged.
+          StorageFailed: the folder cannot be read.
+        """
+        return stored_weights(self, parameters, checkpoint)[1]
+
+    def model(self, parameters: Parameters = "ema", checkpoint: Which = "newest") -> Classifier:
+        """The network in evaluation mode; arguments and errors as for `weights`."""
+        info, arrays = stored_weights(self, parameters, checkpoint)
+        return network_of(f"{info.source},", info, arrays)
+
+
+def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, Arrays]:
+    """What `Run.weights` gives, and what a weight file would say about it; errors as there."""
+    recipe, data = run.recipe, run.recipe.data
+    shapes = _shapes(recipe)
+    step, found = _read(run.workdir, shapes, (parameters,), checkpoint)
+    arrays = {name: value for part in found[parameters] for name, value in part.items()}
+    info = WeightsInfo(
+        model=recipe.model,
+        num_classes=recipe.num_classes,
+        source=f"run {recipe.name!r}, step {step}, seed {recipe.seed}",
+        parameters=parameters,
+        class_names=run.class_names,
+        preprocessing=Preprocessing(
+            image_size=data.eval_image_size,
+            crop_margin=data.eval_crop_margin,
+            resampler=data.eval_resampler,
+            mean=data.mean,
+            std=data.std,
+        ),
+    )
+    return info, expand(arrays, members(name for part in shapes for name in part))
+
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
+    """Parameters and running statistics of the network, without their values."""
+    model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
+    _, *parts = split(model)
+    params, batch_stats = (
+        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in part.items()} for part in parts
+    )
+    return params, batch_stats
+
+
+def _stacked(blocks: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((len(blocks), *blocks[0].shape), blocks[0].dtype)
+
+
+def _read(
+    workdir: Path, shapes: tuple[Shapes, Shapes], wanted: Sequence[Parameters], which: Which
+) -> tuple[int, dict[Parameters, tuple[Arrays, Arrays]]]:
+    """A checkpoint's step, and its parameters and running statistics, of the compact network, in the host's memory."""
+    stored = [compact(part, stack=_stacked) for part in shapes]
+    fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], stored, strict=True)}
+    num_damaged = 0
+    for path in _candidates(workdir, which):
+        try:
+            found = read_arrays(path, fields)
+        except layout.Damaged as damage:
+            if path.exists():  # otherwise the run, which goes on, has deleted it meanwhile
+                num_damaged += 1
+                print(f"checkpoint {path} is damaged and skipped: {damage}", file=sys.stderr, flush=True)
+            continue
+        return int(path.name), {name: (found[_FIELDS[name][0]], found[_FIELDS[name][1]]) for name in wanted}
+    there = f"checkpoints of steps {steps_in(workdir / CHECKPOINTS)}, best {steps_in(workdir / BEST)}"
+    if num_damaged:
+        raise ConfigError(f"workdir {str(workdir)!r}: no good checkpoint for checkpoint = {which!r}; there are {there}")
+    if which == "newest":
         raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
-    setup = assemble(recipe, stored_class_names(workdir))
-    restored = restore_newest(workdir, setup.abstract_state(), is_owner=False)
-    assert restored is not None
-    return setup, restored[0]
+    raise ConfigError(f"workdir {str(workdir)!r} has nothing for checkpoint = {which!r}; there are {there}")
 
 
-def evaluate(workdir: str | Path) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run on its held-out set; writes nothing.
+def _candidates(workdir: Path, which: Which) -> Iterator[Path]:
+    """Checkpoints to try, one after the other."""
+    if isinstance(which, int):
+        yield from (path for kind in (CHECKPOINTS, BEST) if (path := workdir / kind / str(which)).exists())
+        return
+    folder = workdir / (CHECKPOINTS if which == "newest" else BEST)
+    tried: set[int] = set()
+    # Looked up each time, as a run that goes on makes new ones and deletes the old.
+    while (step := next((step for step in steps_in(folder) if step not in tried), None)) is not None:
+        tried.add(step)
+        yield folder / str(step)
+
+
+def evaluate(
+    workdir: str | os.PathLike[str], *, checkpoint: Which = "newest", data: DataConfig | None = None
+) -> dict[str, float]:
+    """Evaluates a checkpoint of a run on its held-out set, on the devices of this process; writes nothing.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: which one; see `Run.weights`.
+      data: in place of the recipe's, such as `dataclasses.replace(Run(workdir).recipe.data, source=...)` where the
+        images have moved, or for another set with the same classes. Labels mean class names: a class that the run does
+        not know is an error. The training split is not opened, unless the held-out examples are a part of it.
 
     Returns:
       The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
 
     Raises:
-      ConfigError: the folder holds no run or no checkpoint, or an image cannot be decoded.
+      ConfigError: the folder holds no run or no such checkpoint, the set does not fit it, or an image cannot be
+        decoded.
       InputFailed: the input failed otherwise.
+      StorageFailed: the run's folder cannot be read.
     """
-    prepare()
-    setup, state = read_run(Path(workdir))
-    with setup.eval_batches() as batches:
-        metrics = run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh)
+    run = Run(workdir)
+    runtime.prepare(reproducible=run.recipe.execution.reproducible)
+    recipe, data = run.recipe, data or run.recipe.data
+    mesh = _mesh(recipe.execution.num_microbatches, data.eval_batch_size)
+    check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
+    source = open_split(data, "eval", run.class_names)
+    step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
+    weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
+    execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)
+    structure = model_structure(recipe.model, recipe.num_classes, execution)
+    eval_step = make_eval_step(structure, mesh, mean=data.mean, std=data.std)
+    with eval_batches(data, source, process_index=0, num_processes=1) as batches:
+        metrics = run_evaluation(eval_step, weights, batches, mesh)
     assert metrics is not None  # nothing was there to stop it
-    return {"step": int(state.step), **metrics}
+    return {"step": step, **metrics}
 
 
-def export_weights(workdir: Path, out: Path, *, parameters: Literal["raw", "ema"]) -> Path:
-    """Writes the weights of a run's newest checkpoint as `out/weights.safetensors`, and returns that path.
+def _mesh(num_microbatches: int | None, batch_size: int) -> Mesh:
+    """As many devices of this process as the parts of a batch can be divided over."""
+    devices = jax.local_devices()
+    num_parts = num_microbatches or batch_size
+    count = next(count for count in range(len(devices), 0, -1) if num_parts % count == 0)
+    return make_mesh(devices[:count])
+
+
+def export_weights(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    parameters: Parameters,
+    checkpoint: Which = "newest",
+    overwrite: bool = False,
+) -> Path:
+    """Writes weights of a run as `out/weights.safetensors`, and returns that path; opens no images.
+
+    Args:
+      workdir: folder of the run.
+      out: folder of the file.
+      parameters: the moving average, or as trained.
+      checkpoint: which one; see `Run.weights`.
+      overwrite: replace a file that is there.
 
     Raises:
-      ConfigError: the folder holds no run or no checkpoint, or the file cannot be written.
+      ConfigError: the folder holds no run or no such checkpoint, or the file cannot be written or exists already.
+      StorageFailed: the run's folder cannot be read.
     """
-    setup, state = read_run(workdir)
-    recipe = setup.recipe
-    chosen = weights_to_evaluate(state)["eval" if parameters == "raw" else "eval_ema"]
-    members = setup.structure.members | setup.structure.batch_stat_members
-    arrays = expand({name: np.asarray(value) for part in chosen for name, value in part.items()}, members)
-    source = f"run {recipe.name!r}, step {int(state.step)}, seed {recipe.seed}"
-    info = WeightsInfo(model=recipe.model, num_classes=recipe.num_classes, source=source, parameters=parameters)
-    path = out / "weights.safetensors"
-    write_weights(path, info, arrays)
+    run = Run(workdir)
+    path = target_in(out, "weights", overwrite=overwrite)
+    info, arrays = stored_weights(run, parameters, checkpoint)
+    write_weights(path, info, arrays, overwrite=overwrite)
     return path

@@ -28,6 +28,7 @@ from nfnet_flax.training.layout import (
     check_type,
     free_place,
     open_array,
+    read_array,
     read_sealed,
     reading,
     steps_in,
@@ -124,7 +125,7 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
     _check_matches(checkpoint, saved, wanted)
     context = array_context()
 
-    def read_array(name: str) -> jax.Array:
+    def read_shards(name: str) -> jax.Array:
         leaf = wanted[name]
         with reading(checkpoint, name):
             stored = open_array(checkpoint, name, context)
@@ -137,8 +138,30 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        arrays = list(readers.map(read_array, wanted))
+        arrays = list(readers.map(read_shards, wanted))
     return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays), notes, saved
+
+
+def read_arrays(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Some fields of the state in a checkpoint, in the host's memory, compared with their checksums; takes no device.
+
+    Args:
+      checkpoint: its folder.
+      wanted: field of `TrainState`, such as `ema_params` -> shape and type of each of its arrays.
+
+    Raises:
+      ConfigError: the checkpoint holds other arrays in these fields.
+      Damaged: notes or an array are not what was saved.
+      StorageFailed: they cannot be read.
+    """
+    _, saved = read_sealed(checkpoint)
+    leaves = named_leaves(wanted)
+    _check_matches(checkpoint, {name: text for name, text in saved.items() if name.split(".")[0] in wanted}, leaves)
+    context = array_context()
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        arrays = list(readers.map(lambda name: read_array(checkpoint, name, saved[name], context), leaves))
+    found: dict[str, dict[str, np.ndarray]] = jax.tree.unflatten(jax.tree.structure(wanted), arrays)
+    return found
 
 
 def _check_matches(checkpoint: Path, saved: Fingerprints, wanted: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from nfnet_flax import runtime
@@ -13,7 +12,6 @@ from nfnet_flax.config import require
 from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
-from nfnet_flax.models import build_model
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.build import build_training
@@ -28,7 +26,6 @@ from nfnet_flax.training.state import (
     with_weights,
 )
 from nfnet_flax.weights.entries import Arrays
-from nfnet_flax.weights.portable import stored_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +42,6 @@ class Setup:
     eval_source: Source
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: EvalStep
-
-    def initial_weights(self) -> Arrays:
-        """What `init_from` gives; nothing without it.
-
-        Raises:
-          ConfigError: the file cannot be read or does not fit the network.
-        """
-        recipe = self.recipe
-        if recipe.init_from is None:
-            return {}
-        model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
-        return stored_arrays(recipe.init_from, model, skip=recipe.init_from_skip)
 
     def create_state(self, weights: Arrays) -> TrainState:
         """The state before the first update: random, but for the weights that are given."""

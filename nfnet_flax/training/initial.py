@@ -1,0 +1,86 @@
+"""The weights that a run starts from: out of a weight file or of another run, for the classes of its own images."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.classes import shown
+from nfnet_flax.models import build_model
+from nfnet_flax.parallel.processes import Processes, check_agreement
+from nfnet_flax.paths import local_path
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.training.reading import Run, stored_weights
+from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.portable import WeightsInfo, fitting_arrays, read_weights
+
+
+def initial_arrays(recipe: Recipe, class_names: Sequence[str]) -> Arrays:
+    """What `init_from` gives, by the names of the network; nothing without it.
+
+    Args:
+      recipe: `init_from` is a weight file, or the folder of a run, whose newest checkpoint's EMA is taken. Of another
+        checkpoint, or raw, `nfnet convert run` makes a file.
+      class_names: of the run, in the order of its labels. Where the stored head has the same ones in another order, its
+        outputs are put into the run's order.
+
+    Raises:
+      ConfigError: the weights cannot be read, do not fit the network, or their head is of other classes.
+      StorageFailed: the folder cannot be read.
+    """
+    if recipe.init_from is None:
+        return {}
+    path = local_path("init_from", recipe.init_from)
+    info, stored = stored_weights(Run(path), "ema", "newest") if path.is_dir() else read_weights(path)
+    model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
+    source = f"init_from {str(path)!r}"
+    arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
+    return _for_classes(source, info, arrays, class_names)
+
+
+def _for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str]) -> Arrays:
+    """The arrays with the outputs of the head in the order of `class_names`."""
+    head = [name for name in arrays if name.startswith("head.")]
+    known = info.class_names
+    if not head or known is None or known[: len(class_names)] == tuple(class_names):
+        return arrays
+    if set(known) != set(class_names):
+        new, gone = ([name for name in a if name not in b] for a, b in ((class_names, known), (known, class_names)))
+        lines = [f"  {text}: {shown(names)}" for text, names in (("new", new), ("gone", gone)) if names]
+        raise ConfigError(
+            f"{source} is of other classes than the training images:\n"
+            + "".join(f"{line}\n" for line in lines)
+            + "let the head start at random (--init-from-skip 'head.*'), or give images of the same classes"
+        )
+    order = [known.index(name) for name in class_names] + list(range(len(known), info.num_classes))
+    return arrays | {name: np.take(arrays[name], order, axis=-1) for name in head}
+
+
+def check_same_start(processes: Processes, recipe: Recipe, arrays: Arrays, *, is_new: bool, timeout_s: float) -> None:
+    """Checks that all processes start from the same weights; each has read them by itself.
+
+    Args:
+      processes: of this run.
+      recipe: names the weights in the message.
+      arrays: of `initial_arrays`.
+      is_new: whether this process finds no checkpoint, so that the run starts from these.
+      timeout_s: longest wait for the others.
+
+    Raises:
+      ConfigError: they differ, or a process did not say in time. All processes raise it.
+    """
+    if processes.count == 1:
+        return
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(arrays[name].tobytes())
+    start = f"content {digest.hexdigest()[:16]}" if arrays else "random parameters"
+    if not is_new:
+        start = "the newest checkpoint in the workdir"
+    try:
+        check_agreement(processes, "start", {"start": start}, timeout_s)
+    except ConfigError as error:
+        raise ConfigError(f"init_from = {recipe.init_from!r}: {error}") from error

@@ -1,0 +1,278 @@
+"""Reading a run whose images are gone: its weights, its evaluation on moved images, and what another run takes over."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nfnet_flax
+from nfnet_flax import cli, weights
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.pipeline import eval_batches, open_split
+from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT
+from nfnet_flax.optim import make_optimizer
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.recipe import Recipe, load_recipe
+from nfnet_flax.training.initial import initial_arrays
+from nfnet_flax.training.reading import Run, evaluate, export_weights
+from nfnet_flax.training.state import create_state, model_structure, with_weights
+from nfnet_flax.weights.entries import Arrays, shapes_of
+from tests.image_sets import CLASSES, make_folder
+from tests.runs import finish, saved_arrays, start, start_all
+
+RECIPE = '''
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT
+from nfnet_flax.models import ExecutionConfig, ResNetConfig
+from nfnet_flax.optim import OptimConfig
+from nfnet_flax.recipe import CheckpointConfig, Recipe
+
+
+def recipe(root: str) -> Recipe:
+    """A small network with BatchNorm and a stage that is long enough to be stored as one stack."""
+    return Recipe(
+        name="three_classes",
+        model=ResNetConfig(widths=(8, 8, 8, 16), depths=(1, 1, 7, 1), stem_width=8, expansion=0.5),
+        num_classes=4,
+        data=DataConfig(source=FolderSource(root=root), batch_size=8, eval_batch_size=4),
+        optim=OptimConfig(learning_rate_per_256=3.2, warmup_epochs=0.0, ema_decay=0.5),
+        execution=ExecutionConfig(num_microbatches=4),
+        checkpoint=CheckpointConfig(every_steps=2),
+        num_steps=6,
+        log_every_steps=1,
+        eval_every_steps=2,
+        tensorboard=False,
+    )
+'''
+
+
+OPTIONS = ("--num-steps=6", "--eval-every-steps=2", "--checkpoint.every-steps=2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What `nfnet train` made; the folder and the images have moved since."""
+
+    workdir: Path
+    recipe: Path
+    """With the images where they are by now."""
+
+    @property
+    def data(self) -> DataConfig:
+        return load_recipe(self.recipe).data
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    make_folder(folder / "images")
+    file = folder / "three.py"
+    file.write_text(RECIPE)
+    process = start(folder / "run", *OPTIONS, recipe=Path(f"{file}:root={folder / 'images'}"))
+    printed = finish(process)
+    assert process.returncode == 0, printed
+    (folder / "images").rename(folder / "moved_images")
+    workdir = (folder / "run").rename(folder / "moved_run")
+    return Made(workdir, Path(f"{file}:root={folder / 'moved_images'}"))
+
+
+def metrics_of(workdir: Path, step: int) -> dict[str, float]:
+    """What the evaluation during training found."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, float] = {}
+    for row in rows:
+        if row["step"] == step:
+            found |= {name: value for name, value in row.items() if name.startswith("eval")}
+    return found
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_weights_need_the_folder_alone(made: Made) -> None:
+    before = files_in(made.workdir)
+    run = Run(made.workdir)
+    assert (run.class_names, run.steps(), run.recipe.name) == (CLASSES, [6, 4, 2], "three_classes")
+    network = run.model("raw")
+    assert network.deterministic
+    stored = saved_arrays(made.workdir, 6)
+    found: dict[str, Arrays] = {"": run.weights("raw"), "ema_": run.weights()}
+    for prefix, arrays in found.items():
+        assert {name: (value.shape, value.dtype) for name, value in arrays.items()} == shapes_of(network)
+        for name, value in arrays.items():
+            kind = "batch_stats" if name.endswith((".mean", ".variance", ".count")) else "params"
+            stack = name.startswith("stages.2.") and not name.startswith("stages.2.0.")
+            parts = name.split(".")
+            compact = ".".join([*parts[:2], "1", *parts[3:]]) if stack else name
+            whole = stored[f"['{prefix}{kind}']['{compact}']"]
+            assert np.array_equal(whole[int(parts[2]) - 1] if stack else whole, value)
+    assert not np.array_equal(found[""]["head.kernel"], found["ema_"]["head.kernel"])
+    assert np.array_equal(
+        run.weights(checkpoint=4)["head.kernel"], saved_arrays(made.workdir, 4)["['ema_params']['head.kernel']"]
+    )
+    assert files_in(made.workdir) == before
+
+
+def test_a_checkpoint_that_is_not_there(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"nothing for checkpoint = 3; there are checkpoints of steps \[6, 4, 2\], best"
+    ):
+        Run(made.workdir).weights(checkpoint=3)
+    with pytest.raises(ConfigError, match=r"recipe\.json does not exist: .* the folder of a run\?"):
+        Run(tmp_path)
+    with pytest.raises(ConfigError, match="workdir = 'gs://bucket/run': is a URL"):
+        Run("gs://bucket/run")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(made.workdir / "recipe.json", bare)
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        Run(bare).weights()
+    with pytest.raises(ConfigError, match=r"holds no classes\.json"):
+        print(Run(bare).class_names)
+
+
+def test_evaluation_finds_what_training_found(made: Made) -> None:
+    with pytest.raises(ConfigError, match="images"):
+        evaluate(made.workdir)
+    assert evaluate(made.workdir, data=made.data) == {"step": 6} | metrics_of(made.workdir, 6)
+    assert evaluate(made.workdir, checkpoint=4, data=made.data) == {"step": 4} | metrics_of(made.workdir, 4)
+    best = int(next((made.workdir / "best").glob("[0-9]*")).name)
+    assert evaluate(made.workdir, checkpoint="best", data=made.data) == {"step": best} | metrics_of(made.workdir, best)
+
+
+def test_labels_mean_names(made: Made, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(made.data.source.root, root)  # type: ignore[union-attr]
+    data = dataclasses.replace(made.data, source=FolderSource(root=str(root)))
+    shutil.rmtree(root / "train")  # of no use to an evaluation
+    shutil.rmtree(root / "val" / CLASSES[0])
+    found = evaluate(made.workdir, data=data)
+    model = Run(made.workdir).model("raw")
+    source = open_split(data, "eval", CLASSES)
+    with eval_batches(data, source, process_index=0, num_processes=1) as batches:
+        rows = [(batch["image"][i], batch["label"][i]) for batch in batches for i in np.flatnonzero(batch["mask"])]
+    images = (np.stack([image for image, _ in rows]) - np.asarray(data.mean)) / np.asarray(data.std)
+    logits = np.asarray(model(jnp.asarray(images, jnp.float32)))
+    labels = np.asarray([label for _, label in rows])
+    assert set(labels) == {1, 2}
+    log_shares = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+    assert found["eval/num_examples"] == 4
+    assert found["eval/loss"] == pytest.approx(-np.mean(log_shares[range(4), labels]), rel=1e-4)
+    assert found["eval/top1"] == np.mean(np.argmax(logits, axis=1) == labels)
+    (root / "val" / CLASSES[1]).rename(root / "val" / "wasp")
+    with pytest.raises(ConfigError, match="class 'wasp' is unknown"):
+        evaluate(made.workdir, data=data)
+
+
+def damage(checkpoint: Path) -> None:
+    """Flips bits all over its arrays."""
+    for path in checkpoint.glob("state/ocdbt.process_0/d/*"):
+        content = bytearray(path.read_bytes())
+        for position in range(50, len(content), 100):
+            content[position] ^= 1
+        path.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_named_and_stay(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(made.workdir, workdir)
+    damage(workdir / "checkpoints" / "6")
+    before = files_in(workdir)
+    run = Run(workdir)
+    assert evaluate(workdir, data=made.data)["step"] == 4
+    assert "checkpoints/6 is damaged and skipped: " in capfd.readouterr().err
+    with pytest.raises(ConfigError, match=r"no good checkpoint for checkpoint = 6; there are"):
+        evaluate(workdir, checkpoint=6, data=made.data)
+    assert files_in(workdir) == before
+    for step in (4, 2):
+        damage(workdir / "checkpoints" / str(step))
+    with pytest.raises(ConfigError, match="no good checkpoint for checkpoint = 'newest'"):
+        evaluate(workdir, data=made.data)
+    assert run.steps() == [6, 4, 2]
+
+
+def test_a_run_becomes_a_weight_file(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["convert", "run", str(made.workdir), "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    path = tmp_path / "weights.safetensors"
+    info, arrays = weights.read_weights(path)
+    run = Run(made.workdir)
+    expected = run.weights("ema")
+    assert arrays.keys() == expected.keys()
+    assert all(np.array_equal(arrays[name], expected[name]) for name in arrays)
+    assert (info.class_names, info.num_classes, info.model) == (CLASSES, 4, run.recipe.model)
+    assert info.source == "run 'three_classes', step 6, seed 0"
+    assert info.preprocessing == weights.Preprocessing(
+        image_size=32, crop_margin=0, resampler="area_cubic", mean=run.recipe.data.mean, std=run.recipe.data.std
+    )
+    images = jnp.ones((2, 32, 32, 3))
+    assert np.array_equal(nfnet_flax.load_model(path)(images), run.model()(images))
+    assert cli.main(argv) == EXIT_BAD_INPUT
+    assert "exists already" in capsys.readouterr().err
+
+
+def recipe_from(made: Made, init_from: Path, *skip: str) -> Recipe:
+    return dataclasses.replace(load_recipe(made.recipe), init_from=str(init_from), init_from_skip=skip)
+
+
+def test_a_run_starts_from_a_run_or_a_file(made: Made, tmp_path: Path) -> None:
+    path = export_weights(made.workdir, tmp_path, parameters="ema")
+    recipe = recipe_from(made, made.workdir)
+    from_run = initial_arrays(recipe, CLASSES)
+    from_file = initial_arrays(recipe_from(made, path), CLASSES)
+    expected = Run(made.workdir).weights("ema")
+    for arrays in (from_run, from_file):
+        assert arrays.keys() == expected.keys()
+        assert all(np.array_equal(arrays[name], expected[name]) for name in arrays)
+    # Outputs go with the names of their classes.
+    other = initial_arrays(recipe, (CLASSES[2], CLASSES[0], CLASSES[1]))
+    assert np.array_equal(other["head.kernel"], expected["head.kernel"][:, [2, 0, 1, 3]])
+    assert np.array_equal(other["head.bias"], expected["head.bias"][[2, 0, 1, 3]])
+    assert np.array_equal(other["final_bn.gain"], expected["final_bn.gain"])
+    with pytest.raises(ConfigError, match=r"(?s)of other classes .* new: wasp.* gone: n01484850.*--init-from-skip"):
+        initial_arrays(recipe, (*CLASSES[:2], "wasp"))
+    without_head = initial_arrays(recipe_from(made, made.workdir, "head.*"), ("ant", "bee", "cat"))
+    assert without_head.keys() == {name for name in expected if not name.startswith("head.")}
+    with pytest.raises(ConfigError, match="leave out all"):
+        initial_arrays(recipe_from(made, made.workdir, "*"), CLASSES)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        initial_arrays(recipe_from(made, tmp_path / "absent"), CLASSES)
+
+
+def test_processes_start_from_the_same_weights(made: Made, tmp_path: Path) -> None:
+    paths = {kind: export_weights(made.workdir, tmp_path / kind, parameters=kind) for kind in ("ema", "raw")}
+    processes = start_all(
+        tmp_path / "run", 2, f"--init-from={paths['ema']}", of_last=(f"--init-from={paths['raw']}",), recipe=made.recipe
+    )
+    for process, path in zip(processes, paths.values(), strict=True):
+        printed = finish(process)
+        assert process.returncode == EXIT_BAD_INPUT, printed
+        assert f"init_from = {str(path)!r}: the processes of this run differ" in printed
+        assert re.search(r"start: content (\w+) in process 0, content (?!\1)\w+ in process 1", printed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_part_of_a_stack_stays_as_it_was_drawn(made: Made) -> None:
+    recipe = load_recipe(made.recipe)
+    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
+    state = create_state(structure, 0, make_optimizer(recipe.optim, lambda step: 0.1, structure.members), make_mesh())
+    drawn = {name: np.asarray(value) for name, value in state.params.items()}
+    given = initial_arrays(recipe_from(made, made.workdir, "stages.2.3.*", "head.*"), CLASSES)
+    replaced = with_weights(state, given, structure)
+    name = next(name for name in drawn if name.startswith("stages.2.1.") and name.endswith("kernel"))
+    for params in (replaced.params, replaced.ema_params):
+        stack = np.asarray(params[name])
+        for position in range(6):
+            block = name.replace("stages.2.1.", f"stages.2.{position + 1}.")
+            assert np.array_equal(stack[position], drawn[name][position] if position == 2 else given[block])
+        assert np.array_equal(params["head.kernel"], drawn["head.kernel"])
+        assert np.array_equal(params["final_bn.gain"], given["final_bn.gain"])
