@@ -19,7 +19,8 @@ from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
 from nfnet_flax.optim import make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.recipe import Recipe, load_recipe
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_arrays
 from nfnet_flax.training.reading import Run, evaluate, export_weights
 from nfnet_flax.training.state import create_state, model_structure, with_weights

@@ -184,7 +184,7 @@ def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
 
 def is_standardized(name: str, names: Container[str]) -> bool:
     """Whether an array is a kernel that is standardized: one with a gain beside it, of all the names of a network."""
-    return name.endswith(".kernel") and _gain_of(name) in names
+    return name in names and name.endswith(".kernel") and _gain_of(name) in names  # BatchNorm has a gain alone
 
 
 def _gain_of(kernel_name: str) -> str:
