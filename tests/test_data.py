@@ -13,7 +13,7 @@ from PIL import Image
 
 from nfnet_flax.config import ConfigError, differences
 from nfnet_flax.data import pipeline
-from nfnet_flax.data.augment_config import CropAugment
+from nfnet_flax.data.augment_config import AffineAugment, CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.decode import CorruptImageError
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
@@ -312,3 +312,24 @@ def test_the_identity_of_an_input_names_what_decides_its_bytes(folder: Path, tmp
     assert "source.num_examples: 60 -> 59" in lines
     assert any(line.startswith("source.fingerprint: ") for line in lines)
     assert not any(line.startswith("eval_source") for line in lines)
+
+
+def test_photos_are_not_augmented_as_digits_are(folder: Path) -> None:
+    digits_config = DataConfig(source=DigitsSource())
+    photos = dataclasses.replace(digits_config, source=FolderSource(root=str(folder)))
+    assert digits_config.chosen_augment() == AffineAugment()
+    assert photos.chosen_augment() == CropAugment()
+    chosen = dataclasses.replace(photos, augment=AffineAugment())
+    assert chosen.chosen_augment() == AffineAugment()
+    plain: dict[str, Any] = {"batch_size": 8, "image_size": 16}
+    by_source = as_bytes(batches(photos, 0, 1, **plain))
+    assert by_source == as_bytes(batches(photos, 0, 1, augment=CropAugment(), **plain))
+    assert by_source != as_bytes(batches(chosen, 0, 1, **plain))
+    train, held_out = pipeline.open_split(photos, "train"), pipeline.open_split(photos, "eval")
+
+    def identity(config: DataConfig) -> dict[str, Any]:
+        return pipeline.input_identity(config, seed=0, train_source=train, eval_source=held_out)
+
+    assert identity(photos) == identity(dataclasses.replace(photos, augment=CropAugment()))
+    assert identity(photos) == identity(dataclasses.replace(photos, on_corrupt="skip"))
+    assert "data.augment" in str(differences(identity(photos), identity(chosen)))

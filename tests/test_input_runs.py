@@ -62,12 +62,16 @@ def test_a_corrupt_image_ends_the_run_with_its_name(
     assert "none of the 40 training images can be decoded" in none
 
 
-def test_a_run_counts_the_corrupt_images_that_it_replaced(root: Path, tmp_path: Path) -> None:
+def test_a_run_counts_the_corrupt_images_that_it_replaced(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train" / "class_0" / "notes.txt").write_text("of the set")
     bad = sorted((root / "train").rglob("*.png"))[:4]
     for path in bad:
         path.write_bytes(b"not an image")
     words = [*options(root, tmp_path), "--num-steps", "5", "--log-every-steps", "2", "--data.on-corrupt", "skip"]
     assert cli.main(words) == exit_codes.EXIT_DONE
+    assert f"nfnet: {root}/train: not used are 1 files whose names end in none of" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Five batches of eight are one epoch; steps 1, 3 and 5 are no log steps.
     assert sum(row.get("data/num_corrupt", 0) for row in rows) == len(bad)
