@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 from jax._src import xla_bridge
+from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 
 import nfnet_flax
 from nfnet_flax.config import ConfigError
@@ -71,6 +72,7 @@ def prepare(*, reproducible: bool = False) -> None:
     """
     if not xla_bridge.backends_are_initialized():
         os.environ.setdefault("NPROC", str(_POOL_SIZE))
+        _leave_out_absent_tpu()
         if reproducible and _gpu_plugins() and _DETERMINISTIC_GPU not in xla_flags():
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_DETERMINISTIC_GPU}=true".strip()
     elif jax.default_backend() == "cpu":
@@ -160,6 +162,13 @@ def _pool_size() -> int:
             with contextlib.suppress(OSError):  # a thread that has just ended
                 num_threads += (task / "comm").read_text().strip() == "tf_XLAEigen"
     return num_threads or max(_requested_pool_size() or os.cpu_count() or 1, jax.local_device_count())
+
+
+def _leave_out_absent_tpu() -> None:
+    # Where libtpu is installed to plan for TPUs, and no TPU is there, JAX would try it and libtpu print its errors.
+    only_tpu = importlib.util.find_spec("libtpu") is not None and not _gpu_plugins()
+    if only_tpu and not jax.config.values["jax_platforms"] and not num_available_tpu_chips_and_device_id()[0]:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _gpu_plugins() -> bool:

@@ -246,6 +246,19 @@ def test_the_docs_tell_what_every_exit_code_means() -> None:
     assert {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")} <= told
 
 
+def test_an_interpreter_that_does_not_start_is_not_called_too_old(tmp_path: Path) -> None:
+    program(tmp_path / "broken", "#!/bin/sh\necho 'cannot open shared object' >&2\nexit 127\n")
+    old = "#!/bin/sh\ncase $2 in *version*) exit 1 ;; esac\n[ $1 = --version ] && echo Python 3.9.1\nexit 0\n"
+    program(tmp_path / "old", old)
+    for name, message in (("broken", "does not start"), ("old", "Python 3.11 or newer is needed")):
+        words = ["bash", "-c", f"source {ROOT / 'tools' / 'venv.sh'} test"]
+        environment = {**os.environ, "PYTHON": str(tmp_path / name)}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert ("newer" in done.stderr) == (name == "old")
+
+
 def test_every_script_is_one_for_bash() -> None:
     for path in (*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")):
         done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)

@@ -284,6 +284,21 @@ def test_who_waits_in_vain_says_for_what() -> None:
     assert "--distributed.start-timeout-s" in done.stderr
 
 
+def test_a_proxy_between_the_processes_is_named() -> None:
+    host, port = "127.0.0.1", free_port()
+    words = [sys.executable, "-c", START, f"{host}:{port}"]
+    proxy = {"http_proxy": f"http://user:secret@localhost:{free_port()}", "no_proxy": "internal.example"}
+    for no_proxy in ("internal.example", f"internal.example, {host}"):
+        environment = {**os.environ, **proxy, "no_proxy": no_proxy}
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=120, cwd=runs.ROOT, env=environment
+        )
+        assert done.returncode == exit_codes.EXIT_LOST, done.stderr
+        said = f"The variable http_proxy sends this call to the proxy localhost: set no_proxy={host}" in done.stderr
+        assert said == (host not in no_proxy)
+        assert "secret" not in done.stderr.split("nfnet: ")[1]
+
+
 def test_two_processes_that_differ_end_with_exit_code_2(tmp_path: Path) -> None:
     started = runs.start_all(tmp_path / "run", 2, *TINY, of_last=("--seed=7",))
     for process in started:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from nfnet_flax.runtime import environment, xla_flags
+from tests import runs
 
 _PROGRAM = """
 import resource, sys
@@ -104,3 +105,13 @@ def test_a_thread_pool_that_was_started_before_is_told_once(when: str, size: str
     assert done.stdout.split() == [size]
     assert done.stderr.count("JAX was in use before") == (when == "late")
     assert ("its thread pool has 3 threads, not 5" in done.stderr) == (when == "late")
+
+
+def test_a_tpu_library_without_a_tpu_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "libtpu.py").write_text("def get_library_path():\n    print('asked')\n    return '/nowhere'\n")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment["PYTHONPATH"] = f"{tmp_path}:{runs.ROOT}"
+    for prepared, printed in (("pass", "asked\ncpu\n"), ("prepare()", "cpu\n")):
+        program = f"from nfnet_flax.runtime import jax, prepare; {prepared}; print('now'); print(jax.default_backend())"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert done.stdout.partition("now\n")[2] == printed, done.stderr

@@ -3,6 +3,10 @@
 # shellcheck shell=bash
 PYTHON=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ]; then
+    "$PYTHON" -c '' || {
+        echo "'$PYTHON' does not start. Set PYTHON to an interpreter that does, such as PYTHON=python3.12" >&2
+        exit 2
+    }
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed; '$PYTHON' is $("$PYTHON" --version 2>&1). Set PYTHON=python3.11" >&2
         exit 2

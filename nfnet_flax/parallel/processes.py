@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
@@ -156,11 +157,22 @@ def _not_all_came(cluster: Cluster, waited_s: float) -> None:
         f"nfnet: process {cluster.process_id} waited {waited_s:g} s for {cluster.num_processes} processes at "
         f"{cluster.address}, and not all came ({role}). Check that as many were started, each with a "
         "distributed.process_id of its own; that this address is that of process 0's host; and that no firewall is "
-        "between them. A longer wait: --distributed.start-timeout-s",
+        f"between them.{_about_proxy(cluster.address)} A longer wait: --distributed.start-timeout-s",
         file=sys.stderr,
         flush=True,
     )
     os._exit(EXIT_LOST)
+
+
+def _about_proxy(address: str) -> str:
+    """Says that gRPC, by which processes call one another, sends such a call to an HTTP proxy; empty if it does not."""
+    host = address.rpartition(":")[0]
+    name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
+    spared = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if os.environ.get(name)), "")
+    if name is None or any(part.strip() and host.endswith(part.strip()) for part in spared.split(",")):
+        return ""
+    proxy = urllib.parse.urlsplit(os.environ[name]).hostname  # not the whole of it, which may hold a password
+    return f" The variable {name} sends this call to the proxy {proxy}: set no_proxy={host} in all processes."
 
 
 @dataclasses.dataclass(frozen=True)
