@@ -17,13 +17,10 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import eval_batches, open_split
 from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
-from nfnet_flax.optim import make_optimizer
-from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_arrays
 from nfnet_flax.training.reading import Run, evaluate, export_weights
-from nfnet_flax.training.state import create_state, model_structure, with_weights
 from nfnet_flax.weights.entries import Arrays, shapes_of
 from tests.image_sets import CLASSES, make_folder
 from tests.runs import finish, saved_arrays, start, start_all
@@ -128,7 +125,7 @@ def test_a_checkpoint_that_is_not_there(made: Made, tmp_path: Path) -> None:
         ConfigError, match=r"nothing for checkpoint = 3; there are checkpoints of steps \[6, 4, 2\], best"
     ):
         Run(made.workdir).weights(checkpoint=3)
-    with pytest.raises(ConfigError, match=r"recipe\.json does not exist: .* the folder of a run\?"):
+    with pytest.raises(ConfigError, match=r"recipe\.json does not exist: .*the folder of a run"):
         Run(tmp_path)
     with pytest.raises(ConfigError, match="workdir = 'gs://bucket/run': is a URL"):
         Run("gs://bucket/run")
@@ -187,6 +184,7 @@ def test_damaged_checkpoints_are_named_and_stay(made: Made, tmp_path: Path, capf
     workdir = tmp_path / "run"
     shutil.copytree(made.workdir, workdir)
     damage(workdir / "checkpoints" / "6")
+    shutil.rmtree(workdir / "best")  # which may be of step 6, too
     before = files_in(workdir)
     run = Run(workdir)
     assert evaluate(workdir, data=made.data)["step"] == 4
@@ -260,20 +258,3 @@ def test_processes_start_from_the_same_weights(made: Made, tmp_path: Path) -> No
         assert f"init_from = {str(path)!r}: the processes of this run differ" in printed
         assert re.search(r"start: content (\w+) in process 0, content (?!\1)\w+ in process 1", printed)
     assert not (tmp_path / "run").exists()
-
-
-def test_part_of_a_stack_stays_as_it_was_drawn(made: Made) -> None:
-    recipe = load_recipe(made.recipe)
-    structure = model_structure(recipe.model, recipe.num_classes, recipe.execution)
-    state = create_state(structure, 0, make_optimizer(recipe.optim, lambda step: 0.1, structure.members), make_mesh())
-    drawn = {name: np.asarray(value) for name, value in state.params.items()}
-    given = initial_arrays(recipe_from(made, made.workdir, "stages.2.3.*", "head.*"), CLASSES)
-    replaced = with_weights(state, given, structure)
-    name = next(name for name in drawn if name.startswith("stages.2.1.") and name.endswith("kernel"))
-    for params in (replaced.params, replaced.ema_params):
-        stack = np.asarray(params[name])
-        for position in range(6):
-            block = name.replace("stages.2.1.", f"stages.2.{position + 1}.")
-            assert np.array_equal(stack[position], drawn[name][position] if position == 2 else given[block])
-        assert np.array_equal(params["head.kernel"], drawn["head.kernel"])
-        assert np.array_equal(params["final_bn.gain"], given["final_bn.gain"])
