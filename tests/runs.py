@@ -152,3 +152,12 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         tree = reader.restore(folder, restore_args=as_numpy)
     leaves: list[tuple[Any, Any]] = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def damage(checkpoint: Path) -> None:
+    """Flips bits all over the arrays of a checkpoint: those of weights, and those that only training reads."""
+    for path in checkpoint.glob("state/ocdbt.process_0/d/*"):
+        content = bytearray(path.read_bytes())
+        for position in range(50, len(content), 100):
+            content[position] ^= 1
+        path.write_bytes(content)

@@ -23,7 +23,7 @@ from nfnet_flax.training.initial import initial_arrays
 from nfnet_flax.training.reading import Run, evaluate, export_weights
 from nfnet_flax.weights.entries import Arrays, shapes_of
 from tests.image_sets import CLASSES, make_folder
-from tests.runs import finish, saved_arrays, start, start_all
+from tests.runs import damage, finish, saved_arrays, start, start_all
 
 RECIPE = '''
 from nfnet_flax.data.config import DataConfig
@@ -169,15 +169,6 @@ def test_labels_mean_names(made: Made, tmp_path: Path) -> None:
     (root / "val" / CLASSES[1]).rename(root / "val" / "wasp")
     with pytest.raises(ConfigError, match="class 'wasp' is unknown"):
         evaluate(made.workdir, data=data)
-
-
-def damage(checkpoint: Path) -> None:
-    """Flips bits all over its arrays."""
-    for path in checkpoint.glob("state/ocdbt.process_0/d/*"):
-        content = bytearray(path.read_bytes())
-        for position in range(50, len(content), 100):
-            content[position] ^= 1
-        path.write_bytes(content)
 
 
 def test_damaged_checkpoints_are_named_and_stay(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

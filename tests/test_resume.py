@@ -117,10 +117,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workdir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-    data = max((workdir / "checkpoints" / "60").glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    runs.damage(workdir / "checkpoints" / "60")
     skipped = f"checkpoint {workdir / 'checkpoints' / '60'} is damaged and skipped: "
 
     # Who only reads says so, and touches nothing.
