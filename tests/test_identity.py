@@ -28,9 +28,9 @@ def train(workdir: Path, recipe: Path, *options: str, environment: dict[str, str
     return process.wait(300), runs.finish(process)
 
 
-def evaluated(workdir: Path) -> tuple[int, str]:
+def evaluated(workdir: Path, *options: str) -> tuple[int, str]:
     """Exit code of `nfnet eval`, and what it prints."""
-    command = [*runs.command(workdir)[:3], "eval", "--workdir", str(workdir)]
+    command = [*runs.command(workdir)[:3], "eval", "--workdir", str(workdir), *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
@@ -117,6 +117,16 @@ def test_a_renamed_class_is_named_and_never_taken_for_its_neighbour(first: Path,
     code, printed = evaluated(run)
     assert code == EXIT_DONE, printed
     assert "on 4 examples" in printed
+
+
+def test_a_checkpoint_is_chosen_and_evaluated_on_images_that_lie_elsewhere(first: Path, run: Path) -> None:
+    moved = shutil.copytree(first / "images", run.parent / "moved")
+    code, printed = evaluated(run, "--checkpoint", "best", f"--data.source.root={moved}")
+    assert code == EXIT_DONE, printed
+    assert printed.startswith("step 4\n")  # only the best is left of it
+    code, printed = evaluated(run, "--checkpoint", "3")
+    assert code == EXIT_BAD_INPUT
+    assert "Traceback" not in printed
 
 
 def test_the_class_list_is_needed_and_checked(run: Path) -> None:

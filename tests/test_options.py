@@ -21,7 +21,7 @@ from tests.test_cli import fails
 def changed(*options: str, recipe: str = str(DIGITS)) -> Recipe:
     """The recipe that a command runs."""
     given = recipe_options.read("train", [recipe, *options])
-    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], args=given.options, default=given.recipe)
+    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], args=given.options, default=given.config)
 
 
 def test_what_a_recipe_leaves_out_is_turned_on_by_any_of_its_options() -> None:
@@ -103,4 +103,13 @@ def test_help_of_convert_shows_the_options_of_each_kind(capsys: pytest.CaptureFi
     printed = printed_help(capsys, "convert")
     for words in ("nfnet convert haiku", "nfnet convert timm", "nfnet convert run", "--timm-form", "--parameters"):
         assert words in printed
-    assert "--timm-form" not in printed_help(capsys, "convert", "run")
+    printed = printed_help(capsys, "convert", "run")
+    assert "--timm-form" not in printed
+    assert "--checkpoint {newest,best}|INT" in printed
+
+
+def test_help_of_eval_shows_what_may_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = printed_help(capsys, "eval")
+    for words in ("--workdir", "--checkpoint {newest,best}|INT", "--data.source.root", "--data.eval-batch-size"):
+        assert words in printed
+    assert "--optim" not in printed

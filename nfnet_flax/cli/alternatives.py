@@ -11,13 +11,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from nfnet_flax.config import ConfigError, unknown_name
-from nfnet_flax.recipe import Recipe
 
+T = TypeVar("T")
 _NONE = "none"
 
 
@@ -57,32 +57,33 @@ def choices(config: Any, path: tuple[str, ...] = ()) -> Iterator[Choice]:
             yield from choices(value, (*path, name))
 
 
-def choose(recipe: Recipe, options: list[str], prog: str) -> tuple[Recipe, list[str]]:
-    """Replaces the parts of a recipe that options name by type, or turn on by one of their fields.
+def choose(config: T, options: list[str], prog: str) -> tuple[T, list[str]]:
+    """Replaces the parts of a configuration that options name by type, or turn on by one of their fields.
 
     Args:
-      recipe: as its file makes it.
+      config: a recipe as its file makes it, or a part of one.
       options: of the command line.
       prog: for messages, such as `nfnet train mine.py`.
 
     Returns:
-      The recipe, whose fields are checked against one another where all options are known, and the other options.
+      The configuration, whose fields are checked against one another where all options are known, and the other
+      options.
 
     Raises:
       ConfigError: a name is none of the known types, or it is not clear of which type the given fields are.
     """
-    for choice in list(choices(recipe)):
+    for choice in list(choices(config)):
         name, fields, others = _taken(choice.option, options)
         if name is None and (not fields or choice.value is not None):
-            continue  # as the recipe has it
-        recipe, options = _with(recipe, choice.path, _chosen(choice, name, fields, prog)), others
-    return recipe, options
+            continue  # as it is
+        config, options = _with(config, choice.path, _chosen(choice, name, fields, prog)), others
+    return config, options
 
 
-def describe(recipe: Recipe) -> str:
-    """Help on all types but those that a recipe holds, whose options tyro shows."""
+def describe(config: object) -> str:
+    """Help on all types but those that a configuration holds, whose options tyro shows."""
     parts = []
-    for choice in choices(recipe):
+    for choice in choices(config):
         held = _NONE if choice.value is None else type(choice.value).__name__
         parts.append(f"{choice.option} {{{','.join(choice.names)}}}  (here: {held})")
         for kind in choice.kinds:

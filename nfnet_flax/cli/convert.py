@@ -9,7 +9,6 @@ import tyro
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
-from nfnet_flax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +47,18 @@ class Timm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Writes the weights of a run's newest checkpoint as weights.safetensors."""
+    """Writes the weights of a run as weights.safetensors."""
 
     workdir: tyro.conf.Positional[str]
-    """Folder of a run; its newest checkpoint is read."""
+    """Folder of a run."""
     out: str
     """Folder of the result."""
     parameters: Literal["raw", "ema"] = "ema"
     """Which of the two to write."""
+    checkpoint: Literal["newest", "best"] | int = "newest"
+    """The newest or the best good one, or that of a step."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 _KINDS: dict[str, type[Haiku | Timm | Run]] = {"haiku": Haiku, "timm": Timm, "run": Run}
@@ -97,8 +100,13 @@ def run(argv: list[str]) -> int:
         case Run():
             from nfnet_flax.training.reading import export_weights
 
-            workdir, out = local_path("workdir", options.workdir), local_path("out", options.out)
-            path = export_weights(workdir, out, parameters=options.parameters)
+            path = export_weights(
+                options.workdir,
+                options.out,
+                parameters=options.parameters,
+                checkpoint=options.checkpoint,
+                overwrite=options.overwrite,
+            )
     print(f"weights: {path}")
     return EXIT_DONE
 

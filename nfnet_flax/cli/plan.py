@@ -24,9 +24,9 @@ def run(argv: list[str]) -> int:
         """Such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
         search: bool = False
         """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
-        debug: bool = given.is_debug
+        debug: bool = "--debug" in argv
         """Plan the small network of `nfnet train --debug`."""
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.recipe
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(PlanOptions, given, "Compile the step of a recipe for a TPU, and say what it takes.")
     result = search(chosen.recipe, chosen.topology)[-1] if chosen.search else plan(chosen.recipe, chosen.topology)

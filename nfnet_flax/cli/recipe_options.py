@@ -1,7 +1,7 @@
-"""The recipe that `nfnet train` and `nfnet plan` are given, and the options that change it."""
+"""The recipe that a command is given, and the options that change it or a part of it."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import tyro
 
@@ -16,57 +16,66 @@ from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 
 T = TypeVar("T")
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Generic[Config]):
     """What stands after the name of a command."""
 
     prog: str
     """For messages, such as `nfnet train mine.py`."""
     options: list[str]
-    """All but the recipe, and but those that `recipe` holds already."""
-    recipe: Recipe
+    """All but the recipe, and but those that `config` holds already."""
+    config: Config
     """What other options may change."""
-    is_debug: bool
-    """Whether it is the small recipe of `--debug`."""
 
 
-def read(command: str, argv: list[str]) -> Given:
+def read(command: str, argv: list[str]) -> Given[Recipe]:
     """Loads the recipe, ahead of its options, so that its own errors come first.
 
     Raises:
       ConfigError: there is no recipe, it cannot be loaded, or options name none of the types of a part of it.
     """
-    wants_help = any(word in ("-h", "--help") for word in argv)
-    is_debug = "--debug" in argv
     if argv and not argv[0].startswith("-"):
         prog, options, recipe = f"nfnet {command} {argv[0]}", argv[1:], load_recipe(argv[0])
-    elif wants_help:
-        prog, options, recipe = f"nfnet {command} RECIPE.py", argv, _example()
+    elif _wants_help(argv):
+        prog, options, recipe = f"nfnet {command} RECIPE.py", argv, example()
     else:
         named = next((word for word in argv if word.endswith(".py") or ".py:" in word), None)
         what = f"the recipe {named!r} must come first" if named else "the recipe is missing"
         words = " ".join(word for word in argv if word != named)
         raise ConfigError(f"{what}: nfnet {command} {named or 'RECIPE.py'} {words or '...'}".rstrip())
-    recipe = debug_recipe(recipe) if is_debug else recipe
-    if wants_help:
-        return Given(prog, ["--help"], recipe, is_debug)
-    recipe, options = alternatives.choose(recipe, options, prog)
-    return Given(prog, options, recipe, is_debug)
+    return read_changes(prog, options, debug_recipe(recipe) if "--debug" in argv else recipe)
 
 
-def parse(kind: type[T], given: Given, description: str) -> T:
-    """The options of a command, one of which is the recipe; ends the process after help or a wrong option."""
+def read_changes(prog: str, options: list[str], config: Config) -> Given[Config]:
+    """Takes from options what names the type of a part of a configuration, or turns a part on.
+
+    Raises:
+      ConfigError: options name none of the types of a part.
+    """
+    if _wants_help(options):
+        return Given(prog, ["--help"], config)
+    config, options = alternatives.choose(config, options, prog)
+    return Given(prog, options, config)
+
+
+def parse(kind: type[T], given: Given[Config], description: str) -> T:
+    """The options of a command, among them what `given` holds; ends the process after help or a wrong option."""
     try:
         return tyro.cli(kind, args=given.options, prog=given.prog, description=description)
     except SystemExit as stopped:
         if stopped.code in (None, 0):  # after help
-            print(alternatives.describe(given.recipe))
+            print(alternatives.describe(given.config))
         raise
 
 
-def _example() -> Recipe:
+def _wants_help(argv: list[str]) -> bool:
+    return any(word in ("-h", "--help") for word in argv)
+
+
+def example() -> Recipe:
     """Stands for a recipe in help that is asked for without one: the classes' own defaults."""
     data = DataConfig(source=SyntheticSource())
     return Recipe(name="example", model=model_config("nfnet_f0"), num_classes=1000, data=data, optim=OptimConfig())

@@ -30,13 +30,13 @@ def run(argv: list[str]) -> int:
     class TrainOptions:
         workdir: str
         """Folder of the run: made, or continued."""
-        debug: bool = given.is_debug
+        debug: bool = "--debug" in argv
         """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
         distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
         """The processes of the run."""
         watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
         """How long nothing may move."""
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.recipe
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")
     workdir = local_path("workdir", chosen.workdir)
