@@ -113,8 +113,9 @@ def test_blocks_that_are_not_alike_are_not_stacked() -> None:
     check_alike(short_stage)
 
 
-def test_one_rule_says_which_kernels_are_standardized() -> None:
-    model: Any = nnx.eval_shape(lambda: build_model(SMALL["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("family", SMALL)
+def test_one_rule_says_which_kernels_are_standardized(family: str) -> None:
+    model: Any = nnx.eval_shape(lambda: build_model(SMALL[family], num_classes=3, rngs=nnx.Rngs(0)))
     mark_prepared(model)
     _, params, _ = split(model)
     marked = {
@@ -123,6 +124,7 @@ def test_one_rule_says_which_kernels_are_standardized() -> None:
         if getattr(module, "is_prepared", False)
     }
     assert marked == {name for name in params if is_standardized(name, params)}
+    assert bool(marked) == family.startswith("nf")
     assert "head.kernel" not in marked
     model.head.gain = nnx.Param(jnp.ones(3))
     with pytest.raises(ConfigError, match=r"head\.kernel of Dense: a kernel is standardized if a gain lies beside it"):
