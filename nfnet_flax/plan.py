@@ -13,6 +13,7 @@ from typing import Any, Literal
 from nfnet_flax.config import ConfigError
 from nfnet_flax.hlo import collective_bytes, estimated_cycles, flops, parse
 from nfnet_flax.recipe import Recipe
+from nfnet_flax.units import duration, human_size, scaled
 
 # Of each device that JAX sees: HBM in GiB, and the clock in GHz where the published peak tells it.
 _DEVICES: dict[str, tuple[float, float | None]] = {
@@ -172,29 +173,26 @@ def devices_of(topology: str) -> list[Any]:
 
 def describe(found: Plan) -> str:
     """A plan for people."""
-
-    def gib(size: float) -> str:
-        return f"{size / 2**30:.2f} GiB"
-
     lines = [
         f"{found.topology}: {found.num_devices} x {found.device_kind}, {found.images_per_device} images of "
         f"{found.image_size} px each; rematerialization {found.rematerialization}; compiled in {found.compile_s:.0f} s",
-        f"memory per device: parameters {gib(found.parameter_bytes)}, optimizer and EMA "
-        f"{gib(found.state_bytes - found.parameter_bytes)}, within the step {gib(found.temporary_bytes)}",
-        f"  peak {gib(found.peak_bytes)} of {gib(found.hbm_bytes)}: {'fits' if found.fits else 'DOES NOT FIT'}",
-        f"FLOPs per device and step: {found.flops / 1e9:.0f} G",
+        f"memory per device: parameters {human_size(found.parameter_bytes)}, optimizer and EMA "
+        f"{human_size(found.state_bytes - found.parameter_bytes)}, within the step {human_size(found.temporary_bytes)}",
+        f"  peak {human_size(found.peak_bytes)} of {human_size(found.hbm_bytes)}: "
+        f"{'fits' if found.fits else 'DOES NOT FIT'}",
+        f"FLOPs per device and step: {scaled(found.flops)}",
         *(
-            f"{kind}: {size / 1e6:.1f} MB per device and step ({size / (4 * found.num_parameters):.2f} x the gradient)"
+            f"{kind}: {scaled(size)}B per device and step ({size / (4 * found.num_parameters):.2f} x the gradient)"
             for kind, size in found.collectives.items()
         ),
-        f"estimated: {found.cycles / 1e6:.1f} M cycles",
+        f"estimated: {scaled(found.cycles)} cycles",
     ]
     if found.clock_hz is not None:
         seconds = found.cycles / found.clock_hz
         rate = found.batch_size / seconds
-        lines[-1] += f" = {1e3 * seconds:.1f} ms at {found.clock_hz / 1e9:.2f} GHz, {rate:.0f} images/s"
-    lines.append("dearest operations (estimated M cycles):")
-    lines += [f"  {cycles / 1e6:8.2f}  {source}" for source, cycles in found.dearest]
+        lines[-1] += f" = {duration(seconds)} at {found.clock_hz / 1e9:.2f} GHz, {rate:.0f} images/s"
+    lines.append("dearest operations (estimated cycles):")
+    lines += [f"  {scaled(cycles):>7}  {source}" for source, cycles in found.dearest]
     return "\n".join(lines)
 
 
@@ -229,8 +227,8 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
             result = plan(tried, topology)
             found.append(result)
             print(
-                f"{rematerialization:>6}, {images} images per device: {result.peak_bytes / 2**30:.2f} GiB, "
-                f"{result.cycles / images / 1e6:.2f} M cycles per image, {'fits' if result.fits else 'does not fit'}",
+                f"{rematerialization:>6}, {images} images per device: {human_size(result.peak_bytes)}, "
+                f"{scaled(result.cycles / images)} cycles per image, {'fits' if result.fits else 'does not fit'}",
                 flush=True,
             )
             if not result.fits:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from nfnet_flax.plan import Plan, describe, duration, scaled
+from nfnet_flax.plan import Plan, describe
+from nfnet_flax.units import duration, scaled
 
 DIGITS = Plan(
     topology="v5e:1x1",

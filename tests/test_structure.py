@@ -9,7 +9,7 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime", "streams"}
+BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime", "streams", "units"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
@@ -19,6 +19,7 @@ ALLOWED = {
     "run_clock": set[str](),
     "runtime": {"config"},
     "streams": set[str](),
+    "units": set[str](),
     **dict.fromkeys(LEAVES, BASE),
     "recipe": LEAVES | BASE,
     "recipe_file": BASE | {"recipe"},

@@ -50,6 +50,8 @@ def main() -> None:
 
 def line(options: argparse.Namespace, model: str, topology: str) -> str:
     """One row of the table, or what went wrong."""
+    from nfnet_flax.units import duration, human_size, scaled
+
     command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]
     command += ["--images-per-device", str(options.images_per_device), "--rematerialization", options.rematerialization]
     command += ["--microbatches-per-device", str(options.microbatches_per_device)]
@@ -62,14 +64,14 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
     except subprocess.CalledProcessError as error:
         return f"| {model} | | {topology} | {error.stderr.strip().splitlines()[-1]} |"
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    time_ms = "" if found["clock_hz"] is None else f" = {1e3 * found['cycles'] / found['clock_hz']:.1f} ms"
+    time_ms = "" if found["clock_hz"] is None else f" = {duration(found['cycles'] / found['clock_hz'])}"
     fits = "" if found["peak_bytes"] <= found["hbm_bytes"] else ", does not fit"
-    moved = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in found["collectives"].items())
+    moved = ", ".join(f"{kind} {scaled(size)}B" for kind, size in found["collectives"].items())
     published = PUBLISHED_MS.get(model)
     return (
         f"| {model} | {found['image_size']} | {topology} | {found['images_per_device']} | {found['rematerialization']} "
-        f"| {found['peak_bytes'] / 2**30:.2f} GiB{fits} | {found['flops'] / 1e9:.0f} G "
-        f"| {found['cycles'] / 1e6:.1f} M cycles{time_ms} | {found['cycles'] / found['images_per_device'] / 1e6:.2f} M "
+        f"| {human_size(found['peak_bytes'])}{fits} | {scaled(found['flops'])} "
+        f"| {scaled(found['cycles'])} cycles{time_ms} | {scaled(found['cycles'] / found['images_per_device'])} "
         f"| {'' if published is None else f'{published} ms'} | {moved} | {found['compile_s']:.0f} s |"
     )
 

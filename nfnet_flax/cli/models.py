@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import os
 
 import tyro
 
@@ -19,12 +18,8 @@ def run(argv: list[str]) -> int:
         """Shell-style pattern of names."""
 
     options = tyro.cli(ModelsOptions, args=argv, prog="nfnet models", description="List the named networks.")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only: leave the accelerators to whoever uses them
-    from flax import nnx
-
-    from nfnet_flax.models import build_model, list_models, model_config
-    from nfnet_flax.models.flops import forward_flops
-    from nfnet_flax.models.params import split
+    from nfnet_flax.models import list_models, model_config
+    from nfnet_flax.models.counts import COUNTS
     from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT
 
     names = fnmatch.filter(list_models(), options.pattern)
@@ -34,12 +29,10 @@ def run(argv: list[str]) -> int:
     print(f"{'name':<16}{'parameters':>14}{'GFLOPs':>9}{'train px':>10}{'test px':>9}{'top-1':>8}")
     for name in names:
         config = model_config(name)
-        model = nnx.eval_shape(lambda config=config: build_model(config, num_classes=1000, rngs=nnx.Rngs(0)))
-        count = sum(leaf.size for leaf in split(model)[1].values())
-        gflops = forward_flops(model, config.train_image_size) / 1e9
+        counts = COUNTS[name]
         top1 = f"{PUBLISHED_TOP1_PERCENT[name]:.1f}%" if name in PUBLISHED_TOP1_PERCENT else "-"
         print(
-            f"{name:<16}{count:>14,}{gflops:>9.2f}{config.train_image_size:>10}{config.test_image_size:>9}{top1:>8}",
-            flush=True,
+            f"{name:<16}{counts.parameters:>14,}{counts.multiply_adds / 1e9:>9.2f}"
+            f"{config.train_image_size:>10}{config.test_image_size:>9}{top1:>8}"
         )
     return EXIT_DONE

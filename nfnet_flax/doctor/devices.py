@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfnet_flax.config import ConfigError, differences
-from nfnet_flax.doctor.findings import Finding, human_size, seen, wrong
+from nfnet_flax.doctor.findings import Finding, seen, wrong
 from nfnet_flax.json_files import read_json
 from nfnet_flax.parallel.mesh import LayoutProblem, layout_problems
 from nfnet_flax.training.layout import ENVIRONMENT
+from nfnet_flax.units import human_size
 
 if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe

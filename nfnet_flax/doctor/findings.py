@@ -37,11 +37,3 @@ def tree_bytes(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # a run may delete it meanwhile
             num_bytes += path.stat().st_size if path.is_file() else 0
     return num_bytes
-
-
-def human_size(num_bytes: int) -> str:
-    """Such as `1.5 GiB`."""
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
-        if num_bytes >= 2**power:
-            return f"{num_bytes / 2**power:.1f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import nfnet_flax
 from nfnet_flax.config import ConfigError
-from nfnet_flax.doctor.findings import Finding, human_size, nearest, seen, tree_bytes, wrong
+from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training.layout import CHECKPOINT_KINDS
+from nfnet_flax.units import human_size
 
 if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.doctor.findings import Finding, human_size, nearest, seen, tree_bytes, wrong
+from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
 from nfnet_flax.training.storage import StorageFailed
+from nfnet_flax.units import human_size
 
 if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe

@@ -67,9 +67,9 @@ class OptimConfig:
     clipping: float | None = 0.01
     """AGC's lambda; None turns AGC off. The published 0.01 is for batch 4096: smaller batches want a larger one."""
     clipping_eps: float = 1e-3
-    """Lower bound of a unit's parameter norm in AGC."""
+    """Lower bound of a unit's parameter norm in AGC; not used where AGC is off."""
     clipping_groups: tuple[ParamGroup, ...] = (ParamGroup("head.kernel", 0.0), ParamGroup("*", 1.0))
-    """1 clips a parameter, 0 exempts it; the first pattern that matches counts."""
+    """1 clips a parameter, 0 exempts it; the first pattern that matches counts. Not used where AGC is off."""
     weight_decay: float = 2e-5
     """Coefficient of `weight_decay * parameter`, added after clipping."""
     weight_decay_groups: tuple[ParamGroup, ...] = (

@@ -1,0 +1,63 @@
+"""Parameters and multiply-adds of the named networks: a table, as counting all of them takes a minute.
+
+`tests/test_models.py` counts again, by `flops.forward_flops` and by the shapes of the parameters.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Counts(NamedTuple):
+    """Of one network with 1000 classes."""
+
+    parameters: int
+    multiply_adds: int
+    """Of one image's forward pass at the training resolution; `flops.forward_flops` says what counts."""
+
+
+COUNTS: Mapping[str, Counts] = {
+    "nfnet_f0": Counts(71_489_284, 6_977_003_520),
+    "nfnet_f1": Counts(132_634_256, 17_437_921_280),
+    "nfnet_f2": Counts(193_779_228, 33_139_318_784),
+    "nfnet_f3": Counts(254_924_200, 67_944_292_352),
+    "nfnet_f4": Counts(316_069_172, 121_122_250_752),
+    "nfnet_f5": Counts(377_214_144, 169_498_382_336),
+    "nfnet_f6": Counts(438_359_116, 228_292_861_952),
+    "nfnet_f7": Counts(499_504_088, 298_476_539_904),
+    "nfnet_f0+": Counts(118_824_516, 10_999_005_184),
+    "nfnet_f1+": Counts(220_357_008, 27_210_002_432),
+    "nfnet_f2+": Counts(321_889_500, 51_508_625_408),
+    "nfnet_f3+": Counts(423_421_992, 105_382_952_960),
+    "nfnet_f4+": Counts(524_954_484, 187_619_000_320),
+    "nfnet_f5+": Counts(626_486_976, 262_327_709_696),
+    "nfnet_f6+": Counts(728_019_468, 353_101_611_008),
+    "nfnet_f7+": Counts(829_551_960, 461_436_497_920),
+    "nf_resnet50": Counts(25_557_048, 4_089_184_256),
+    "nf_resnet101": Counts(44_549_193, 7_801_405_440),
+    "nf_resnet152": Counts(60_192_858, 11_513_626_624),
+    "nf_resnet200": Counts(64_673_898, 15_007_481_856),
+    "nf_resnet288": Counts(146_460_552, 21_558_460_416),
+    "nf_resnet600": Counts(300_646_896, 44_268_519_424),
+    "nf_regnet_b0": Counts(8_595_372, 327_149_536),
+    "nf_regnet_b1": Counts(10_019_208, 562_813_864),
+    "nf_regnet_b2": Counts(13_785_904, 897_946_824),
+    "nf_regnet_b3": Counts(18_136_667, 1_621_118_328),
+    "nf_regnet_b4": Counts(29_315_830, 3_106_822_976),
+    "nf_regnet_b5": Counts(48_707_138, 7_496_250_368),
+    "nf_regnet_b6": Counts(70_045_805, 14_183_144_848),
+    "nf_regnet_b7": Counts(101_743_204, 27_283_033_088),
+    "nf_regnet_b8": Counts(142_314_441, 51_805_389_336),
+    "resnet50": Counts(25_549_352, 4_089_184_256),
+    "resnet101": Counts(44_541_480, 7_801_405_440),
+    "resnet152": Counts(60_185_128, 11_513_626_624),
+    "resnet200": Counts(64_666_152, 15_007_481_856),
+    "se_resnext_d50": Counts(27_571_448, 4_472_635_392),
+    "efficientnet_b0": Counts(5_288_548, 385_814_752),
+    "efficientnet_b1": Counts(7_794_184, 686_802_832),
+    "efficientnet_b2": Counts(9_109_994, 993_561_872),
+    "efficientnet_b3": Counts(12_233_232, 1_827_141_392),
+    "efficientnet_b4": Counts(19_341_616, 4_393_771_024),
+    "efficientnet_b5": Counts(30_389_784, 10_266_384_752),
+    "efficientnet_b6": Counts(43_040_704, 19_067_593_536),
+    "efficientnet_b7": Counts(66_347_960, 37_745_884_192),
+}

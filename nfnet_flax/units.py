@@ -1,0 +1,23 @@
+"""Numbers for people: a few digits and the unit that shows them, whatever the size."""
+
+
+def human_size(num_bytes: float) -> str:
+    """Such as `1.5 GiB`."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"
+
+
+def scaled(number: float) -> str:
+    """Three digits and a prefix for a unit, such as `31.0 M`."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            digits = number / 10**power
+            return f"{digits:.{0 if digits >= 100 else 1 if digits >= 10 else 2}f} {prefix}"
+    return f"{number:.0f} "
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds, or microseconds where these are fewer than one."""
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
