@@ -55,8 +55,11 @@ def check_types(config: Any) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _matches(value, hint):
-            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {wanted}")
+            raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {_text_of(hint)}")
+
+
+def _text_of(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def to_json(config: Any) -> Any:
@@ -74,16 +77,18 @@ def from_json(hint: Any, data: Any, path: str = "") -> Any:
       ConfigError: a field is unknown or missing (another version of the package wrote it), or its value is invalid.
     """
     if isinstance(data, list):
-        arguments = typing.get_args(hint)
+        arguments = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
         variadic = len(arguments) == 2 and arguments[1] is Ellipsis
         item_hints = [arguments[0]] * len(data) if variadic else arguments
+        if len(item_hints) != len(data):
+            raise ConfigError(f"{path or 'recipe'} = {data!r}: expected {_text_of(hint)}")
         return tuple(from_json(item_hint, item, path) for item_hint, item in zip(item_hints, data, strict=True))
     if not isinstance(data, dict):
         return data
     options: Any = typing.get_args(hint) or (hint,)
     candidates: dict[str, Any] = {option.__name__: option for option in options if isinstance(option, type)}
     kind = data.get("type")
-    if kind not in candidates:
+    if not isinstance(kind, str) or kind not in candidates:
         raise ConfigError(f"{path or 'recipe'}: unknown type {kind!r}: expected one of {sorted(candidates)}")
     cls = candidates[kind]
     hints = typing.get_type_hints(cls)
