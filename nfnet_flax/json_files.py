@@ -9,6 +9,10 @@ from typing import Any
 from nfnet_flax.config import ConfigError
 
 
+class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """The folder of a run cannot be written or read. The message names it and the reason; older checkpoints stand."""
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file, so that a process killed at any moment, or a full disk, leaves either the old or the new one.
 
@@ -58,16 +62,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
     Raises:
       ConfigError: the file is missing, empty, cut short, no UTF-8, or holds something else than a JSON object.
-      OSError: it cannot be opened or read; which says nothing of what it holds.
+      StorageFailed: it cannot be opened or read, which says nothing of what it holds.
     """
     try:
-        data = json.loads(path.read_bytes().decode())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path} does not exist: {remedy}") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a folder instead of a file: {remedy}") from error
+    except OSError as error:
+        raise StorageFailed(f"{path}: {type(error).__name__}: {error.strerror}") from error
+    try:
+        data = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # of the decoding and of JSON
-        reason = f"{error}" if path.stat().st_size else "it is empty"
+        reason = f"{error}" if content else "it is empty"
         raise ConfigError(f"{path} is damaged ({reason}): {remedy}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is damaged (it holds no JSON object): {remedy}")

@@ -118,7 +118,7 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
       ConfigError: the file is missing, damaged, or of another version of the package; the message names it.
-      OSError: it cannot be opened or read.
+      StorageFailed: it cannot be opened or read.
     """
     remedy = (
         "give the folder of a run; a damaged file is written anew if it is moved away and nfnet train started again"

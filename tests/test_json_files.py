@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.json_files import StorageFailed, read_json, write_json
 from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
@@ -54,7 +54,7 @@ def test_what_lies_in_its_place_is_named(tmp_path: Path) -> None:
     # That it cannot be opened says nothing of what it holds.
     path.rmdir()
     path.symlink_to(path)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(StorageFailed, match=rf"^{path}: OSError: .*symbolic links"):
         read_json(path, "put it back")
 
 

@@ -9,10 +9,7 @@ from typing import Any
 import jax
 
 from nfnet_flax.config import ConfigError
-
-
-class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """The folder of a run cannot be written or read. The message names it and the reason; older checkpoints stand."""
+from nfnet_flax.json_files import StorageFailed
 
 
 @contextlib.contextmanager
