@@ -15,7 +15,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet convert run DIR --out DIR [--checkpoint best|STEP]  a checkpoint of a run -> weights.safetensors
   nfnet COMMAND --help                                      every option of a command
 
-exit codes: 0 done, 2 bad input, 3 diverged, 4 the input failed, 5 a process died, hung or did not come,
-            6 the run's folder cannot be written,
-            75 stopped and saved (run the same command again)
+exit codes: 0 done, 1 a bug (doctor: something is wrong), 2 bad input or a folder in use, 3 diverged,
+            4 the input failed, 5 a process died, hung or did not come, or lost the folder to another one,
+            6 the run's folder failed, 7 copies of the state differ, 75 stopped and saved (run the same command again)
 """

@@ -1,0 +1,79 @@
+"""What stands in the Markdown files: blocks of commands and code, tables, names of files and fields."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from tests.runs import ROOT
+
+DOCUMENTS = ("README.md", ".github/docs/from_laptop_to_pod.md")
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What stands between two lines of three backticks."""
+
+    document: str
+    line: int
+    """Of the first line of its text, from 1."""
+    language: str
+    text: str
+    mark: str
+    """Of the comment in the line before it; empty where there is none."""
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.document}:{self.line}"
+
+    @property
+    def why_not_run(self) -> str | None:
+        """The reason that the mark gives."""
+        return self.mark.removeprefix("not run: ") if self.mark.startswith("not run: ") else None
+
+
+def text_of(document: str) -> str:
+    """A document as it stands."""
+    return (ROOT / document).read_text()
+
+
+def blocks(document: str) -> list[Block]:
+    """All blocks of a document, in their order."""
+    text = text_of(document)
+    return [
+        Block(
+            document=document,
+            line=text.count("\n", 0, found.start("text")) + 1,
+            language=found["language"],
+            text=found["text"],
+            mark=found["mark"] or "",
+        )
+        for found in _BLOCK.finditer(text)
+    ]
+
+
+def commands(block: Block) -> Iterator[str]:
+    """The commands of a block of shell lines; one that goes on in the next line is one."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if line.strip():
+            yield line
+
+
+def prose(document: str) -> str:
+    """A document without its blocks."""
+    return _BLOCK.sub("", text_of(document))
+
+
+def code_words(document: str) -> set[str]:
+    """The words of everything that stands between single backticks."""
+    spans = re.findall(r"`([^`]+)`", prose(document))
+    return {word for span in spans for word in span.split()}
+
+
+def exit_codes(document: str) -> dict[int, str]:
+    """The table of exit codes: the numbers, and what they mean."""
+    rows = text_of(document).partition("code | meaning |")[2].partition("\n\n")[0]
+    return {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| ([^|]+) \|", rows, re.MULTILINE)}

@@ -1,0 +1,226 @@
+"""The documentation is true: its commands and its code run, its tables are complete, and what it names is there."""
+
+import dataclasses
+import fnmatch
+import itertools
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnet_flax import cli, exit_codes
+from nfnet_flax.cli.usage import USAGE
+from nfnet_flax.models import build_model, model_config
+from nfnet_flax.models.params import merge, split
+from nfnet_flax.parallel.processes import DistributedConfig
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.training.watchdog import WatchdogConfig
+from nfnet_flax.weights import save_weights, to_haiku
+from tests import documents, image_sets
+from tests.documents import DOCUMENTS, Block
+from tests.runs import ROOT
+
+REASONS = {
+    "installs packages and takes minutes",
+    "needs a cluster",
+    "needs the extra tpu",
+    "runs until it is stopped",
+    "takes more than a minute",
+}
+"""Why a block of commands may be left out here."""
+
+SMALL = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "group_width": 4}
+SHORTER_COMMANDS = {
+    "nfnet train": "--model.widths 8 8 8 8 --model.depths 1 1 1 1 --model.group-width 4 --num-steps 4 --no-tensorboard",
+    "nfnet train recipes/photos.py": "--data.num-held-out 3 --data.batch-size 8 --data.eval-batch-size 8 "
+    "--data.image-size 32 --data.eval-image-size 32",
+}
+"""What is appended here to commands that begin so: they run as they stand, only shorter."""
+SHORTER_CODE = {
+    '"nfnet_f0", ': '"nfnet_f0", **SMALL, ',
+    'load_recipe("recipes/digits.py")': 'Run("runs/mine").recipe',
+    '"runs/digits"': '"runs/mine"',
+}
+"""What is replaced here in Python code, for the same reason."""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_each_block_is_run_or_says_why_not(document: str) -> None:
+    found = documents.blocks(document)
+    assert 2 * len(found) == len(re.findall("^```", documents.text_of(document), re.MULTILINE))
+    for block in found:
+        assert block.language in ("bash", "python", "dockerfile", "text"), f"{block.place}: name its language"
+        if block.language in ("bash", "python"):
+            assert block.why_not_run in {None, *REASONS}, f"{block.place}: {block.why_not_run!r} is no known reason"
+        else:
+            assert block.why_not_run is None, f"{block.place}: {block.language} is never run"
+            hidden = re.findall(r"^(?:\$ |nfnet |python |bash |pip ).*", block.text, re.MULTILINE)
+            assert not hidden, f"{block.place}: {hidden[0]!r} belongs into a block of bash"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_code_run(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        (tmp_path / "recipes" / recipe.name).write_text(recipe.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    names: dict[str, object] = {"SMALL": SMALL}
+    printed = ""
+    for block in documents.blocks(document):
+        if block.mark == "printed by the last command":
+            assert _outline(block.text) == _outline(printed), f"{block.place}: printed was\n{printed}"
+        elif block.why_not_run is not None:
+            continue
+        elif block.language == "python":
+            _run_code(block, names)
+        elif block.language == "bash":
+            for command in documents.commands(block):
+                _prepare_for(command)
+                capfd.readouterr()
+                code = _run_command(command)
+                printed, errors = capfd.readouterr()
+                assert code == _expected_code(command), f"{block.place}: {command}\n{printed}\n{errors}"
+
+
+def _run_code(block: Block, names: dict[str, object]) -> None:
+    """Runs a block of Python, or writes it to the file that its first line names."""
+    if file := re.match(r"# (\S+\.py)\n", block.text):
+        Path(file[1]).write_text(block.text)
+        return
+    _prepare_for(block.text)
+    text = block.text
+    for long, short in SHORTER_CODE.items():
+        text = text.replace(long, short)
+    exec(compile("\n" * (block.line - 1) + text, block.document, "exec"), names)
+
+
+def _expected_code(command: str) -> int:
+    said = re.search(r"#.* exit code (\d+)", command)
+    return int(said[1]) if said else 0
+
+
+def _run_command(command: str) -> int | str | None:
+    """Runs a line as a shell would; a plain `nfnet ...` in this process, which has imported everything already."""
+    words = shlex.split(command, comments=True)
+    plain = " ".join(words)
+    for beginning, options in SHORTER_COMMANDS.items():
+        if beginning in plain:
+            words += options.split()
+    if words[0] != "nfnet":
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        text = shlex.join(words) if "nfnet" in words else command
+        return subprocess.run(["bash", "-c", text], env=environment, check=False, timeout=300).returncode
+    assert not set(words) & {"|", "&&", "||", ";", "&", ">", "<"}, f"{command}: needs a shell"
+    try:
+        return cli.main(words[1:])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def _prepare_for(text: str) -> None:
+    """Makes the files that commands and code need and that users have from elsewhere, by real writers."""
+    if "F0_haiku.npz" in text:
+        Path("F0_haiku.npz").write_bytes(_published_f0())
+    elif "weights/nfnet_f0.safetensors" in text:  # in the place of the converted F0, as all that follows is smaller
+        small = build_model(model_config("nfnet_f0", **SMALL), num_classes=1000, rngs=nnx.Rngs(0))
+        save_weights("weights/nfnet_f0.safetensors", small, source="a test", parameters="unknown", overwrite=True)
+    if "recipes/photos.py" in text:
+        image_sets.make_folder(Path("photos"))
+
+
+def _published_f0() -> bytes:
+    """NFNet-F0 as it was published, with zeros for parameters, which cost nothing to make."""
+    config = model_config("nfnet_f0")
+    abstract = nnx.eval_shape(lambda: build_model(config, num_classes=1000, rngs=nnx.Rngs(0)))
+    structure, params, statistics = split(abstract)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), (params, statistics))
+    return pickle.dumps(to_haiku(merge(structure, *zeros)))
+
+
+def _outline(printed: str) -> list[str]:
+    """The first words of each line of a report: what follows, numbers and folders, is other on each machine."""
+    words = [re.sub(r"\S*/\S*", "FOLDER", line).split() for line in printed.splitlines()]
+    return [" ".join(itertools.takewhile(lambda word: not re.match(r"[\d(]", word), line)) for line in words if line]
+
+
+def test_all_exit_codes_are_listed() -> None:
+    codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    readme, laptop_to_pod = map(documents.exit_codes, DOCUMENTS)
+    assert set(readme) == codes
+    assert set(laptop_to_pod) >= codes  # those that the shell and JAX give, too
+    assert {int(code) for code in re.findall(r"\b\d+\b", USAGE.partition("exit codes:")[2])} == codes
+
+
+def test_the_map_names_every_file() -> None:
+    (block,) = [block for block in documents.blocks("README.md") if block.text.startswith("nfnet_flax/")]
+    named: dict[Path, list[str]] = {}
+    for line in block.text.splitlines():
+        if heading := re.match(r"( *)([\w/]+)/ ", line):
+            folder = Path("nfnet_flax" if heading[1] else "", heading[2])
+        named.setdefault(folder, []).extend(re.findall(r"[\w*]+\.(?:py|sh|sbatch|yaml)\b", line))
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "nfnet_flax").rglob("*.py")}
+    assert folders <= set(named)
+    for folder, patterns in named.items():
+        if folder == Path("tests"):
+            continue  # their names say what they test
+        files = {path.name for path in (ROOT / folder).iterdir() if path.is_file()} - {"__init__.py", "__main__.py"}
+        for pattern in patterns:
+            assert fnmatch.filter(files, pattern), f"the map names {folder / pattern}, which is not there"
+        missing = {name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+        assert not missing, f"the map lacks {missing} of {folder}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_fields_and_options_that_are_named_exist(document: str) -> None:
+    configs = {**typing.get_type_hints(Recipe), "distributed": DistributedConfig, "watchdog": WatchdogConfig}
+    num_checked = 0
+    for word in documents.code_words(document):
+        if path := re.match(r"(?:tools|tests|recipes|nfnet_flax|data|models|training)/[\w/*]*(?:\.\w+|/$)", word):
+            found = [*ROOT.glob(path[0]), *(ROOT / "nfnet_flax").glob(path[0])]
+            assert found, f"{document} names {word}, which is not there"
+            num_checked += 1
+        elif field := re.match(r"(?:--)?(\w+)\.([\w.-]*\w)", word):
+            names = field[2].replace("-", "_").split(".")
+            if field[1] in configs and names != ["py"]:
+                assert _has_field(configs[field[1]], names), f"{document} names {word}, which is no field"
+                num_checked += 1
+    assert num_checked > 10
+
+
+def _has_field(hint: typing.Any, names: list[str]) -> bool:
+    """Whether a configuration, or one of several, has a field at this path."""
+    if not names:
+        return True
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+    hints = [typing.get_type_hints(kind) for kind in kinds]
+    return any(_has_field(fields[names[0]], names[1:]) for fields in hints if names[0] in fields)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", documents.prose(document)):
+        if not target.startswith("https://"):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / document).parent / file
+            assert path.exists(), f"{document} links {target}"
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+
+
+def test_the_fast_tests_leave_out_tests_that_exist() -> None:
+    named = re.findall(r"(tests/test_\w+\.py)::(\w+)", documents.text_of("tools/test.sh"))
+    assert len(named) > 5
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"tools/test.sh names {file}::{name}, which is not there"
