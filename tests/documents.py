@@ -67,10 +67,9 @@ def prose(document: str) -> str:
     return _BLOCK.sub("", text_of(document))
 
 
-def code_words(document: str) -> set[str]:
-    """The words of everything that stands between single backticks."""
-    spans = re.findall(r"`([^`]+)`", prose(document))
-    return {word for span in spans for word in span.split()}
+def code_spans(document: str) -> list[str]:
+    """Everything that stands between single backticks."""
+    return re.findall(r"`([^`]+)`", prose(document))
 
 
 def exit_codes(document: str) -> dict[int, str]:

@@ -186,7 +186,7 @@ def test_the_map_names_every_file() -> None:
 def test_files_fields_and_options_that_are_named_exist(document: str) -> None:
     configs = {**typing.get_type_hints(Recipe), "distributed": DistributedConfig, "watchdog": WatchdogConfig}
     num_checked = 0
-    for word in documents.code_words(document):
+    for word in {word for span in documents.code_spans(document) for word in span.split()}:
         if path := re.match(r"(?:tools|tests|recipes|nfnet_flax|data|models|training)/[\w/*]*(?:\.\w+|/$)", word):
             found = [*ROOT.glob(path[0]), *(ROOT / "nfnet_flax").glob(path[0])]
             assert found, f"{document} names {word}, which is not there"
@@ -206,6 +206,16 @@ def _has_field(hint: typing.Any, names: list[str]) -> bool:
     kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
     hints = [typing.get_type_hints(kind) for kind in kinds]
     return any(_has_field(fields[names[0]], names[1:]) for fields in hints if names[0] in fields)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tools_have_the_options_that_are_named(document: str) -> None:
+    for span in documents.code_spans(document):
+        if found := re.search(r"tools/\w+\.py\b", span):
+            source = documents.text_of(found[0])
+            for option in re.findall(r"--(?:no-)?([a-z][\w-]*)", span[found.end() :]):
+                named = rf"--{option}\b|^    {option.replace('-', '_')}: "
+                assert re.search(named, source, re.MULTILINE), f"{document}: {found[0]} has no option --{option}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
