@@ -129,6 +129,24 @@ def test_a_checkpoint_is_chosen_and_evaluated_on_images_that_lie_elsewhere(first
     assert "Traceback" not in printed
 
 
+def test_images_may_be_repaired_which_is_said(first: Path, run: Path) -> None:
+    images = shutil.copytree(first / "images", run.parent / "images")
+    for split in ("train", "val"):
+        with next((images / split / CLASSES[0]).iterdir()).open("ab") as file:
+            file.write(b"\0")  # behind the image
+    code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
+    assert code == EXIT_DONE, printed
+    (said,) = [line for line in printed.splitlines() if line.startswith("other images than before")]
+    assert "eval_source.contents: " in said
+    assert " source.contents: " in said
+    code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
+    assert "other images than before" not in printed  # they are on record now
+    next((images / "train" / CLASSES[0]).iterdir()).unlink()
+    code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
+    assert code == EXIT_BAD_INPUT
+    assert "was trained on another input" in printed
+
+
 def test_the_class_list_is_needed_and_checked(run: Path) -> None:
     (run / layout.CLASSES).write_text("")
     code, printed = evaluated(run)

@@ -1,5 +1,6 @@
 """Images whose height is divided over devices: the same step to rounding, with a share of its work and memory."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError
 from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.training.reading import evaluate
 from tests import runs
 
 STEP = """
@@ -90,6 +92,12 @@ def test_a_run_divides_its_images_and_goes_on_in_two_processes(
         assert process.returncode == 0, printed
     assert cli.main(["doctor", "--workdir", str(divided)]) == exit_codes.EXIT_DONE
     assert capsys.readouterr().out.endswith("nothing is wrong\n")
+    # Reading it takes one device, however many it was divided over.
+    rows = [json.loads(line) for line in (divided / "metrics.jsonl").read_text().splitlines()]
+    in_training = {name: value for name, value in rows[-1].items() if name.startswith("eval")}
+    assert {name: value for name, value in evaluate(divided).items() if name != "step"} == pytest.approx(
+        in_training, rel=1e-4
+    )
     undivided = runs.start(whole, *short, environment=environment(1))
     printed = runs.finish(undivided)
     assert undivided.returncode == 0, printed

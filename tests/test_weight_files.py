@@ -182,7 +182,7 @@ def test_wrong_metadata_are_named(model: Classifier, tmp_path: Path) -> None:
         "num_classes = 0: must be at least 1": metadata | {"num_classes": "0"},
         "metadata are wrong: Expecting value": metadata | {"model": ""},
         "unknown type 'list'": metadata | {"model": json.dumps({"type": "list"})},
-        "metadata are wrong: zip()": metadata | {"model": "[1, 2]"},
+        "metadata are wrong: model = [1, 2]": metadata | {"model": "[1, 2]"},
         "written by another version": metadata | {"model": json.dumps(config | {"new_field": 1})},
         "tell of 1000000003 blocks": metadata | {"model": json.dumps(config | {"depths": [10**9, 1, 1, 1]})},
         "WeightsInfo.parameters = 'best'": metadata | {"parameters": "best"},

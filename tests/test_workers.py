@@ -69,6 +69,9 @@ class Probe:
     def fingerprint(self) -> str:
         return "probe"
 
+    def contents(self) -> str:
+        return ""
+
     def describe(self, index: int) -> str:
         return f"probe number {index}"
 

@@ -78,5 +78,8 @@ class _Relabelled:
     def fingerprint(self) -> str:
         return digest("classes", self.source.fingerprint(), *self.class_names)
 
+    def contents(self) -> str:
+        return self.source.contents()
+
     def describe(self, index: int) -> str:
         return self.source.describe(index)

@@ -200,8 +200,10 @@ class ImageFolder:
         self.class_names, self._file_names, self._labels = found.class_names, found.file_names, found.labels
         self.unused = found.unused
         names = found.file_names
-        described = (str(names.dtype), names.tobytes(), found.sizes.tobytes(), found.labels.tobytes())
-        self._fingerprint = digest("folder", *found.class_names, *described)
+        self._fingerprint = digest(
+            "folder", *found.class_names, str(names.dtype), names.tobytes(), found.labels.tobytes()
+        )
+        self._contents = digest("sizes", found.sizes.tobytes())
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -211,8 +213,12 @@ class ImageFolder:
             return {"image": file.read(), "label": self._labels[index]}
 
     def fingerprint(self) -> str:
-        """Of the classes, and of the files' names, sizes and order."""
+        """Of the classes, and of the files' names and order."""
         return self._fingerprint
+
+    def contents(self) -> str:
+        """Of the files' sizes."""
+        return self._contents
 
     def describe(self, index: int) -> str:
         index = check_index(index, len(self))

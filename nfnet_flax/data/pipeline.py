@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from nfnet_flax.config import require, to_json
+from nfnet_flax.config import differences, require, to_json
 from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
@@ -139,10 +139,21 @@ def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_
     for name in PLACE_FIELDS.get(type(config.source).__name__, ()):
         del settings["source"][name]
     sources = {
-        name: {"num_examples": len(source), "fingerprint": source.fingerprint()}
+        name: {"num_examples": len(source), "fingerprint": source.fingerprint(), "contents": source.contents()}
         for name, source in (("source", train_source), ("eval_source", eval_source))
     }
     return {"format": INPUT_FORMAT, "seed": seed, **sources, "data": settings}
+
+
+def input_changes(recorded: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two identities, a line each: what no run can go on with, and what is only to be said.
+
+    The latter are the held-out images, on which no update depends, and the contents of training images under the same
+    names: a run that ended at a damaged image goes on when the image is repaired.
+    """
+    lines = differences(recorded, now)
+    said = [line for line in lines if line.startswith(("eval_source.", "source.contents:"))]
+    return [line for line in lines if line not in said], said
 
 
 def _process_rows(field: str, batch_size: int, process_index: int, num_processes: int) -> int:

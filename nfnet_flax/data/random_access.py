@@ -54,17 +54,24 @@ class Source(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what the set is, wherever it lies; equal ones stand for the same images.
+        """Hexadecimal digest of what the set is, wherever it lies: with `contents`, equal ones are the same images.
 
         It covers the class names, which examples there are, their labels and their order, and of the contents as much
         as can be had without reading every image:
 
-        - a folder: name and size of every file. One that was replaced by another of the same size goes unnoticed.
+        - a folder: the name of every file, and in `contents` its size. One that was replaced by another of the same
+          size goes unnoticed.
         - ArrayRecord: the BLAKE2b of every shard, as its manifest recorded it; the shards are tied to their manifest
           when they are opened.
         - TFDS: name, version and size of the set as TFDS recorded them; name and size of each file, and which of its
           records are read.
         - digits and noise: the pixels, or what they are made from.
+        """
+
+    def contents(self) -> str:
+        """Hexadecimal digest of what is known of the contents beside `fingerprint`; empty where that covers them.
+
+        It is apart as it may change during a run: a damaged file is repaired, and the run goes on.
         """
 
     def describe(self, index: int) -> str:
@@ -138,6 +145,9 @@ class SourceSlice:
 
     def fingerprint(self) -> str:
         return digest(self.source.fingerprint(), f"{self.start}:{self.stop}")
+
+    def contents(self) -> str:
+        return self.source.contents()
 
     def describe(self, index: int) -> str:
         return self.source.describe(self.start + check_index(index, len(self)))

@@ -135,6 +135,9 @@ class ArraySource:
     def fingerprint(self) -> str:
         return digest("arrays", str(self.images.shape), self.images.tobytes(), self.labels.tobytes())
 
+    def contents(self) -> str:
+        return ""
+
     def describe(self, index: int) -> str:
         return f"image {check_index(index, len(self))} of {len(self)} in memory"
 
@@ -197,6 +200,9 @@ class SyntheticImages:
 
     def fingerprint(self) -> str:
         return digest("synthetic", *map(str, self._arguments))
+
+    def contents(self) -> str:
+        return ""
 
     def describe(self, index: int) -> str:
         return f"synthetic image {check_index(index, self._num_examples)}"

@@ -168,6 +168,10 @@ class TfdsRecords:
         """
         return self._fingerprint
 
+    def contents(self) -> str:
+        """Nothing: the fingerprint covers what is known."""
+        return ""
+
     def describe(self, index: int) -> str:
         path, number = self._place(index)
         return f"{path} record {number}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nfnet_flax.config import ConfigError, differences
+from nfnet_flax.config import ConfigError
 from nfnet_flax.doctor.findings import Finding, seen, wrong
 from nfnet_flax.json_files import read_json
 from nfnet_flax.training.layout import INPUT
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     """Opens both splits and decodes an image of each; compares them with what the run in the workdir began with."""
-    from nfnet_flax.data.pipeline import input_identity, open_split
+    from nfnet_flax.data.pipeline import input_changes, input_identity, open_split
     from nfnet_flax.training.identity import stored_class_names
 
     class_names = None if workdir is None else stored_class_names(workdir)
@@ -34,8 +34,10 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     stored = None if workdir is None else workdir / INPUT
     if stored is not None and stored.exists():
         now = input_identity(recipe.data, seed=recipe.seed, train_source=sources["train"], eval_source=sources["eval"])
-        changed = differences(read_json(stored, "put it back from a copy, or start in a new workdir"), now)
+        recorded = read_json(stored, "put it back from a copy, or start in a new workdir")
+        changed, said = input_changes(recorded, now)
         findings += [wrong(f"the run began with another input ({line})", "give it back") for line in changed]
+        findings += [seen(f"other images than before under the same names ({line})") for line in said]
     return findings
 
 

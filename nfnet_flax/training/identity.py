@@ -14,6 +14,7 @@ import jax
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, differences, require, to_json
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.pipeline import input_changes
 from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.parallel.processes import Processes, check_agreement
@@ -90,14 +91,13 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
         remedy += "give one on a file system that all hosts share"
         require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)
         _check_recipe(workdir, read_recipe(workdir / layout.RECIPE), identity.recipe)
-        _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
+        changed = _check_input(workdir, identity.input)
+        remedy = f"differ from those that process 0 finds ({'; '.join(changed)}): give all hosts the same copy"
+        require(not changed, "the images", f"of process {processes.index}", remedy)
         names = stored_class_names(workdir)
         remedy = "are not those of process 0; give all processes the same training set"
         require(names == identity.class_names, "the class names", identity.class_names, remedy)
     return lines
-
-
-_INPUT_CHANGED = "was trained on another input; give back the same images, or another workdir"
 
 
 def _claim(workdir: Path, identity: Identity) -> list[str]:
@@ -114,10 +114,13 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
             if step is not None and not (workdir / name).exists():
                 raise ConfigError(f"workdir {str(workdir)!r} holds checkpoints but no {name}: start in a new workdir")
         _record(workdir / layout.INPUT, identity.input)
-        _check_recorded(workdir / layout.INPUT, identity.input, _INPUT_CHANGED)
+        images = _check_input(workdir, identity.input)
         _record(workdir / layout.CLASSES, {"class_names": list(identity.class_names)})
         lines = _claim_environment(workdir, identity.environment)
         lines += [longer] if longer is not None else []
+        if images:
+            lines.append(f"other images than before under the same names, which count from now on: {'; '.join(images)}")
+            write_json(workdir / layout.INPUT, identity.input)
         if changed := free_differences(before, identity.recipe):
             lines.append(f"changed since the last start, which decides no update: {'; '.join(changed)}")
         if before != identity.recipe:
@@ -141,10 +144,20 @@ def _record(path: Path, data: Any) -> None:
         write_json(path, data)
 
 
-def _check_recorded(path: Path, now: Any, problem: str) -> None:
-    recorded = read_json(path, "start in a new workdir")
-    if lines := differences(recorded, now):
-        raise ConfigError(f"workdir {str(path.parent)!r} {problem}:\n" + "\n".join(f"  {line}" for line in lines))
+def _check_input(workdir: Path, now: dict[str, Any]) -> list[str]:
+    """Returns what differs and is only to be said (`pipeline.input_changes`).
+
+    Raises:
+      ConfigError: the images, their number or order, or how batches are made of them changed; what did is named.
+    """
+    recorded = read_json(workdir / layout.INPUT, "start in a new workdir")
+    lines, said = input_changes(recorded, now)
+    if lines:
+        raise ConfigError(
+            f"workdir {str(workdir)!r} was trained on another input; give back the same images, or another workdir:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+    return said
 
 
 def stored_class_names(workdir: Path) -> tuple[str, ...] | None:
