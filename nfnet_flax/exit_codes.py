@@ -19,7 +19,7 @@ checkpoint stands: run again.
 Where process 0 dies, JAX may abort the others first, with SIGABRT (134 to a shell) and its own message.
 """
 EXIT_STORAGE_FAILED = 6
-"""A checkpoint or the metrics cannot be written (disk full, no permission); earlier checkpoints stand."""
+"""A file of the run's folder cannot be written or read (disk full, no permission); earlier checkpoints are good."""
 EXIT_COPIES_DIFFER = 7
 """Devices or processes hold different copies of the state; nothing of that step was saved. Run on hosts of one kind."""
 EXIT_STOPPED = 75

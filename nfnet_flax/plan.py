@@ -1,4 +1,4 @@
-"""Compiling a recipe's training step for a TPU that nobody has to own: will it fit, and what will it cost?
+"""Compiling a recipe's training step for a TPU, without one: will it fit, and what will it cost?
 
 libtpu holds the real compiler, which runs on any x86 machine. What it says of memory is exact, as are
 collectives and FLOPs, counted in its program; its cycles are an estimate, good for ratios within one version of it.

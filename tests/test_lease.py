@@ -139,8 +139,11 @@ def test_who_was_suspended_and_replaced_ends_without_writing(tmp_path: Path) -> 
 def test_a_copy_of_a_run_that_is_going_on_is_free(tmp_path: Path) -> None:
     with owner(tmp_path / "run"):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        with lease.owning(tmp_path / "copy", never):
-            pass
+        with lease.owning(tmp_path / "copy", never) as mine:
+            mine.check()
+            found = lease.owner_of(tmp_path / "copy")
+            assert found is not None
+            assert found[0].pid == os.getpid()
 
 
 def test_of_many_that_come_at_once_one_wins(tmp_path: Path) -> None:

@@ -15,11 +15,9 @@ import pytest
 
 from nfnet_flax import exit_codes
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.workers import STOP_SIGNALS
 from nfnet_flax.parallel import processes as parallel
 from nfnet_flax.parallel.processes import DistributedConfig, check_agreement, check_platform, find_cluster
-from nfnet_flax.training.preemption import StopPoint, stop_requests
-from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
+from nfnet_flax.training.preemption import StopPoint
 from tests import runs
 
 ALONE = parallel.Processes(index=0, count=1, store=None)
@@ -167,104 +165,6 @@ def test_all_stop_at_the_first_point_that_none_had_passed() -> None:
             assert all(point.reached() for point in points)  # and from there on
         finally:
             store.close()
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_one_process_stops_at_its_next_point(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with stop_requests(ALONE, owns_process=True) as stop:
-        assert not stop.reached()
-        os.kill(os.getpid(), number)
-        wait_for_request(stop)
-        assert stop.reached()
-        os.kill(os.getpid(), number)  # at once again: a launcher that delivers it twice
-    assert stop.reason == f"{number.name} to process 0"
-    assert signal.getsignal(number) == before
-
-
-SECOND = """
-import ctypes
-from nfnet_flax.parallel.processes import Processes
-from nfnet_flax.training.preemption import stop_requests
-mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
-lock(mutex)
-with stop_requests(Processes(index=0, count=1, store=None), owns_process=True):
-    print("ready", flush=True)
-    lock(mutex)  # C code that never comes back: no Python handler runs, as in a compilation
-"""
-
-
-def test_a_second_signal_ends_even_a_compilation_at_once() -> None:
-    process = subprocess.Popen([sys.executable, "-c", SECOND], stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-
-
-def wait_for_request(stop: StopPoint) -> None:
-    """Waits until a signal has become a request."""
-    deadline = time.monotonic() + 10
-    while stop.reason is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-
-
-def test_a_second_ctrl_c_in_a_notebook_interrupts_the_cell_and_leaves_the_kernel_alive() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_requests(ALONE, owns_process=False) as stop:  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
-        wait_for_request(stop)
-        time.sleep(1.2)  # later than a launcher that delivers it twice
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
-        raise AssertionError("the second Ctrl-C was swallowed")
-    assert stop.reason == "SIGINT to process 0"
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_a_signal_that_is_ignored_stays_so() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
-    try:
-        with stop_requests(ALONE, owns_process=True) as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            wait_for_request(stop)
-        assert stop.reason == "SIGUSR1 to process 0"
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    called = threading.Event()
-
-    def on_stall(message: str) -> None:
-        said.append(message)
-        called.set()
-
-    with watching(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0), on_stall) as watchdog:
-        for step in range(1, 4):
-            watchdog.enter("input", step)
-            watchdog.enter("step", step)
-        assert called.wait(30)
-    assert re.fullmatch(
-        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process stand above", said[0]
-    )
-    assert "test_processes.py" in capfd.readouterr().err
-
-
-def test_compiling_may_take_longer_than_a_step() -> None:
-    watchdog = Watchdog(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0))
-    limits = []
-    for phase, step in (("step", 1), ("evaluation", 1), ("evaluation", 1), ("step", 2), ("evaluation", 2)):
-        watchdog.enter(phase, step)  # type: ignore[arg-type]
-        limits.append(watchdog.seconds_left() > 10)
-    assert limits == [True, True, True, False, False]
 
 
 START = """

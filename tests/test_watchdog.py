@@ -1,10 +1,15 @@
-"""The watchdog counts the time during which the process ran, and no other."""
+"""The watchdog names what does not move, and counts the time during which the process ran, and no other."""
 
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import pytest
+
+from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
 from tests import runs
 
 # Nothing moves while it sleeps so many tenths of a second; two and a half seconds are the limit.
@@ -50,3 +55,31 @@ def test_a_suspended_process_goes_on() -> None:
 
 def test_one_that_hangs_is_told_after_a_pause_too() -> None:
     assert "nothing moved (step 1: step, for " in watched(num_naps=60, suspended_s=1.5)
+
+
+def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    called = threading.Event()
+
+    def on_stall(message: str) -> None:
+        said.append(message)
+        called.set()
+
+    with watching(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0), on_stall) as watchdog:
+        for step in range(1, 4):
+            watchdog.enter("input", step)
+            watchdog.enter("step", step)
+        assert called.wait(30)
+    assert re.fullmatch(
+        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process stand above", said[0]
+    )
+    assert "test_watchdog.py" in capfd.readouterr().err
+
+
+def test_compiling_may_take_longer_than_a_step() -> None:
+    watchdog = Watchdog(WatchdogConfig(first_timeout_s=1000.0, timeout_s=1.0))
+    limits = []
+    for phase, step in (("step", 1), ("evaluation", 1), ("evaluation", 1), ("step", 2), ("evaluation", 2)):
+        watchdog.enter(phase, step)  # type: ignore[arg-type]
+        limits.append(watchdog.seconds_left() > 10)
+    assert limits == [True, True, True, False, False]
