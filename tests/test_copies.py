@@ -81,7 +81,7 @@ from nfnet_flax.training import loop
 def flipped(state):
     value = state.params["head.kernel"]
     copy = np.array(value.addressable_data(0))
-    copy.view(np.uint32)[0, 0] ^= 1
+    copy.view(np.uint32)[0, 0] ^= 1 << 21  # of the lowest bits the next updates would leave nothing
     copies = [jax.device_put(copy, device) for device in value.sharding.addressable_devices]
     head = jax.make_array_from_single_device_arrays(value.shape, value.sharding, copies)
     return dataclasses.replace(state, params={**state.params, "head.kernel": head})
