@@ -126,7 +126,7 @@ def test_killed_and_started_again_it_keeps_finished_shards(folder: Path, tmp_pat
     assert 1 <= len(kept) < 12
     assert not (out / "train.json").exists()
 
-    assert "is missing" in failing(prepare_command(out, "--verify"))
+    assert "does not exist" in failing(prepare_command(out, "--verify"))
     assert "another input" in failing(prepare_command(out, f"--folder={folder}", train_shards=12))
     printed = prepare(out, *tars, "--verify", train_shards=12)
     assert f"12 images to 12 shards, of which {len(kept)} are there" in printed
