@@ -49,10 +49,10 @@ class Started:
         """Reported so far."""
         return len(re.findall(r"^step +\d+/", self.printed(), re.MULTILINE))
 
-    def wait(self) -> int:
-        """Its exit code; killed after `BOUND_S`."""
+    def wait(self, bound_s: float | None = BOUND_S) -> int:
+        """Its exit code; killed after `bound_s`, in seconds; None: it may take as long as it likes."""
         try:
-            return self.process.wait(BOUND_S)
+            return self.process.wait(bound_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
@@ -114,14 +114,14 @@ def main() -> int:
     options, rng = [f"--num-steps={num_steps}"], random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if (code := Started(folder / "whole", folder / "whole.txt", *options).wait()) != EXIT_DONE:
+        if (code := Started(folder / "whole", folder / "whole.txt", *options).wait(None)) != EXIT_DONE:
             print(f"the undisturbed run ended with code {code}")
             return 1
         results = [
             trial(folder / "disturbed", folder / f"trial_{index}", options, rng) for index in range(arguments.trials)
         ]
         last = Started(folder / "disturbed", folder / "last.txt", *options)
-        good = last.wait() == EXIT_DONE and all(results)
+        good = last.wait(None) == EXIT_DONE and all(results)
         good = is_equal(folder / "whole", folder / "disturbed", num_steps) and good
     print("all as promised" if good else "NOT as promised")
     return 0 if good else 1
