@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
-from nfnet_flax.recipe import CheckpointConfig
+from nfnet_flax.recipe import CheckpointConfig, read_recipe
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.metrics import NoMetrics
 from nfnet_flax.training.saving import saving
@@ -76,9 +76,15 @@ def test_what_decides_no_update_may_change_and_is_said(first: Path, run: Path) -
     (environment,) = [line for line in printed.splitlines() if line.startswith("another environment than before")]
     assert "thread_pool_size: '8' -> '9'" in environment
     assert "from step 2 on the last bits will differ" in environment
-    assert json.loads((run / "environment-until-step-2.json").read_text())["thread_pool_size"] == "8"
+    kept = run / "environment-until-step-2.json"
+    assert json.loads(kept.read_text())["thread_pool_size"] == "8"
     assert json.loads((run / layout.RECIPE).read_text())["data"]["source"]["root"] == str(moved)
     assert layout.steps_in(run / "checkpoints") == [4]
+    shutil.rmtree(run / "checkpoints" / "4")
+    shutil.copytree(first / "run" / "checkpoints" / "2", run / "checkpoints" / "2", dirs_exist_ok=True)
+    recipe = read_recipe(run / layout.RECIPE)
+    runs.claimed(run, recipe)  # a third environment, that of this process, before the second one has saved anything
+    assert json.loads(kept.read_text())["thread_pool_size"] == "8"
 
 
 def test_a_run_may_be_lengthened_and_not_cut_off_behind_its_last_step(first: Path, run: Path) -> None:

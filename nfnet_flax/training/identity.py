@@ -187,8 +187,11 @@ def _claim_environment(workdir: Path, environment: dict[str, str]) -> list[str]:
         changed = differences(before, environment)
         if not changed:
             return []
-        # Kept for whoever wants to know later which steps were computed by what.
-        path.rename(workdir / f"environment-until-step-{step or 0}.json")
+        # Kept for whoever wants to know later which steps were computed by what. Where it is there already, the last
+        # environment has computed no step that is on disk.
+        kept = workdir / f"environment-until-step-{step or 0}.json"
+        if not kept.exists():
+            path.rename(kept)
     write_json(path, environment)
     if not changed or step is None:
         return []
