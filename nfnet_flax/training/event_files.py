@@ -94,12 +94,14 @@ def open_events(workdir: Path) -> EventWriter | None:
     _check_folder(folder)
     _quieten()
     try:
-        with reads_and_writes(folder, OSError):
-            folder.mkdir(exist_ok=True)
-            return EventWriter(folder, _SUFFIX + (_own_name(folder) or _new_name(folder)))
-    except ImportError as error:
+        import clu.metric_writers  # noqa: F401
+        import tensorflow  # noqa: F401
+    except ImportError as error:  # before there is a folder: TensorBoard would show an empty run
         _say(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
         return None
+    with reads_and_writes(folder, OSError):
+        folder.mkdir(exist_ok=True)
+        return EventWriter(folder, _SUFFIX + (_own_name(folder) or _new_name(folder)))
 
 
 def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> None:
