@@ -171,6 +171,24 @@ def test_labels_mean_names(made: Made, tmp_path: Path) -> None:
         evaluate(made.workdir, data=data)
 
 
+def test_the_command_refuses_what_the_run_trained_on(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(made.data.source.root, tmp_path / "images"))  # type: ignore[union-attr]
+    options = ["eval", "--workdir", str(made.workdir), "--data.source.root", str(root)]
+    assert cli.main([*options, "--data.num-held-out", "3"]) == EXIT_BAD_INPUT
+    assert "data.num_held_out = 3: must be None, as in the run" in capsys.readouterr().err
+    assert cli.main([*options, "--data.source.eval", "train"]) == EXIT_BAD_INPUT
+    assert "what is trained on says nothing" in capsys.readouterr().err
+    shutil.rmtree(root / "val")
+    assert cli.main(options) == EXIT_BAD_INPUT
+    assert "a run that has not begun can hold out training images" in capsys.readouterr().err
+    workdir = Path(shutil.copytree(made.workdir, tmp_path / "run"))
+    (workdir / "input.json").write_text('{"source": 3}')
+    assert cli.main(["eval", "--workdir", str(workdir)]) == EXIT_BAD_INPUT
+    assert "does not say what the run was trained on" in capsys.readouterr().err
+
+
 def test_damaged_checkpoints_are_named_and_stay(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(made.workdir, workdir)

@@ -109,7 +109,7 @@ def check_apart(config: ArrayRecordSource) -> None:
         raise ConfigError(
             f"source.train = {config.train!r} and source.eval = {config.eval!r} share {len(shared)} shards, such as "
             f"{str(found['train'][shared[0]])!r}: an evaluation on what is trained on says nothing; take other shards, "
-            "or hold images out by --data.num-held-out"
+            "or hold images out from the beginning of a run by --data.num-held-out"
         )
 
 

@@ -5,9 +5,10 @@ whatever the number of processes, worker processes, threads or restarts. Grain c
 computed ahead of the step.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -44,8 +45,19 @@ def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | No
         to train on; or the training split, when it is opened, shares examples with the held-out split.
       InputFailed: the disk or the network failed.
     """
-    try:
+    with reading(split):
         return _open_split(config, split, class_names)
+
+
+@contextlib.contextmanager
+def reading(split: Split) -> Iterator[None]:
+    """Says what a failure of the disk or the network means, while a split is opened.
+
+    Raises:
+      InputFailed: it did fail.
+    """
+    try:
+        yield
     except OSError as error:
         raise InputFailed(f"the {split} split cannot be read: {error}") from error
 
@@ -138,11 +150,13 @@ def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_
     settings["augment"] = to_json(config.chosen_augment())
     for name in PLACE_FIELDS.get(type(config.source).__name__, ()):
         del settings["source"][name]
-    sources = {
-        name: {"num_examples": len(source), "fingerprint": source.fingerprint(), "contents": source.contents()}
-        for name, source in (("source", train_source), ("eval_source", eval_source))
-    }
+    sources = {"source": source_record(train_source), "eval_source": source_record(eval_source)}
     return {"format": INPUT_FORMAT, "seed": seed, **sources, "data": settings}
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """What a set of examples is, wherever it lies, as JSON."""
+    return {"num_examples": len(source), "fingerprint": source.fingerprint(), "contents": source.contents()}
 
 
 def input_changes(recorded: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -115,6 +115,18 @@ def with_places_of(source: SourceConfig, other: SourceConfig) -> SourceConfig:
     return dataclasses.replace(source, **{name: getattr(other, name) for name in names})
 
 
+def with_training_of(source: SourceConfig, trained: SourceConfig) -> SourceConfig:
+    """A source with the training split of another one; unchanged where that belongs to another kind of set."""
+    match source, trained:
+        case FolderSource(), FolderSource():
+            return dataclasses.replace(source, train=os.path.join(trained.root, trained.train))
+        case ArrayRecordSource(), ArrayRecordSource():
+            return dataclasses.replace(source, train=trained.train)
+        case TfdsSource(), TfdsSource() if source.name == trained.name:
+            return dataclasses.replace(source, train_split=trained.train_split)
+    return source
+
+
 def with_absolute_places(source: SourceConfig) -> SourceConfig:
     """A source that finds its images from every current folder."""
     match source:

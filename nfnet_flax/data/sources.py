@@ -70,7 +70,8 @@ def _open(config: SourceConfig, split: Split, image_size: int) -> Source:
             if split == "eval" and not folder.exists():
                 raise ConfigError(
                     f"image folder {str(folder)!r} does not exist: give that of the held-out images by "
-                    "--data.source.eval, or hold out training images by --data.num-held-out 1000"
+                    "--data.source.eval; a run that has not begun can hold out training images by "
+                    "--data.num-held-out 1000"
                 )
             return ImageFolder(folder)
         case ArrayRecordSource():
@@ -102,7 +103,8 @@ def check_apart(config: SourceConfig) -> None:
             if _folder(config, "train") == _folder(config, "eval"):
                 raise ConfigError(
                     f"source.train = {config.train!r} and source.eval = {config.eval!r} are one folder: an evaluation "
-                    "on what is trained on says nothing; hold images out by --data.num-held-out"
+                    "on what is trained on says nothing; give another folder of images, or hold images out from the "
+                    "beginning of a run by --data.num-held-out"
                 )
         case ArrayRecordSource():
             array_record_source.check_apart(config)

@@ -150,14 +150,27 @@ def _check_input(workdir: Path, now: dict[str, Any]) -> list[str]:
     Raises:
       ConfigError: the images, their number or order, or how batches are made of them changed; what did is named.
     """
-    recorded = read_json(workdir / layout.INPUT, "start in a new workdir")
-    lines, said = input_changes(recorded, now)
+    lines, said = input_changes(stored_input(workdir), now)
     if lines:
         raise ConfigError(
             f"workdir {str(workdir)!r} was trained on another input; give back the same images, or another workdir:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
     return said
+
+
+def stored_input(workdir: Path) -> dict[str, Any]:
+    """What a run was trained on (`pipeline.input_identity`).
+
+    Raises:
+      ConfigError: the file is missing or damaged.
+    """
+    path = workdir / layout.INPUT
+    remedy = "put it back from a copy, or start in a new workdir"
+    record = read_json(path, remedy)
+    if not all(isinstance(record.get(name), dict) for name in ("source", "eval_source")):
+        raise ConfigError(f"{str(path)!r} does not say what the run was trained on: {remedy}")
+    return record
 
 
 def stored_class_names(workdir: Path) -> tuple[str, ...] | None:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.pipeline import eval_batches, open_split
+from nfnet_flax.data.held_out import open_held_out
+from nfnet_flax.data.pipeline import eval_batches
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import compact, expand, members, split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
@@ -22,7 +23,7 @@ from nfnet_flax.paths import local_path
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
-from nfnet_flax.training.identity import stored_class_names
+from nfnet_flax.training.identity import stored_class_names, stored_input
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.restoring import read_arrays
 from nfnet_flax.training.state import model_structure
@@ -182,7 +183,8 @@ def evaluate(
       checkpoint: which one; see `Run.weights`.
       data: in place of the recipe's, such as `dataclasses.replace(Run(workdir).recipe.data, source=...)` where the
         images have moved, or for another set with the same classes. Labels mean class names: a class that the run does
-        not know is an error. The training split is not opened, unless the held-out examples are a part of it.
+        not know is an error, and so is a set that the run trained on (`data/held_out.py`). The training split is not
+        opened, unless the held-out examples are a part of it.
 
     Returns:
       The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
@@ -198,7 +200,8 @@ def evaluate(
     recipe, data = run.recipe, data or run.recipe.data
     mesh = _mesh(recipe.execution.num_microbatches, data.eval_batch_size)
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
-    source = open_split(data, "eval", run.class_names)
+    record = stored_input(run.workdir)
+    source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
     weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
     execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)

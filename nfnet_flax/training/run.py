@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from nfnet_flax import runtime
 from nfnet_flax.config import require
-from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split
+from nfnet_flax.data.held_out import check_distinct
+from nfnet_flax.data.pipeline import eval_batches, input_identity, open_split, source_record
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
@@ -95,6 +96,8 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     train_source = open_split(data, "train", class_names)
     names = train_source.class_names
     eval_source = open_split(data, "eval", names)
+    if data.num_held_out is None:
+        check_distinct(source_record(train_source), None, eval_source)
     remedy = f"must be at least {len(names)}, as the images have so many classes"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
     training = build_training(recipe, mesh, len(train_source))
