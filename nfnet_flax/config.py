@@ -21,6 +21,11 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{field} = {value!r}: {remedy}")
 
 
+def require_one_of(field: str, value: object, known: typing.Collection[str]) -> None:
+    """Raises `ConfigError` unless a value is one of a few names, so that none is taken for another by default."""
+    require(isinstance(value, str) and value in known, field, value, f"give one of {', '.join(map(repr, known))}")
+
+
 def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> ConfigError:
     """The error for a name outside a table, with the nearest known names as the remedy."""
     names = sorted(known)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """`gs://bucket/run`, and what `Path` makes of it, `gs:/bucket/run`."""
@@ -15,8 +15,10 @@ def check_path(field: str, value: str | os.PathLike[str]) -> None:
     """Refuses what cannot be the path of a local file or folder; looks at no disk.
 
     Raises:
-      ConfigError: it is empty, a URL, or holds a NUL character; the message names the field, the value and the remedy.
+      ConfigError: it is no text, empty, a URL, or holds a NUL character; the message names the field, the value and the
+        remedy.
     """
+    require(isinstance(value, str | os.PathLike), field, value, "give a path, as text or as pathlib.Path")
     text = os.fspath(value)
     if not text:
         raise ConfigError(f"{field} = '': is empty (a variable that is not set?): give a path; . is the current folder")
@@ -47,3 +49,28 @@ def local_path(field: str, value: str | os.PathLike[str]) -> Path:
         return path
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder; before Python 3.13 also for a loop
         raise ConfigError(f"{field} = {os.fspath(value)!r}: {error}: give another path") from error
+
+
+def run_folder(field: str, value: str | os.PathLike[str]) -> Path:
+    """`local_path` of the folder of a run, whose arrays TensorStore writes and reads.
+
+    Raises:
+      ConfigError: as `local_path`; or TensorStore would look elsewhere: it takes a backslash for a slash, on every
+        system, and knows no name that is not UTF-8.
+    """
+    path = local_path(field, value)
+    given = os.fspath(value)
+    where = "" if str(path) == given else f" (which is {str(path)!r})"
+    if "\\" in str(path):
+        raise ConfigError(
+            f"{field} = {given!r}{where}: holds a backslash, which the library that stores arrays takes for a slash: "
+            "rename the folder, or give another one"
+        )
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{field} = {given!r}{where}: is not UTF-8, so the library that stores arrays cannot name it: rename the "
+            "folder, or give another one"
+        ) from error
+    return path

@@ -271,3 +271,21 @@ def test_unknown_names_are_refused() -> None:
         nfnet_flax.create_model("nfnet_f0", rngs=nnx.Rngs(0), droprate=0.1)
     with pytest.raises(ConfigError, match=r"NFNetConfig\.drop_rate = '0\.1': expected float"):
         model_config("nfnet_f0", drop_rate="0.1")
+
+
+def test_images_that_are_no_batch_of_normalised_ones_are_refused_by_name() -> None:
+    model = nnx.eval_shape(lambda: build_model(SMALL["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
+    model.eval()
+    wrong: list[tuple[Any, str]] = [
+        (jnp.zeros((32, 32, 3)), r"images\.shape = \(32, 32, 3\): give .*images\[None\] is a batch of one"),
+        (jnp.zeros((2, 3, 32, 32)), r"images\.shape = \(2, 3, 32, 32\): give a jax\.Array of \(N, height, width, 3\)"),
+        (jnp.zeros((2, 32, 32, 1)), r"images\.shape = \(2, 32, 32, 1\)"),
+        (jnp.zeros((2, 0, 32, 3)), r"images\.shape = \(2, 0, 32, 3\)"),
+        (jnp.zeros((2, 32, 32, 3), jnp.uint8), r"images\.dtype = 'uint8': grey levels must be normalised first"),
+        (np.zeros((2, 32, 32, 3), np.int64), r"images\.dtype = 'int64'"),
+        ([[0.0]], r"images = 'list': give a jax\.Array"),
+    ]
+    for images, message in wrong:
+        for call in (model, model.features, model.signal_statistics):
+            with pytest.raises(ConfigError, match=message.replace("int64", "int(64|32)")):
+                call(images)

@@ -72,7 +72,9 @@ def test_an_empty_path_or_a_url_is_no_folder(capsys: pytest.CaptureFixture[str])
     for words in (["train", str(DIGITS), "--workdir"], ["eval", "--workdir"], ["doctor", "--workdir"]):
         assert "workdir = ''" in fails(capsys, *words, "")
         assert "is a URL" in fails(capsys, *words, "gs://bucket/run")
+        assert "holds a backslash" in fails(capsys, *words, "tr\\ain")
     assert "is a URL" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
+    assert "holds a backslash" in fails(capsys, "convert", "run", "tr\\ain", "--out", "weights")
 
 
 def printed_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import nfnet_flax
 from nfnet_flax import cli, weights
@@ -21,7 +23,7 @@ from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_arrays
 from nfnet_flax.training.reading import Run, evaluate, export_weights
-from nfnet_flax.weights.entries import Arrays, shapes_of
+from nfnet_flax.weights.entries import Arrays, shapes_of, skipped
 from tests.image_sets import CLASSES, make_folder
 from tests.runs import damage, finish, saved_arrays, start, start_all
 
@@ -136,6 +138,49 @@ def test_a_checkpoint_that_is_not_there(made: Made, tmp_path: Path) -> None:
         Run(bare).weights()
     with pytest.raises(ConfigError, match=r"holds no classes\.json"):
         print(Run(bare).class_names)
+
+
+@pytest.mark.parametrize("value", ["38", "latest", "Best", "", None, 6.0, True, np.True_, np.float32(6), (6,)])
+def test_what_names_no_checkpoint_is_none_and_not_the_best(made: Made, tmp_path: Path, value: Any) -> None:
+    run = Run(made.workdir)
+    for read in (
+        lambda: run.weights(checkpoint=value),
+        lambda: run.model(checkpoint=value),
+        lambda: evaluate(made.workdir, checkpoint=value, data=made.data),
+        lambda: export_weights(made.workdir, tmp_path / "out", parameters="raw", checkpoint=value),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"checkpoint = {value!r}: give 'newest', 'best' or")) as error:
+            read()
+    assert ("give 38, not '38'" in str(error.value)) == (value == "38")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_may_be_numpys(made: Made) -> None:
+    steps: tuple[Any, ...] = (np.int64(4), 4)
+    found, wanted = (Run(made.workdir).weights(checkpoint=step) for step in steps)
+    assert np.array_equal(found["head.kernel"], wanted["head.kernel"])
+
+
+def test_arguments_of_another_kind_are_refused_by_name(made: Made, tmp_path: Path) -> None:
+    wrong: Any = "foo"
+    rngs = nnx.Rngs(0)
+    for call, message in (
+        (lambda: Run(made.workdir).weights(wrong), "parameters = 'foo': give one of 'raw', 'ema'"),
+        (lambda: export_weights(made.workdir, tmp_path, parameters=wrong), "parameters = 'foo'"),
+        (lambda: evaluate(made.workdir, data=wrong), "data = 'foo': give a DataConfig"),
+        (lambda: nfnet_flax.train(wrong, tmp_path), "recipe = 'foo': give a Recipe; nfnet_flax.load_recipe(file)"),
+        (lambda: nfnet_flax.train(made.recipe, wrong), "nfnet_flax.load_recipe(file)"),  # type: ignore[arg-type]
+        (lambda: Run(None), "workdir = None: give a path"),  # type: ignore[arg-type]
+        (lambda: nfnet_flax.load_model(3), "weights file = 3: give a path"),  # type: ignore[arg-type]
+        (lambda: nfnet_flax.create_model(5, rngs=rngs), "model = 5: give the name"),  # type: ignore[arg-type]
+        (lambda: nfnet_flax.create_model("nfnet_f0", num_classes=wrong, rngs=rngs), "num_classes = 'foo'"),
+        (lambda: nfnet_flax.create_model("nfnet_f0", num_classes=True, rngs=rngs), "num_classes = True"),
+        (lambda: nfnet_flax.create_model("nfnet_f0", rngs=wrong), "rngs = 'foo': give a source"),
+        (lambda: nfnet_flax.fold(wrong), "model = 'foo': give a network"),
+        (lambda: skipped(["head.bias"], "head.*"), "skip = 'head.*': give a tuple of patterns, such as ('head.*',)"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            call()
 
 
 def test_evaluation_finds_what_training_found(made: Made) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import tyro
 
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import run_folder
 
 
 def run(argv: list[str]) -> int:
@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
         """Longest wait for a disk or a device that does not answer."""
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
-    workdir = None if options.workdir is None else local_path("workdir", options.workdir)
+    workdir = None if options.workdir is None else run_folder("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
 
     num_wrong = 0

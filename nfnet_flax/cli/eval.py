@@ -8,7 +8,7 @@ import tyro
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.exit_codes import EXIT_DONE
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
         data: Annotated[tyro.conf.AvoidSubcommands[DataConfig], tyro.conf.arg(name="data")] = given.config.data
 
     options = recipe_options.parse(EvalOptions, given, "Evaluate a checkpoint of a run on its held-out set.")
-    metrics = evaluate(local_path("workdir", options.workdir), checkpoint=options.checkpoint, data=options.data)
+    metrics = evaluate(run_folder("workdir", options.workdir), checkpoint=options.checkpoint, data=options.data)
     print(f"step {metrics['step']:.0f}")
     print_accuracy(metrics)
     return EXIT_DONE

@@ -11,7 +11,7 @@ from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import run_folder
 
 if TYPE_CHECKING:
     from nfnet_flax.training.loop import TrainResult
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")
-    workdir = local_path("workdir", chosen.workdir)
+    workdir = run_folder("workdir", chosen.workdir)
 
     from nfnet_flax.parallel.processes import current
     from nfnet_flax.runtime import prepare

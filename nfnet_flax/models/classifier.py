@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import check_types, require
@@ -145,6 +146,12 @@ class Classifier(nnx.Module):
     def _final(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
 
+    def _begin(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """What the stem gives, of images and keys that are looked at first."""
+        check_images(images)
+        check_example_keys(keys, len(images))
+        return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
+
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Pooled features before dropout.
 
@@ -156,10 +163,9 @@ class Classifier(nnx.Module):
           (N, num_features) float32 (float64 under float64 compute).
 
         Raises:
-          ConfigError: there are more or fewer keys than images.
+          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
         """
-        check_example_keys(keys, len(images))
-        x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
+        x = self._begin(images, keys)
         for stage, plans in zip(self.stages, self.plans, strict=True):
             if self.is_compact:
                 x = run_stage(list(stage), x, keys, plans, self.execution)
@@ -181,7 +187,7 @@ class Classifier(nnx.Module):
 
         Raises:
           ValueError: keys are needed and missing.
-          ConfigError: there are more or fewer keys than images.
+          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
         """
         pooled = self.features(images, keys)
         if self.drop_rate > 0 and not self.deterministic:
@@ -202,10 +208,9 @@ class Classifier(nnx.Module):
           same variance of each block's residual branch, before stochastic depth and skip gain.
 
         Raises:
-          ConfigError: there are more or fewer keys than images.
+          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
         """
-        check_example_keys(keys, len(images))
-        x = self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
+        x = self._begin(images, keys)
         outputs, branches = [x], []
         for stage, plans in zip(self.stages, self.plans, strict=True):
             for block, plan in zip(stage, plans, strict=True):
@@ -219,6 +224,17 @@ class Classifier(nnx.Module):
             "avg_var": jnp.stack([jnp.mean(jnp.var(x, axis=(0, 1, 2))) for x in outputs]),
             "res_avg_var": jnp.stack([jnp.mean(jnp.var(x, axis=(0, 1, 2))) for x in branches]),
         }
+
+
+def check_images(images: jax.Array) -> None:
+    """Raises `ConfigError` unless a network can be given these images; looks at their shape and type alone."""
+    remedy = "give a jax.Array of (N, height, width, 3)"
+    require(isinstance(images, jax.Array | np.ndarray), "images", type(images).__name__, remedy)
+    is_batch = images.ndim == 4 and images.shape[-1] == 3 and min(images.shape[1:3]) >= 1
+    hint = ": images[None] is a batch of one" if images.ndim == 3 and images.shape[-1] == 3 else ""
+    require(is_batch, "images.shape", images.shape, f"{remedy}{hint}")
+    remedy = "grey levels must be normalised first, to floats: (images - mean) / std, with those of the recipe's data"
+    require(jnp.issubdtype(images.dtype, jnp.floating), "images.dtype", str(images.dtype), remedy)
 
 
 def check_network(config: Any) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.layers import WSConv
@@ -20,8 +20,9 @@ def fold(model: Classifier) -> Classifier:
     rounding; there is nothing left to train.
 
     Raises:
-      ConfigError: the network has BatchNorm, or is folded already.
+      ConfigError: it is no network, has BatchNorm, or is folded already.
     """
+    require(isinstance(model, Classifier), "model", model, "give a network, such as nfnet_flax.create_model makes")
     blocks = [block for stage in model.stages for block in stage]
     if not all(isinstance(block, NFBlock) for block in blocks):
         raise ConfigError(f"fold: {type(model).__name__} has BatchNorm; only normalizer-free networks have this form")

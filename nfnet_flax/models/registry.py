@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from nfnet_flax.config import ConfigError, unknown_name
+from nfnet_flax.config import ConfigError, require, unknown_name
 from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
@@ -65,6 +66,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     Raises:
       ConfigError: the name or a field is unknown, or a value is invalid.
     """
+    require(isinstance(name, str), "model", name, "give the name of a network; list_models() has them")
     if name not in VARIANTS:
         raise unknown_name("model", name, VARIANTS)
     config = VARIANTS[name]
@@ -87,8 +89,10 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs, is_com
     Raises:
       ConfigError: a value is invalid.
     """
-    if num_classes < 1:
-        raise ConfigError(f"num_classes = {num_classes}: must be at least 1")
+    is_count = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
+    require(is_count and num_classes >= 1, "num_classes", num_classes, "must be an integer and at least 1")
+    require(isinstance(rngs, nnx.Rngs), "rngs", rngs, "give a source of random numbers, such as flax.nnx.Rngs(0)")
+    require(type(config) in _FAMILIES, "config", config, "give a network's configuration; model_config(name) makes one")
     if config.compute_dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError("model.compute_dtype = 'float64': call jax.enable_x64(True) first, or use float32")
     family: Any = _FAMILIES[type(config)]

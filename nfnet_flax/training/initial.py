@@ -10,7 +10,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.classes import shown
 from nfnet_flax.models import build_model
 from nfnet_flax.parallel.processes import Processes, check_agreement
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import local_path, run_folder
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.reading import Run, stored_weights
 from nfnet_flax.weights.entries import Arrays
@@ -33,7 +33,10 @@ def initial_arrays(recipe: Recipe, class_names: Sequence[str]) -> Arrays:
     if recipe.init_from is None:
         return {}
     path = local_path("init_from", recipe.init_from)
-    info, stored = stored_weights(Run(path), "ema", "newest") if path.is_dir() else read_weights(path)
+    if path.is_dir():
+        info, stored = stored_weights(Run(run_folder("init_from", path)), "ema", "newest")
+    else:
+        info, stored = read_weights(path)
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     source = f"init_from {str(path)!r}"
     arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)

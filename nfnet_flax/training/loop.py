@@ -10,13 +10,14 @@ from pathlib import Path
 
 import jax
 
+from nfnet_flax.config import require
 from nfnet_flax.data.pipeline import say_unused, train_batches
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.training import checkpoint
@@ -87,9 +88,11 @@ def train(
       CopiesDiffer: devices or processes hold different copies of the state.
       TrainingDiverged: the loss or a gradient is not finite.
     """
+    require(isinstance(recipe, Recipe), "recipe", recipe, "give a Recipe; nfnet_flax.load_recipe(file) makes one")
+    require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
     times_s = [started_at_s or time.perf_counter(), time.perf_counter()]
     prepare(reproducible=recipe.execution.reproducible)
-    workdir = local_path("workdir", workdir)
+    workdir = run_folder("workdir", workdir)
     recipe = with_absolute_paths(recipe)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     processes = current()

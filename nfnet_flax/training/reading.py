@@ -5,21 +5,22 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from nfnet_flax import runtime
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require, require_one_of
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
 from nfnet_flax.data.pipeline import eval_batches
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import compact, expand, members, split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
@@ -54,7 +55,7 @@ class Run:
         Raises:
           ConfigError: it is not the folder of a run.
         """
-        self.workdir = local_path("workdir", workdir)
+        self.workdir = run_folder("workdir", workdir)
         self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
 
     @property
@@ -85,7 +86,7 @@ class Run:
             taken.
 
         Raises:
-          ConfigError: there is no such checkpoint, or it is damaged.
+          ConfigError: an argument is none of its values, there is no such checkpoint, or it is damaged.
           StorageFailed: the folder cannot be read.
         """
         return stored_weights(self, parameters, checkpoint)[1]
@@ -96,8 +97,20 @@ class Run:
         return network_of(f"{info.source},", info, arrays)
 
 
+def checked_which(value: object) -> Which:
+    """A `checkpoint` as given; raises `ConfigError` for what names none, which must not come to mean one of them."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    hint = f": give {int(value)}, not {value!r}" if isinstance(value, str) and value.isdecimal() else ""
+    known = isinstance(value, str) and value in ("newest", "best")
+    require(known, "checkpoint", value, f"give 'newest', 'best' or the step of one as an integer{hint}")
+    return cast(Which, value)
+
+
 def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, Arrays]:
     """What `Run.weights` gives, and what a weight file would say about it; errors as there."""
+    require_one_of("parameters", parameters, _FIELDS)
+    checkpoint = checked_which(checkpoint)
     recipe, data = run.recipe, run.recipe.data
     shapes = _shapes(recipe)
     step, found = _read(run.workdir, shapes, (parameters,), checkpoint)
@@ -190,11 +203,14 @@ def evaluate(
       The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
 
     Raises:
-      ConfigError: the folder holds no run or no such checkpoint, the set does not fit it, or an image cannot be
-        decoded.
+      ConfigError: an argument is of another type, the folder holds no run or no such checkpoint, the set does not fit
+        it, or an image cannot be decoded.
       InputFailed: the input failed otherwise.
       StorageFailed: the run's folder cannot be read.
     """
+    checkpoint = checked_which(checkpoint)
+    remedy = "give a DataConfig, such as dataclasses.replace(Run(workdir).recipe.data, source=...)"
+    require(data is None or isinstance(data, DataConfig), "data", data, remedy)
     run = Run(workdir)
     runtime.prepare(reproducible=run.recipe.execution.reproducible)
     recipe, data = run.recipe, data or run.recipe.data

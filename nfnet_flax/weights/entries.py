@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models.params import split
 
 Arrays = dict[str, np.ndarray]
@@ -56,8 +56,10 @@ def skipped(names: Sequence[str], skip: Sequence[str]) -> set[str]:
     """Names that match a shell-style pattern of `skip`.
 
     Raises:
-      ConfigError: a pattern matches nothing, or the patterns match everything.
+      ConfigError: `skip` is one text, of which each character would be a pattern; a pattern matches nothing; or the
+        patterns match everything.
     """
+    require(not isinstance(skip, str), "skip", skip, f"give a tuple of patterns, such as ({skip!r},)")
     for pattern in skip:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(f"skip: pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
