@@ -90,8 +90,10 @@ def test_the_second_is_refused_while_the_first_lives_and_comes_at_once_after_it(
     started = time.monotonic()
     with lease.owning(tmp_path, never) as mine:
         mine.check()
-        with pytest.raises(ConfigError, match=f"process {os.getpid()} on host"):  # nor twice in one process
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on host") as twice:  # nor twice in one process
             lease.owning(tmp_path, never).__enter__()
+        assert "by this very process" in str(twice.value)
+        assert "kill" not in str(twice.value)
     assert time.monotonic() - started < 1.0
 
 

@@ -207,6 +207,12 @@ def _wait_until_free(folder: Path, number: int) -> None:
 def _in_use(folder: Path, owner: Owner | None, beat: dict[str, Any]) -> ConfigError:
     here = owner is not None and owner.is_of_this_host()
     stop = f" (kill {owner.pid} lets it save and stop)" if owner is not None and here else ""
+    if owner is not None and here and owner.pid == os.getpid():
+        return ConfigError(
+            f"workdir {str(folder.parent)!r} is in use by this very process {owner.pid} on host {owner.host!r} (since "
+            f"{owner.since}): another call of train, in another thread, goes on in it. Wait for its end, or give "
+            "another workdir"
+        )
     return ConfigError(
         f"workdir {str(folder.parent)!r} is in use: {_describe(owner)} trains in it and gave its last sign of life at "
         f"{beat.get('at', '(none yet)')}. Wait for its end, stop it{stop}, or give another workdir"
