@@ -132,3 +132,29 @@ def test_shards_are_kept_apart_by_content_not_by_place(sets: Path, tmp_path: Pat
         open_split(data(greedy), "train")
     apart = ArrayRecordSource(train=(f"{there}/train-0000[01]-*",), eval=(f"{there}/train-00002-*",))
     assert [len(open_split(data(apart), split)) for split in ("train", "eval")] == [8, 4]
+    for path in sorted((copy).glob("train-0000[01]*")):  # the training shards need not be where only evaluation runs
+        path.unlink()
+    moved = ArrayRecordSource(train=(f"{copy}/train-0000[01]-*",), eval=(f"{copy}/train-00002-*",))
+    assert len(open_split(data(moved), "eval", CLASSES)) == 4
+
+
+def test_a_pattern_that_finds_a_part_of_a_set_is_an_error_that_names_the_rest(sets: Path) -> None:
+    there = sets / "array_record"
+    whole = ArrayRecordSource(train=(f"{there}/train-*",), eval=(f"{there}/eval-*",))
+    part = dataclasses.replace(whole, eval=(f"{there}/eval-00000*",))
+    rest = (
+        r"eval-00000\*',\): leaves out 1 of the 2 shards .*/eval\.json', with 3 of its 6 examples, such as eval-00001"
+    )
+    with pytest.raises(ConfigError, match=rest):
+        open_split(data(part), "eval")
+    for train in (("train-00000*", "train-00002*"), ("train-00000*", "train-00002-of-00003.array_record")):
+        config = dataclasses.replace(whole, train=tuple(f"{there}/{name}" for name in train))
+        with pytest.raises(
+            ConfigError, match=r"source\.train = .* leaves out 1 of the 3 shards .* train-00001-of-00003"
+        ):
+            open_split(data(config), "train")
+    several = dataclasses.replace(whole, train=tuple(f"{there}/train-0000{index}*" for index in range(3)))
+    assert len(open_split(data(several), "train")) == 12
+    named = open_split(data(dataclasses.replace(whole, eval=(f"{there}/eval-00001-of-00002.array_record",))), "eval")
+    assert len(named) == 3
+    assert [(found.num_files, "not used are 1 of the 2 shards" in found.text) for found in named.unused] == [(1, True)]

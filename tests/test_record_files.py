@@ -139,6 +139,6 @@ def test_a_folder_name_like_a_pattern_is_meant_by_its_name(sets: Path, tmp_path:
     place = tmp_path / "data [v2] *"
     shutil.copytree(sets / "array_record", place)
     (tmp_path / "data 2 x").mkdir()  # which it would match as a pattern
-    config = DataConfig(source=ArrayRecordSource(train=(f"{place}/train-*",), eval=(f"{place}/eval-00000-*",)))
+    config = DataConfig(source=ArrayRecordSource(train=(f"{place}/train-*",), eval=(f"{place}/eval-*",)))
     assert len(open_split(config, "train")) == 12
     assert open_split(config, "eval").describe(0).startswith(f"{place}/eval-00000-of-00002")

@@ -291,6 +291,7 @@ def test_array_records_that_are_incomplete(sets: Path, tmp_path: Path) -> None:
     one = ArrayRecordSource(train=(f"{folder}/train-00001-of-00003.array_record",), eval=("x",))
     whole = records(open_source(config_of("array_record", sets), "train", 0))
     assert records(open_source(one, "train", 0)) == whole[4:8]  # a list of files may leave some out, a pattern may not
+    assert [found.num_files for found in open_source(one, "train", 0).unused] == [2]
     (folder / "train-00001-of-00003.array_record").rename(tmp_path / "kept")
     assert "1 of the 3 shards" in message("train-*")
     assert "such as train-00001-of-00003.array_record" in message("train-*")

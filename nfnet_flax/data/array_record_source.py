@@ -14,8 +14,10 @@ from nfnet_flax.data.array_records import (
     Shard,
     contradiction,
     decode_record,
+    described,
     ends_digest,
     find_shards,
+    is_pattern,
     manifest_path,
     read_manifest,
     split_of,
@@ -32,9 +34,6 @@ _Found = list[tuple[Path, Shard]]
 class ArrayRecords:
     """A split, or some shards of one, prepared by `tools/prepare_imagenet.py`; images stay encoded."""
 
-    unused: tuple[Unused, ...] = ()
-    """Patterns say what is read."""
-
     def __init__(self, config: ArrayRecordSource, split: Split) -> None:
         """Looks at the manifest, and at the sizes and ends of the files.
 
@@ -43,11 +42,12 @@ class ArrayRecords:
           split: for which use.
 
         Raises:
-          ConfigError: as `find_shards` and `read_manifest`; files differ from their manifest or in their classes; or
-            shards of a held-out set are to be trained on.
+          ConfigError: as `find_shards` and `read_manifest`; patterns leave out shards of a set; files differ from their
+            manifest or in their classes; or shards of a held-out set are to be trained on.
           OSError: a file cannot be read.
         """
         self.class_names, found = _listed(config, split)
+        self.unused = _left_out(config, split, [path for path, _ in found])
         with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
             list(threads.map(_check_identity, *zip(*found, strict=True)))
         self._paths = [str(path) for path, _ in found]
@@ -129,6 +129,35 @@ def _listed(config: ArrayRecordSource, split: Split) -> tuple[tuple[str, ...], _
             where = str(manifest_path(*key))
             raise ConfigError(f"{where!r} has other classes than the other files of {patterns!r}: use one set")
     return class_names, [(path, _shard_of(path, manifests[path.parent, split_of(path)])) for path in paths]
+
+
+def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) -> tuple[Unused, ...]:
+    """Shards of the sets of `paths` that no split reads, where files are named one by one: that is meant, and said.
+
+    Raises:
+      ConfigError: patterns leave them out, which might be a slip.
+    """
+    field, patterns = f"source.{split}", config.train if split == "train" else config.eval
+    unused: list[Unused] = []
+    for folder, kind in sorted({(path.parent, split_of(path)) for path in paths}):
+        manifest = read_manifest(folder, kind)
+        # By name: the files of the other split, where the set is divided between the two, may lie on another machine.
+        read = {name for pattern in (*config.train, *config.eval) for name in described(pattern, folder, manifest)}
+        missing = [shard for shard in manifest.shards if shard.file not in read | {path.name for path in paths}]
+        if not missing:
+            continue
+        num_examples = sum(shard.num_records for shard in missing)
+        text = (
+            f"{len(missing)} of the {len(manifest.shards)} shards listed in {str(manifest_path(folder, kind))!r}, with "
+            f"{num_examples} of its {manifest.num_records} examples, such as {missing[0].file}"
+        )
+        if any(is_pattern(pattern) and described(pattern, folder, manifest) for pattern in patterns):
+            raise ConfigError(
+                f"{field} = {patterns!r}: leaves out {text}: give a pattern that finds all, such as "
+                f"{str(folder / f'{kind}-*')!r}, or name the files of a part one by one"
+            )
+        unused.append(Unused(len(missing), f"{field}: not used are {text}"))
+    return tuple(unused)
 
 
 def _shard_of(path: Path, manifest: Manifest) -> Shard:

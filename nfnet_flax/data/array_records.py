@@ -211,9 +211,27 @@ def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
     return sorted(found)
 
 
+def is_pattern(text: str) -> bool:
+    """Whether the last part of what was given may stand for several files."""
+    return glob.has_magic(Path(text).name)
+
+
+def described(pattern: str, folder: Path, manifest: Manifest) -> list[str]:
+    """The shards of a manifest in `folder` that a file or pattern means, whether or not they are there."""
+    where = local_path("pattern", pattern).parent
+    if where != folder and not fnmatch.fnmatchcase(str(folder), _escaped(where)):
+        return []
+    return fnmatch.filter([shard.file for shard in manifest.shards], Path(pattern).name)
+
+
 def _matches(pattern: str, field: str) -> list[Path]:
-    """The files that match. What is there under the very name that the pattern has is meant, such as `data [v2]`."""
-    place, *names = local_path(field, pattern).parts
+    """The files that match."""
+    return [Path(path) for path in glob.glob(_escaped(local_path(field, pattern)))]
+
+
+def _escaped(pattern: Path) -> str:
+    """A pattern in which what is there under the very name that the pattern has is meant, such as `data [v2]`."""
+    place, *names = pattern.parts
     while names and os.path.lexists(os.path.join(place, names[0])):
         place = os.path.join(place, names.pop(0))
-    return [Path(path) for path in glob.glob(os.path.join(glob.escape(place), *names))]
+    return os.path.join(glob.escape(place), *names)

@@ -56,7 +56,8 @@ class ArrayRecordSource:
 
     train: tuple[str, ...]
     """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
-    the order of their sorted paths. A pattern must find every shard of the set that it describes. `~` is the home
+    the order of their sorted paths. A pattern must find every shard of the set that it describes, and both splits
+    together all shards of that set; files that are named one by one may be a part of it, which is said. `~` is the home
     folder; a folder whose name holds `[`, `]`, `*` or `?` is found by its plain name."""
     eval: tuple[str, ...]
     """Files or patterns of the held-out split."""
