@@ -192,7 +192,9 @@ def test_evaluation_finds_what_training_found(made: Made) -> None:
     assert evaluate(made.workdir, checkpoint="best", data=made.data) == {"step": best} | metrics_of(made.workdir, best)
 
 
-def test_labels_mean_names(made: Made, tmp_path: Path) -> None:
+def test_labels_mean_names_and_what_is_left_out_is_said(
+    made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "images"
     shutil.copytree(made.data.source.root, root)  # type: ignore[union-attr]
     data = dataclasses.replace(made.data, source=FolderSource(root=str(root)))
@@ -211,6 +213,17 @@ def test_labels_mean_names(made: Made, tmp_path: Path) -> None:
     assert found["eval/num_examples"] == 4
     assert found["eval/loss"] == pytest.approx(-np.mean(log_shares[range(4), labels]), rel=1e-4)
     assert found["eval/top1"] == np.mean(np.argmax(logits, axis=1) == labels)
+    bad = sorted((root / "val" / CLASSES[1]).iterdir())
+    for path in bad:
+        path.write_bytes(b"not an image")
+    (root / "val" / "notes.txt").touch()
+    capfd.readouterr()
+    skipping = evaluate(made.workdir, data=dataclasses.replace(data, on_corrupt="skip"))
+    assert (skipping["eval/num_examples"], skipping["eval/num_corrupt"]) == (2, 2)
+    said = capfd.readouterr().err
+    assert "nfnet: 2 of the 4 held-out images cannot be decoded and are left out of the evaluation" in said
+    assert any(f"the first is {path}\n" in said for path in bad)
+    assert f"nfnet: {root / 'val'}: not used are 1 " in said
     (root / "val" / CLASSES[1]).rename(root / "val" / "wasp")
     with pytest.raises(ConfigError, match="class 'wasp' is unknown"):
         evaluate(made.workdir, data=data)

@@ -46,7 +46,7 @@ class DataConfig:
     """Mixup and CutMix; None: neither."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """An image that cannot be decoded ends the run, or is replaced by the next example that can be and counted in the
-    metric `data/num_corrupt`; in an evaluation it is then left out, which `eval/num_examples` shows."""
+    metric `data/num_corrupt`; in an evaluation it is then left out and counted in `eval/num_corrupt`."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from the grey levels of each channel (ImageNet's)."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)

@@ -1,5 +1,6 @@
 """Evaluation: every held-out example exactly once, for raw and EMA parameters."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.random_access import Source
 from nfnet_flax.models import NFNetConfig, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
@@ -92,6 +94,8 @@ def run_evaluation(
     batches: Iterable[dict[str, Any]],
     mesh: Mesh,
     is_stopped: Callable[[], bool] | None = None,
+    *,
+    counted_in: Source | None = None,
 ) -> dict[str, float] | None:
     """Metrics of several sets of weights over the same batches.
 
@@ -101,10 +105,13 @@ def run_evaluation(
       batches: this process's rows, with `mask`.
       mesh: of the step.
       is_stopped: asked before each batch; true ends the evaluation early. The same in all processes.
+      counted_in: what the batches are of, where images that cannot be decoded are left out: they are then counted, and
+        if there are any, process 0 says so on stderr.
 
     Returns:
-      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`; None if it was stopped. Only a loss may be not finite:
-      where logits overflow. An example with such a loss is no hit, whatever its logits are.
+      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`, with `counted_in` also `eval/num_corrupt`; None if it
+      was stopped. Only a loss may be not finite: where logits overflow. An example with such a loss is no hit, whatever
+      its logits are.
 
     Raises:
       ConfigError: nothing was there to be evaluated.
@@ -118,11 +125,28 @@ def run_evaluation(
         if len(found) > _MAX_BATCHES_IN_FLIGHT:  # bounds the images that wait on the devices
             jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])
     batches_of: list[dict[str, dict[str, np.ndarray]]] = jax.device_get(found)
-    return {
+    metrics = {
         name: value
         for prefix in weights_of
         for name, value in _metrics_of(prefix, [batch[prefix] for batch in batches_of]).items()
     }
+    if counted_in is not None:
+        masks = [next(iter(batch.values()))["mask"] for batch in batches_of]
+        metrics["eval/num_corrupt"] = float(_say_left_out(counted_in, np.concatenate(masks)))
+    return metrics
+
+
+def _say_left_out(source: Source, mask: np.ndarray) -> int:
+    """How many examples are not counted; says so if there are any. All that follows them in the mask is padding."""
+    left_out = np.flatnonzero(mask[: len(source)] == 0)
+    if left_out.size and jax.process_index() == 0:
+        print(
+            f"nfnet: {left_out.size} of the {len(source)} held-out images cannot be decoded and are left out of the "
+            f"evaluation; the first is {source.describe(int(left_out[0]))}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return left_out.size
 
 
 def _metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:

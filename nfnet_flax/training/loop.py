@@ -228,7 +228,9 @@ def _evaluate(
         return stop.reached()
 
     with setup.eval_batches() as batches:
-        return run_evaluation(setup.eval_step, weights_to_evaluate(state), batches, setup.mesh, is_stopped)
+        weights = weights_to_evaluate(state)
+        counted_in = setup.eval_source if setup.recipe.data.on_corrupt == "skip" else None
+        return run_evaluation(setup.eval_step, weights, batches, setup.mesh, is_stopped, counted_in=counted_in)
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:

@@ -16,7 +16,7 @@ from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, require, require_one_of
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
-from nfnet_flax.data.pipeline import eval_batches
+from nfnet_flax.data.pipeline import eval_batches, say_unused
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import compact, expand, members, split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
@@ -191,6 +191,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run on its held-out set, on the devices of this process; writes nothing.
 
+    What of the set is not used, or is left out as it cannot be decoded, is said on stderr.
+
     Args:
       workdir: folder of the run.
       checkpoint: which one; see `Run.weights`.
@@ -218,13 +220,15 @@ def evaluate(
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
     record = stored_input(run.workdir)
     source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
+    say_unused(source)
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
     weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
     execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)
     structure = model_structure(recipe.model, recipe.num_classes, execution)
     eval_step = make_eval_step(structure, mesh, mean=data.mean, std=data.std)
     with eval_batches(data, source, process_index=0, num_processes=1) as batches:
-        metrics = run_evaluation(eval_step, weights, batches, mesh)
+        counted_in = source if data.on_corrupt == "skip" else None
+        metrics = run_evaluation(eval_step, weights, batches, mesh, counted_in=counted_in)
     assert metrics is not None  # nothing was there to stop it
     return {"step": step, **metrics}
 
