@@ -10,6 +10,15 @@ import types
 import typing
 from typing import Any
 
+MAX_COUNT = 2**31 - 1
+"""Of steps, rows, examples and labels, which arrays hold as 32-bit integers."""
+MAX_IMAGE_PX = 65_500
+"""Of the height and width of images: what JPEG can hold."""
+_MAX_FLOAT = 3.4028234e38
+"""What float32 holds, in which nearly everything is computed."""
+_MAX_INT = 2**63 - 1
+"""What files and libraries hold."""
+
 
 class ConfigError(ValueError):
     """Something the user gave and can mend. The command line prints it without a traceback and exits with code 2."""
@@ -19,6 +28,11 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
     """Raises `ConfigError` naming the field, its value and the remedy unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def require_count(field: str, value: int, *, most: int = MAX_COUNT) -> None:
+    """Raises `ConfigError` unless a number of things is at least 1 and at most `most`."""
+    require(1 <= value <= most, field, value, f"must be at least 1 and at most {most:,}")
 
 
 def require_one_of(field: str, value: object, known: typing.Collection[str]) -> None:
@@ -56,11 +70,25 @@ def _matches(value: object, hint: Any) -> bool:
 
 
 def check_types(config: Any) -> None:
-    """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type."""
+    """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type, or no number.
+
+    Every number is finite, and not beyond what computes with it: no infinity stands for "off", which is None.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _matches(value, hint):
             raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {_text_of(hint)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_number(f"{type(config).__name__}.{name}", number)
+
+
+def _check_number(field: str, value: object) -> None:
+    if isinstance(value, float):
+        require(
+            abs(value) <= _MAX_FLOAT, field, value, f"must be finite, and at most {_MAX_FLOAT:.1e} in size (float32)"
+        )
+    elif isinstance(value, int):
+        require(abs(value) <= _MAX_INT, field, value, "is beyond 64 bits: give a smaller number")
 
 
 def _text_of(hint: Any) -> str:

@@ -4,7 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
+from nfnet_flax.config import (
+    MAX_COUNT,
+    ConfigError,
+    check_types,
+    differences,
+    from_json,
+    require,
+    require_count,
+    to_json,
+)
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import with_absolute_places
 from nfnet_flax.json_files import read_json, write_json
@@ -83,7 +92,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.num_classes >= 2, "num_classes", self.num_classes, "must be at least 2")
+        require(2 <= self.num_classes <= MAX_COUNT, "num_classes", self.num_classes, f"must be 2 to {MAX_COUNT:,}")
         require(
             self.init_from is not None or not self.init_from_skip,
             "init_from_skip",
@@ -92,16 +101,24 @@ class Recipe:
         )
         check_seed("seed", self.seed)
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
-        require(
-            self.num_steps is None or self.num_steps >= 1, "num_steps", self.num_steps, "must be at least 1 or None"
-        )
+        if self.num_steps is not None:
+            require_count("num_steps", self.num_steps)
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         for name in ("log_every_steps", "eval_every_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
     def total_steps(self, num_examples: int) -> int:
-        """Updates of the whole run for a training set of `num_examples`."""
-        return self.num_steps or max(1, round(self.num_epochs * num_examples / self.data.batch_size))
+        """Updates of the whole run for a training set of `num_examples`.
+
+        Raises:
+          ConfigError: `num_epochs` are more updates than can be counted.
+        """
+        if self.num_steps is not None:
+            return self.num_steps
+        num_steps = max(1, round(self.num_epochs * num_examples / self.data.batch_size))
+        remedy = f"these are {num_steps:.3g} steps of {num_examples:,} examples: give at most {MAX_COUNT:,} steps"
+        require(num_steps <= MAX_COUNT, "num_epochs", self.num_epochs, remedy)
+        return num_steps
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -25,6 +25,40 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return " ".join(printed.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--optim.learning-rate-per-256", "inf", "OptimConfig.learning_rate_per_256 = inf: must be finite"),
+        ("--optim.weight-decay", "nan", "OptimConfig.weight_decay = nan: must be finite"),
+        ("--optim.clipping", "1e39", "OptimConfig.clipping = 1e+39: must be finite, and at most 3.4e+38"),
+        ("--optim.warmup-epochs", "1e30", "optim.warmup_epochs = 1e+30: these are 2.25e+31 steps: give at most"),
+        ("--data.std", "1 1 inf", "DataConfig.std = inf: must be finite"),
+        ("--data.stall-timeout-s", "inf", "DataConfig.stall_timeout_s = inf: must be finite"),
+        ("--watchdog.timeout-s", "inf", "WatchdogConfig.timeout_s = inf: must be finite"),
+        ("--checkpoint.every-minutes", "inf", "CheckpointConfig.every_minutes = inf: must be finite"),
+        ("--num-steps", "3000000000", "num_steps = 3000000000: must be at least 1 and at most 2,147,483,647"),
+        ("--num-steps", "9223372036854775808", "Recipe.num_steps = 9223372036854775808: is beyond 64 bits"),
+        ("--num-epochs", "1e30", "num_epochs = 1e+30: these are 2.25e+31 steps of 1,437 examples"),
+        ("--num-classes", "4294967296", "num_classes = 4294967296: must be 2 to 2,147,483,647"),
+        ("--model.widths", "8 8 8 4294967296", "model.widths = (8, 8, 8, 4294967296): every stage"),
+        ("--model.test-image-size", "65501", "model.test_image_size = 65501: must be at least 1 and at most 65,500"),
+        ("--data.image-size", "1000000", "data.image_size = 1000000: must be at least 1 and at most 65,500"),
+        ("--data.eval-image-size", "65501", "data.eval_image_size = 65501: must be at least 1 and at most 65,500"),
+        ("--data.eval-crop-margin", "65500", "data.eval_crop_margin = 65500: must be at most"),
+        ("--data.batch-size", "4294967296", "data.batch_size = 4294967296: must be at least 1 and at most"),
+        ("--data.batch-size", "2000000000", "data.batch_size = 2000000000: data.prefetch_batches = 4 of such batches"),
+        ("--data.eval-batch-size", "2000000000", "data.eval_batch_size = 2000000000: data.prefetch_batches = 4 of"),
+        ("--data.num-threads", "1000000", "data.num_threads = 1000000: must be at least 1 and at most 4,096"),
+    ],
+)
+def test_a_number_beyond_what_computes_with_it_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str, message: str
+) -> None:
+    workdir = tmp_path / "run"
+    assert message in fails(capsys, "train", RECIPE, "--workdir", str(workdir), option, *value.split())
+    assert not workdir.exists() or [path.name for path in workdir.iterdir()] == []
+
+
 def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     workdir = str(tmp_path / "run")
     assert "'nowhere.py' does not exist" in fails(capsys, "train", "nowhere.py", "--workdir", workdir)

@@ -4,8 +4,11 @@ import dataclasses
 
 import tyro
 
+from nfnet_flax.config import require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.paths import run_folder
+
+_MAX_TIMEOUT_S = 86_400
 
 
 def run(argv: list[str]) -> int:
@@ -21,6 +24,8 @@ def run(argv: list[str]) -> int:
         """Longest wait for a disk or a device that does not answer."""
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
+    remedy = f"must be positive and at most {_MAX_TIMEOUT_S:,}"
+    require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
     workdir = None if options.workdir is None else run_folder("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
 

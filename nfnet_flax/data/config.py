@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import MAX_IMAGE_PX, check_types, require, require_count
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.source_config import DigitsSource, SourceConfig, SyntheticSource, with_places_of
@@ -13,6 +13,9 @@ EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_tim
 RESUMABLE_FIELDS = (*EXECUTION_FIELDS, "on_corrupt")
 """Fields that may change at a resume. What is done about an image that cannot be decoded has decided no batch of a run
 that such an image ended: with "skip", it goes on from where it was."""
+
+_MAX_LANES = 4096
+"""Threads or worker processes of one process: more than any machine has processors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = ("image_size", "eval_image_size", "batch_size", "eval_batch_size", "num_threads", "prefetch_batches")
-        for name in sizes:
-            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        for name in ("image_size", "eval_image_size"):
+            require_count(f"data.{name}", getattr(self, name), most=MAX_IMAGE_PX)
+        for name in ("batch_size", "eval_batch_size", "prefetch_batches"):
+            require_count(f"data.{name}", getattr(self, name))
+        require_count("data.num_threads", self.num_threads, most=_MAX_LANES)
+        require(self.num_workers <= _MAX_LANES, "data.num_workers", self.num_workers, f"must be at most {_MAX_LANES:,}")
         for name in ("eval_crop_margin", "num_workers"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must not be negative")
         require(
@@ -86,6 +92,9 @@ class DataConfig:
 
     def _check_fit(self) -> None:
         """Checks fields against one another."""
+        widest = self.eval_image_size + self.eval_crop_margin
+        remedy = f"must be at most {MAX_IMAGE_PX:,} together with data.eval_image_size = {self.eval_image_size}"
+        require(widest <= MAX_IMAGE_PX, "data.eval_crop_margin", self.eval_crop_margin, remedy)
         if self.mixing is not None:
             group_size = self.mixing.group_size
             remedy = f"must be divisible by data.mixing.group_size = {group_size}"

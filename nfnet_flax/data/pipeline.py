@@ -7,6 +7,7 @@ computed ahead of the step.
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from nfnet_flax.data.random_access import Source, Split, split_off
 from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.data.sources import check_apart, open_source
 from nfnet_flax.data.workers import WorkerProcess
+from nfnet_flax.units import human_size
 
 INPUT_FORMAT = 2
 """Raised whenever the same settings and images come to give other batches."""
@@ -73,6 +75,23 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
     require(config.num_held_out < len(whole), "data.num_held_out", config.num_held_out, remedy)
     start, stop = (0, config.num_held_out) if split == "eval" else (config.num_held_out, len(whole))
     return split_off(whole, start, stop)
+
+
+def check_memory(config: DataConfig, splits: Sequence[Split], num_processes: int) -> None:
+    """Raises `ConfigError` where the batches that lie ready would take more than all memory of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for split in splits:
+        field, size = ("data.batch_size", config.image_size)
+        if split == "eval":
+            field, size = ("data.eval_batch_size", config.eval_image_size)
+        batch_size = getattr(config, field.removeprefix("data."))
+        num_bytes = -(-batch_size // num_processes) * size * size * 3 * config.prefetch_batches
+        remedy = (
+            f"data.prefetch_batches = {config.prefetch_batches} of such batches of {size} px take "
+            f"{human_size(num_bytes)} in each of {num_processes} processes, and this machine has {human_size(memory)}: "
+            "give less of one of them"
+        )
+        require(num_bytes <= memory, field, batch_size, remedy)
 
 
 def say_unused(*sources: Source) -> None:

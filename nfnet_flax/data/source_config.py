@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import MAX_COUNT, check_types, require, require_count
 from nfnet_flax.paths import check_path
 
 
@@ -29,8 +29,9 @@ class SyntheticSource:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("num_train_examples", "num_eval_examples"):
-            require(getattr(self, name) >= 1, f"source.{name}", getattr(self, name), "must be at least 1")
-        require(self.num_classes >= 2, "source.num_classes", self.num_classes, "must be at least 2")
+            require_count(f"source.{name}", getattr(self, name))
+        remedy = f"must be 2 to {MAX_COUNT:,}"
+        require(2 <= self.num_classes <= MAX_COUNT, "source.num_classes", self.num_classes, remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, check_types, require, require_count
 from nfnet_flax.models import layers
 from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
@@ -237,6 +237,12 @@ def check_images(images: jax.Array) -> None:
     require(jnp.issubdtype(images.dtype, jnp.floating), "images.dtype", str(images.dtype), remedy)
 
 
+def check_resolutions(config: Any) -> None:
+    """Raises `ConfigError` unless the published resolutions of a network are sizes of images."""
+    for name in ("train_image_size", "test_image_size"):
+        require_count(f"model.{name}", getattr(config, name), most=MAX_IMAGE_PX)
+
+
 def check_network(config: Any) -> None:
     """Checks the types of a network's configuration, and the fields that several families have.
 
@@ -247,10 +253,12 @@ def check_network(config: Any) -> None:
     for name in ("widths", "depths"):
         values = getattr(config, name)
         require(len(values) == 4, f"model.{name}", values, "give one number for each of the 4 stages")
-        require(min(values) >= 1, f"model.{name}", values, "every stage needs at least one")
+        remedy = f"every stage needs at least one, and at most {MAX_COUNT:,}"
+        require(min(values) >= 1 and max(values) <= MAX_COUNT, f"model.{name}", values, remedy)
     for name in ("drop_rate", "stochdepth_rate"):
         rate = getattr(config, name, 0.0)
         require(0 <= rate < 1, f"model.{name}", rate, "must lie in [0, 1)")
-    for name in ("expansion", "se_ratio", "group_width", "train_image_size", "test_image_size"):
+    check_resolutions(config)
+    for name in ("expansion", "se_ratio", "group_width"):
         value = getattr(config, name, None)
         require(value is None or value > 0, f"model.{name}", value, "must be positive")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
+from nfnet_flax.models.classifier import BlockPlan, Classifier, check_resolutions, plan_blocks
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
 
 # Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
@@ -61,8 +61,7 @@ class EfficientNetConfig:
             require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")
         for name in ("width_multiplier", "depth_multiplier", "se_ratio", "batch_norm_epsilon"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        for name in ("train_image_size", "test_image_size"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        check_resolutions(self)
 
     def channels(self, base: int) -> int:
         """Channels for `base` channels of B0: the nearest multiple of 8 that is at least 90% of the product."""

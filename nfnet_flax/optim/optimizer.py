@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import MAX_COUNT, check_types, require
 from nfnet_flax.optim.agc import adaptive_grad_clip
 from nfnet_flax.optim.param_groups import ParamGroup, assign
 from nfnet_flax.optim.sam import SAMConfig
@@ -130,9 +130,14 @@ def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: floa
     """The learning rate of a run, as a function of the step counted from 0.
 
     The warm-up does not depend on `num_steps`: a run that ends within it ends below the peak.
+
+    Raises:
+      ConfigError: the warm-up has more steps than can be counted.
     """
     peak = config.learning_rate_per_256 * batch_size / 256
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    remedy = f"these are {warmup_steps:.3g} steps: give at most {MAX_COUNT:,} steps"
+    require(warmup_steps <= MAX_COUNT, "optim.warmup_epochs", config.warmup_epochs, remedy)
     if config.exponential_decay is not None:
         decay = config.exponential_decay
         steps_per_fall = decay.every_epochs * steps_per_epoch
