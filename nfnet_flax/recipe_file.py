@@ -7,8 +7,11 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nfnet_flax.config import ConfigError, nearest
 from nfnet_flax.paths import local_path
@@ -16,17 +19,27 @@ from nfnet_flax.recipe import Recipe
 
 _UNKNOWN_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    types.NoneType: lambda text: {"none": None}[text.lower()],
+    str: str,
+}
+"""By the annotation of a parameter of `recipe()`, what makes its value of a text."""
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Runs a recipe file and returns what its `recipe()` makes. It may import modules that lie beside it.
 
     Args:
       path: of the file; `recipes/nfnet_imagenet.py:variant=f3` calls `recipe(variant="f3")`. Several arguments are
-        separated by commas; their values are strings.
+        separated by commas. Their values arrive as text, unless the parameter is annotated with int, float, bool or one
+        of them or None: then as such (`true`, `false`, `none`).
 
     Raises:
-      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, or a value in it is invalid. The
-        message names the file and the line.
+      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, an argument is not of its
+        parameter's type, or a value in it is invalid. The message names the file and the line.
     """
     given, arguments = _split_arguments(str(path))
     file = local_path("recipe file", given)
@@ -44,12 +57,7 @@ def load_recipe(path: str | Path) -> Recipe:
             function = vars(module).get("recipe")
             if not callable(function):
                 raise ConfigError("it defines no function recipe() that returns a Recipe")
-            parameters = inspect.signature(function).parameters
-            for argument in arguments:
-                if argument not in parameters:
-                    known = ", ".join(parameters) or "none"
-                    raise ConfigError(f"its recipe() has no parameter {argument!r}: it has {known}")
-            result = function(**arguments)
+            result = function(**_typed(function, arguments))
     except Exception as error:
         raise ConfigError(f"recipe file {_location(file, error)}: {_explanation(error)}") from error
     if not isinstance(result, Recipe):
@@ -68,6 +76,36 @@ def _split_arguments(path: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value of its own, such as variant=f3")
         arguments[name] = value
     return f"{file}.py", arguments
+
+
+def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str, Any]:
+    """Arguments of a function as its annotations say; text where they say nothing that is known here.
+
+    Raises:
+      ConfigError: the function has no such parameter, or its value is not of the annotated type.
+    """
+    parameters = inspect.signature(function).parameters
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # they name what is imported for type checkers alone
+        hints = {}
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(f"its recipe() has no parameter {name!r}: it has {', '.join(parameters) or 'none'}")
+    return {name: _value(name, text, hints.get(name, str)) for name, text in arguments.items()}
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    """What a text means for a parameter of a type: of several, the first that it can be."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = sorted(typing.get_args(hint) if is_union else (hint,), key=lambda kind: kind is str)
+    for kind in kinds:
+        if kind not in _PARSERS:
+            return text
+        with contextlib.suppress(ValueError, KeyError):
+            return _PARSERS[kind](text)
+    named = " or ".join("none" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    raise ConfigError(f"its recipe() takes {name} = {text!r}: expected {named}")
 
 
 @contextlib.contextmanager

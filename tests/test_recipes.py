@@ -130,6 +130,34 @@ def test_a_wrong_argument_is_answered_with_the_known_ones(
         assert message in capsys.readouterr().err
 
 
+def test_an_argument_arrives_as_its_annotation_says(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses, pathlib, typing\n"
+        "import nfnet_flax\n"
+        f"BASE = nfnet_flax.load_recipe({str(RECIPES / 'digits.py')!r})\n"
+        "def recipe(n: int = 1, rate: float | None = None, flag: bool = False, size: typing.Optional[int] = 9,\n"
+        "           either: int | str = 0, text: str = '', place: pathlib.Path = None, bare=None):\n"
+        "    return dataclasses.replace(BASE, name=repr([n, rate, flag, size, either, text, place, bare]))\n"
+    )
+
+    def made(arguments: str) -> str:
+        return load_recipe(f"{tmp_path / 'mine.py'}:{arguments}").name
+
+    assert made("n=4,rate=0.5,flag=true,size=none") == "[4, 0.5, True, None, 0, '', None, None]"
+    assert made("n=-3,rate=none,flag=False,size=7") == "[-3, None, False, 7, 0, '', None, None]"
+    assert made("either=8,text=8,place=8,bare=8") == "[1, None, False, 9, 8, '8', '8', '8']"
+    assert made("either=f3,text=none,bare=none") == "[1, None, False, 9, 'f3', 'none', None, 'none']"
+    for arguments, message in (
+        ("n=four", "takes n = 'four': expected int"),
+        ("n=4.0", "takes n = '4.0': expected int"),
+        ("flag=1", "takes flag = '1': expected bool"),
+        ("rate=fast", "takes rate = 'fast': expected float or none"),
+    ):
+        with pytest.raises(ConfigError, match=rf"mine\.py': its recipe\(\) {message}"):
+            made(arguments)
+
+
 def test_a_recipe_may_hold_dataclasses_and_import_a_module_beside_it(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from __future__ import annotations\n"
