@@ -95,6 +95,14 @@ def test_another_input_under_the_same_recipe_is_refused(
     assert "source.num_examples: 40 -> 39" in message
 
 
+def test_a_run_in_the_images_that_it_is_trained_on_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*options(root, tmp_path), "--workdir", str(root / "val" / "run")]
+    assert "in which every folder is a class: give one outside" in fails(capsys, *words)
+    assert not (root / "val" / "run").exists()
+
+
 def test_more_classes_than_outputs_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, *options(root, tmp_path), "--num-classes", "9")
     assert "num_classes = 9: must be at least 10" in message

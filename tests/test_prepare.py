@@ -90,8 +90,17 @@ def test_the_manifest_describes_the_files(prepared: Path) -> None:
 def test_again_does_nothing(prepared: Path, tars: list[str]) -> None:
     before = state(prepared)
     printed = prepare(prepared, *tars)
-    assert printed.count("nothing to do") == 2
+    assert printed.count("nothing to do (their contents were not compared)") == 2
     assert state(prepared) == before
+
+
+def test_a_set_is_not_written_into_the_images_that_it_is_made_from(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(folder.rglob("*"))
+    for out in (tmp_path / "link" / "train", folder / "val" / CLASSES[0] / "set"):
+        message = failing(prepare_command(out, f"--folder={folder}"))
+        assert f"lies in the image folder '{folder}/" in message
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_folder_and_a_list_of_classes_give_the_same_files(

@@ -5,10 +5,12 @@
     python tools/prepare_imagenet.py --out data/pets --folder pets --no-expect-imagenet --train-shards 8 --eval-shards 2
     python tools/prepare_imagenet.py --out data/imagenet --verify
 
-Stopped or killed, the same command continues: finished shards are kept. Labels are the positions of the sorted WordNet
-ids (folder names). Within a split the examples are ordered by a hash of `class_name/file_name`: consecutive ones are of
-mixed classes, and a folder, the tars, and what is made from either have the same order. Nothing is unpacked to disk,
-and images are stored byte for byte as they are. Space needed: that of the tars or the folder.
+Stopped or killed, the same command continues: finished shards are kept. What it is made from is known by the names, the
+sizes and the classes of the images: where one was replaced by another of the same size, give an empty folder. Labels
+are the positions of the sorted WordNet ids (folder names). Within a split the examples are ordered by a hash of
+`class_name/file_name`: consecutive ones are of mixed classes, and a folder, the tars, and what is made from either have
+the same order. Nothing is unpacked to disk, and images are stored byte for byte as they are. Space needed: that of the
+tars or the folder.
 """
 
 import contextlib
@@ -37,6 +39,8 @@ from nfnet_flax.data.listing import Listing, list_folder, list_tars
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
 from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
+from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.output import guarded_output
@@ -178,7 +182,10 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
         known = old.input_digest
         sizes = {shard.file: shard.num_bytes for shard in old.shards}
         if known == input_digest and all(path.is_file() and path.stat().st_size == sizes[path.name] for path in paths):
-            print(f"{split}: complete, {len(listing):,} images in {num_shards} shards: nothing to do")
+            print(
+                f"{split}: complete, {len(listing):,} images of the same names and sizes in {num_shards} shards: "
+                "nothing to do (their contents were not compared)"
+            )
             return
     elif plan.exists():
         known = str(read_json(plan, "give an empty folder").get("input_digest"))
@@ -244,6 +251,7 @@ def run(options: Options) -> None:
     options = options.with_resolved_paths()
     listings: dict[str, Listing] = {}
     if options.folder is not None:
+        check_outside(FolderSource(root=str(options.folder)), "--out", options.out)
         listings = list_folder(options.folder)
     elif options.train_tar is not None and options.val_tar is not None:
         print(f"looking through {options.train_tar} ...", flush=True)

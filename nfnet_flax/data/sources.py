@@ -96,6 +96,25 @@ def _folder(config: FolderSource, split: Split) -> Path:
     return local_path(field, local_path("source.root", config.root) / name)
 
 
+def check_outside(config: SourceConfig, field: str, place: Path) -> None:
+    """Raises ConfigError where a folder that is to be written lies in a split of images, as which it would be read.
+
+    Args:
+      config: of the images.
+      field: names the folder in the message.
+      place: the folder, as `local_path` gives it.
+    """
+    if not isinstance(config, FolderSource):
+        return
+    splits: tuple[Split, ...] = ("train", "eval")
+    for folder in (_folder(config, split) for split in splits):
+        if place.is_relative_to(folder):
+            raise ConfigError(
+                f"{field} = {str(place)!r}: lies in the image folder {str(folder)!r}, in which every folder is a "
+                "class: give one outside"
+            )
+
+
 def check_apart(config: SourceConfig) -> None:
     """Raises ConfigError where the held-out split of a set holds examples of its training split."""
     match config:

@@ -13,6 +13,7 @@ import jax
 from nfnet_flax.config import require
 from nfnet_flax.data.pipeline import say_unused, train_batches
 from nfnet_flax.data.prefetch import Batches
+from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
@@ -94,6 +95,7 @@ def train(
     prepare(reproducible=recipe.execution.reproducible)
     workdir = run_folder("workdir", workdir)
     recipe = with_absolute_paths(recipe)
+    check_outside(recipe.data.source, "workdir", workdir)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     processes = current()
     check_same_run(processes, recipe, workdir, start_timeout_s)
