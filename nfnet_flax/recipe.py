@@ -69,7 +69,8 @@ class Recipe:
     """Checkpoints."""
     init_from: str | None = None
     """Weight file (`nfnet convert`) that the run starts from, raw and EMA alike, or the folder of a run, whose newest
-    EMA is taken; None: random parameters. A stored head has to be of the same classes, by name."""
+    EMA is taken; None: random parameters. A stored head has to be of the same classes, by name. The weights may move,
+    but not change, until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
     seed: int = 0

@@ -1,5 +1,6 @@
 """Real `nfnet train` processes on the digits recipe."""
 
+import contextlib
 import os
 import re
 import signal
@@ -17,7 +18,9 @@ import orbax.checkpoint as ocp
 
 from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import Recipe
-from nfnet_flax.training.identity import claim, stored_class_names
+from nfnet_flax.training.identity import claim
+from nfnet_flax.training.metrics import MetricsLog
+from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.run import assemble
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +111,17 @@ def start_all(
     ]
 
 
-def claimed(workdir: Path, recipe: Recipe) -> None:
-    """Records a run in a folder, or checks that it is the same, as every start does; trains nothing."""
-    claim(current(), workdir, assemble(recipe, stored_class_names(workdir)).identity(), 60.0)
+def claimed(workdir: Path, recipe: Recipe, initial: dict[str, str] | None = None, *, logs: bool = True) -> list[str]:
+    """Records a run in a folder, or checks that it is the same, as every start does; returns what is said.
+
+    With `logs`, there is a metric of a step afterwards, as if the run had been killed before its first checkpoint.
+    """
+    setup = assemble(recipe, fixed_class_names(workdir))
+    said = claim(current(), workdir, setup.identity(initial), 60.0)
+    if logs:
+        with contextlib.closing(MetricsLog(workdir, resume_step=0, evaluated=False, tensorboard=False)) as log:
+            log.write(1, {"train/loss": 1.0})
+    return said
 
 
 def finish(process: subprocess.Popen[str]) -> str:

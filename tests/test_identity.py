@@ -1,5 +1,6 @@
 """Which run a folder is: what has to be the same at a resume, what may change and is said, what labels mean."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.doctor.data import check_data
+from nfnet_flax.doctor.workdir import check_workdir
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from nfnet_flax.recipe import CheckpointConfig, read_recipe
 from nfnet_flax.training import checkpoint, layout
@@ -16,6 +21,7 @@ from nfnet_flax.training.saving import saving
 from tests import runs
 from tests.image_sets import CLASSES, make_folder
 from tests.test_checkpoint import make_state
+from tests.test_doctor import problems
 from tests.test_input_runs import recipe_on
 from tests.test_processes import TINY
 
@@ -83,7 +89,7 @@ def test_what_decides_no_update_may_change_and_is_said(first: Path, run: Path) -
     shutil.rmtree(run / "checkpoints" / "4")
     shutil.copytree(first / "run" / "checkpoints" / "2", run / "checkpoints" / "2", dirs_exist_ok=True)
     recipe = read_recipe(run / layout.RECIPE)
-    runs.claimed(run, recipe)  # a third environment, that of this process, before the second one has saved anything
+    runs.claimed(run, recipe, logs=False)  # a third environment, before the second one has saved anything
     assert json.loads(kept.read_text())["thread_pool_size"] == "8"
 
 
@@ -159,6 +165,31 @@ def test_the_class_list_is_needed_and_checked(run: Path) -> None:
     assert code == EXIT_BAD_INPUT
     assert str(run / layout.CLASSES) in printed
     assert "Traceback" not in printed
+
+
+def test_a_start_that_trained_nothing_ties_the_folder_to_no_recipe(first: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(first / "images", tmp_path / "images")
+    stored = read_recipe(first / "run" / layout.RECIPE)
+    recipe = dataclasses.replace(
+        stored, num_classes=4, data=dataclasses.replace(stored.data, source=FolderSource(root=str(images)))
+    )
+    workdir = tmp_path / "run"
+    assert runs.claimed(workdir, recipe, logs=False) == []
+    assert runs.claimed(workdir, recipe, logs=False) == []
+    for split in ("train", "val"):
+        (images / split / CLASSES[0]).rename(images / split / "z_last")
+    right = dataclasses.replace(recipe, num_classes=3)
+    data = problems(check_data(right, workdir))
+    assert data == problems(check_workdir(workdir, right, until_s=0)) == []
+    (said,) = runs.claimed(workdir, right)
+    assert said.startswith(
+        "another run than at the last start, which trained nothing here: num_classes: 4 -> 3; source."
+    )
+    assert f"class names: {', '.join(CLASSES)} -> {', '.join((*CLASSES[1:], 'z_last'))}" in said
+    assert read_recipe(workdir / layout.RECIPE) == right
+    assert runs.claimed(workdir, right) == []
+    with pytest.raises(ConfigError, match="num_classes: 3 -> 4"):  # by now there are metrics of a step
+        runs.claimed(workdir, recipe)
 
 
 def best_step(workdir: Path) -> int | None:

@@ -58,7 +58,10 @@ def test_a_corrupt_image_ends_the_run_with_its_name(
     assert f"nfnet: error: {root}/train/class_" in message
     assert "(example " in message
     assert "--data.on-corrupt skip" in message
-    none = fails(capsys, *options(root, tmp_path), "--data.on-corrupt", "skip")  # in the same folder
+    # In the same folder, where nothing was trained: what else was wrong may be put right, too.
+    none = fails(capsys, *options(root, tmp_path), "--data.on-corrupt", "skip", "--num-classes", "11")
+    assert "10 classes, 11 outputs: " in none
+    assert "another run than at the last start, which trained nothing here: num_classes: 10 -> 11" in none
     assert "none of the 40 training images can be decoded" in none
 
 

@@ -14,7 +14,8 @@ from nfnet_flax.json_files import StorageFailed, read_json, write_json
 from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
-from nfnet_flax.training.identity import claim, stored_class_names
+from nfnet_flax.training.identity import claim
+from nfnet_flax.training.record import stored_class_names
 from nfnet_flax.training.run import assemble
 from tests import runs
 

@@ -21,11 +21,11 @@ from nfnet_flax.data.source_config import FolderSource
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
-from nfnet_flax.training.initial import initial_arrays
+from nfnet_flax.training.initial import initial_weights
 from nfnet_flax.training.reading import Run, evaluate, export_weights
 from nfnet_flax.weights.entries import Arrays, shapes_of, skipped
 from tests.image_sets import CLASSES, make_folder
-from tests.runs import damage, finish, saved_arrays, start, start_all
+from tests.runs import claimed, damage, finish, saved_arrays, start, start_all
 
 RECIPE = '''
 from nfnet_flax.data.config import DataConfig
@@ -79,6 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     process = start(folder / "run", *OPTIONS, recipe=Path(f"{file}:root={folder / 'images'}"))
     printed = finish(process)
     assert process.returncode == 0, printed
+    assert "nfnet: 3 classes, 4 outputs: no image has the label of the last 1; " in printed
     (folder / "images").rename(folder / "moved_images")
     workdir = (folder / "run").rename(folder / "moved_run")
     return Made(workdir, Path(f"{file}:root={folder / 'moved_images'}"))
@@ -183,13 +184,21 @@ def test_arguments_of_another_kind_are_refused_by_name(made: Made, tmp_path: Pat
             call()
 
 
-def test_evaluation_finds_what_training_found(made: Made) -> None:
+def test_evaluation_finds_what_training_found(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="images"):
         evaluate(made.workdir)
+    capsys.readouterr()
     assert evaluate(made.workdir, data=made.data) == {"step": 6} | metrics_of(made.workdir, 6)
     assert evaluate(made.workdir, checkpoint=4, data=made.data) == {"step": 4} | metrics_of(made.workdir, 4)
     best = int(next((made.workdir / "best").glob("[0-9]*")).name)
+    said = capsys.readouterr().err
+    assert "3 classes, 4 outputs" in said
+    assert "preprocessing" not in said
+    darker = dataclasses.replace(made.data, mean=(0.0, 0.0, 0.0))
     assert evaluate(made.workdir, checkpoint="best", data=made.data) == {"step": best} | metrics_of(made.workdir, best)
+    assert evaluate(made.workdir, data=darker)["eval/loss"] != metrics_of(made.workdir, 6)["eval/loss"]
+    said = capsys.readouterr().err
+    assert "preprocessing: stored -> asked for: mean (123.675, 116.28, 103.53) -> (0.0, 0.0, 0.0): " in said
 
 
 def test_labels_mean_names_and_what_is_left_out_is_said(
@@ -293,25 +302,57 @@ def recipe_from(made: Made, init_from: Path, *skip: str) -> Recipe:
 def test_a_run_starts_from_a_run_or_a_file(made: Made, tmp_path: Path) -> None:
     path = export_weights(made.workdir, tmp_path, parameters="ema")
     recipe = recipe_from(made, made.workdir)
-    from_run = initial_arrays(recipe, CLASSES)
-    from_file = initial_arrays(recipe_from(made, path), CLASSES)
+    from_run = initial_weights(recipe, CLASSES).arrays
+    from_file = initial_weights(recipe_from(made, path), CLASSES).arrays
     expected = Run(made.workdir).weights("ema")
     for arrays in (from_run, from_file):
         assert arrays.keys() == expected.keys()
         assert all(np.array_equal(arrays[name], expected[name]) for name in arrays)
     # Outputs go with the names of their classes.
-    other = initial_arrays(recipe, (CLASSES[2], CLASSES[0], CLASSES[1]))
+    other = initial_weights(recipe, (CLASSES[2], CLASSES[0], CLASSES[1])).arrays
     assert np.array_equal(other["head.kernel"], expected["head.kernel"][:, [2, 0, 1, 3]])
     assert np.array_equal(other["head.bias"], expected["head.bias"][[2, 0, 1, 3]])
     assert np.array_equal(other["final_bn.gain"], expected["final_bn.gain"])
     with pytest.raises(ConfigError, match=r"(?s)of other classes .* new: wasp.* gone: n01484850.*--init-from-skip"):
-        initial_arrays(recipe, (*CLASSES[:2], "wasp"))
-    without_head = initial_arrays(recipe_from(made, made.workdir, "head.*"), ("ant", "bee", "cat"))
+        initial_weights(recipe, (*CLASSES[:2], "wasp"))
+    without_head = initial_weights(recipe_from(made, made.workdir, "head.*"), ("ant", "bee", "cat")).arrays
     assert without_head.keys() == {name for name in expected if not name.startswith("head.")}
     with pytest.raises(ConfigError, match="leave out all"):
-        initial_arrays(recipe_from(made, made.workdir, "*"), CLASSES)
+        initial_weights(recipe_from(made, made.workdir, "*"), CLASSES)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        initial_arrays(recipe_from(made, tmp_path / "absent"), CLASSES)
+        initial_weights(recipe_from(made, tmp_path / "absent"), CLASSES)
+
+
+def test_a_run_is_one_with_the_weights_that_it_began_with(made: Made, tmp_path: Path) -> None:
+    files = {kind: export_weights(made.workdir, tmp_path / kind, parameters=kind) for kind in ("ema", "raw")}
+    ema, raw = (recipe_from(made, files[kind]) for kind in ("ema", "raw"))
+    records = {recipe.init_from: initial_weights(recipe, CLASSES).record for recipe in (ema, raw)}
+    workdir = tmp_path / "run"
+    claimed(workdir, raw, records[raw.init_from], logs=False)
+    (said,) = claimed(workdir, ema, records[ema.init_from])
+    assert re.search(r"which trained nothing here: init_from: run .* of other content", said)
+    # By now it trained, though it has no checkpoint: it starts from its weights again, wherever they lie.
+    moved = dataclasses.replace(ema, init_from=str(made.workdir))
+    (said,) = claimed(workdir, moved, initial_weights(moved, CLASSES).record)
+    assert said.startswith("changed since the last start, which decides no update: init_from: ")
+    with pytest.raises(ConfigError, match="holds other weights than this run began with") as error:
+        claimed(workdir, raw, records[raw.init_from])
+    assert str(files["raw"]) in str(error.value)
+    # From a checkpoint it needs none of them: what is not read is not put on record.
+    shutil.copytree(made.workdir / "checkpoints" / "2", workdir / "checkpoints" / "2")
+    (said,) = claimed(workdir, dataclasses.replace(ema, init_from="/nope"))
+    assert said.startswith("init_from = '/nope' has no effect: the run goes on from a checkpoint, and began with ")
+    assert Run(workdir).recipe.init_from == str(made.workdir)
+
+
+def test_weights_that_know_other_images_are_named(made: Made) -> None:
+    recipe = recipe_from(made, made.workdir)
+    assert initial_weights(recipe, CLASSES).said is None
+    data = dataclasses.replace(recipe.data, std=(255.0, 255.0, 255.0), image_size=64, eval_image_size=64)
+    said = initial_weights(dataclasses.replace(recipe, data=data), CLASSES).said
+    assert said is not None
+    assert said.startswith(f"init_from {str(made.workdir)!r}: preprocessing: stored -> asked for: std (58.395, ")
+    assert "mean (" not in said
 
 
 def test_processes_start_from_the_same_weights(made: Made, tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def spare_outputs(num_classes: int, class_names: Sequence[str]) -> str | None:
+    """What to say of a network with more outputs than classes; None where each output has one."""
+    spare = num_classes - len(class_names)
+    if spare <= 0:
+        return None
+    return (
+        f"{len(class_names)} classes, {num_classes} outputs: no image has the label of the last {spare}; without them, "
+        f"num_classes would be {len(class_names)}"
+    )
+
+
 def with_classes(source: Source, class_names: Sequence[str], split: Split) -> Source:
     """A source whose labels are those of `class_names`; `source` itself where it has just these.
 

@@ -97,7 +97,13 @@ def check_memory(config: DataConfig, splits: Sequence[Split], num_processes: int
 def say_unused(*sources: Source) -> None:
     """Prints, once and to stderr, what lies in the sets and is not used."""
     for found in dict.fromkeys(found for source in sources for found in source.unused):
-        print(f"nfnet: {found.text}", file=sys.stderr, flush=True)
+        say(found.text)
+
+
+def say(text: str | None) -> None:
+    """Prints a line about the input to stderr; nothing for None."""
+    if text is not None:
+        print(f"nfnet: {text}", file=sys.stderr, flush=True)
 
 
 def train_batches(

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     """Opens both splits and decodes an image of each; compares them with what the run in the workdir began with."""
+    from nfnet_flax.data.classes import spare_outputs
     from nfnet_flax.data.held_out import check_distinct
     from nfnet_flax.data.pipeline import input_changes, input_identity, open_split, source_record
-    from nfnet_flax.training.identity import stored_class_names
+    from nfnet_flax.training.record import fixed_class_names, has_trained
 
-    class_names = None if workdir is None else stored_class_names(workdir)
+    class_names = None if workdir is None else fixed_class_names(workdir)
     findings, sources = [], {}
     splits: tuple[Split, ...] = ("train", "eval")
     for split in splits:
@@ -32,12 +33,14 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     num_classes = max(len(source.class_names) for source in sources.values())
     if recipe.num_classes < num_classes:
         findings.append(wrong(f"num_classes = {recipe.num_classes}", f"must be at least {num_classes}"))
+    if (spare := spare_outputs(recipe.num_classes, sources["train"].class_names)) is not None:
+        findings.append(seen(spare))
     if recipe.data.num_held_out is None:
         try:
             check_distinct(source_record(sources["train"]), None, sources["eval"])
         except ConfigError as error:
             findings.append(Finding(text=str(error), is_wrong=True))
-    stored = None if workdir is None else workdir / INPUT
+    stored = None if workdir is None or not has_trained(workdir) else workdir / INPUT
     if stored is not None and stored.exists():
         now = input_identity(recipe.data, seed=recipe.seed, train_source=sources["train"], eval_source=sources["eval"])
         recorded = read_json(stored, "put it back from a copy, or start in a new workdir")

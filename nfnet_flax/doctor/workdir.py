@@ -129,6 +129,7 @@ def _describe_problem(checkpoint: Path, problem: Damaged | StorageFailed, good: 
 def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
     """What tells that a start in this folder is the same run as before."""
     from nfnet_flax.recipe import read_recipe, recipe_differences
+    from nfnet_flax.training.record import has_trained
 
     has_begun = any(steps_in(workdir / kind) for kind in layout.CHECKPOINT_KINDS)
     findings = []
@@ -144,6 +145,8 @@ def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
     except ConfigError as error:  # its message says what to do
         return [*findings, Finding(text=str(error), is_wrong=True)]
     changed = [] if recipe is None else recipe_differences(own, recipe)
+    if not has_trained(workdir):
+        return findings + [seen(f"another recipe than of a start that trained nothing ({line})") for line in changed]
     return findings + [wrong(f"the run has another recipe ({line})", "give its values back") for line in changed]
 
 

@@ -13,6 +13,7 @@ import jax
 
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, differences, require, to_json
+from nfnet_flax.data.classes import shown
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import input_changes
 from nfnet_flax.data.source_config import PLACE_FIELDS
@@ -27,6 +28,7 @@ from nfnet_flax.recipe import (
     save_recipe,
 )
 from nfnet_flax.training import checkpoint, layout
+from nfnet_flax.training.record import has_trained, stored_class_names, stored_initial, stored_input
 
 
 def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
@@ -70,6 +72,8 @@ class Identity:
     """In the order of the labels."""
     environment: dict[str, str]
     """What decides the last bits (`runtime.environment`)."""
+    initial: dict[str, str] | None = None
+    """Which weights it starts from (`initial.InitialWeights`); None: random ones, or a checkpoint."""
 
 
 def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: float) -> list[str]:
@@ -79,8 +83,8 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
       Lines for the user: what differs from before without deciding an update, and what the differences mean.
 
     Raises:
-      ConfigError: the folder cannot be written, belongs to another recipe, input or classes, or is not the same folder
-        in all processes.
+      ConfigError: the folder cannot be written, belongs to another recipe, input or classes or to other initial
+        weights, or is not the same folder in all processes.
     """
     lines = []
     if processes.is_first:
@@ -104,10 +108,13 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
     step = checkpoint.latest_step(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lines = _take_off_record(workdir, identity)
         if not (workdir / layout.RECIPE).exists():
             save_recipe(identity.recipe, workdir / layout.RECIPE)
         before = read_recipe(workdir / layout.RECIPE)
         _check_recipe(workdir, before, identity.recipe)
+        recipe, said = _check_initial(workdir, before, identity, step)
+        lines += said
         num_examples = identity.input["source"]["num_examples"]
         longer = length_change(before, identity.recipe, num_examples=num_examples, step=step or 0)
         for name in (layout.INPUT, layout.CLASSES):
@@ -116,18 +123,66 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
         _record(workdir / layout.INPUT, identity.input)
         images = _check_input(workdir, identity.input)
         _record(workdir / layout.CLASSES, {"class_names": list(identity.class_names)})
-        lines = _claim_environment(workdir, identity.environment)
+        if identity.initial is not None:
+            _record(workdir / layout.INITIAL, identity.initial)
+        lines += _claim_environment(workdir, identity.environment)
         lines += [longer] if longer is not None else []
         if images:
             lines.append(f"other images than before under the same names, which count from now on: {'; '.join(images)}")
             write_json(workdir / layout.INPUT, identity.input)
-        if changed := free_differences(before, identity.recipe):
+        if changed := free_differences(before, recipe):
             lines.append(f"changed since the last start, which decides no update: {'; '.join(changed)}")
-        if before != identity.recipe:
-            save_recipe(identity.recipe, workdir / layout.RECIPE)
+        if before != recipe:
+            save_recipe(recipe, workdir / layout.RECIPE)
     except OSError as error:
         raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
     return lines
+
+
+def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
+    """Removes the record of a start that trained nothing, such as one that an image or a wrong number ended, where this
+    one is another run; returns what to say. Called by the owner of the folder."""
+    if has_trained(workdir):
+        return []
+    changed: list[str] = []
+    if (workdir / layout.RECIPE).exists():
+        changed += recipe_differences(read_recipe(workdir / layout.RECIPE), identity.recipe)
+    if (workdir / layout.INPUT).exists():
+        changed += input_changes(stored_input(workdir), identity.input)[0]
+    names = stored_class_names(workdir)
+    if names is not None and names != identity.class_names:
+        changed.append(f"class names: {shown(names)} -> {shown(identity.class_names)}")
+    then, now = stored_initial(workdir), identity.initial
+    if then is not None and now is not None and then["content"] != now["content"]:
+        changed.append(f"init_from: {then['source']} -> {now['source']}, of other content")
+    if not changed:
+        return []
+    for name in (layout.RECIPE, layout.INPUT, layout.CLASSES, layout.INITIAL):
+        (workdir / name).unlink(missing_ok=True)
+    return [f"another run than at the last start, which trained nothing here: {'; '.join(dict.fromkeys(changed))}"]
+
+
+def _check_initial(workdir: Path, before: Recipe, identity: Identity, step: int | None) -> tuple[Recipe, list[str]]:
+    """Checks that a run which starts at step 0 again starts from the same weights as before.
+
+    Returns:
+      The recipe for the record, in which `init_from` changes only where its weights were read and compared; and lines.
+
+    Raises:
+      ConfigError: they are others.
+    """
+    recipe, now = identity.recipe, identity.initial
+    if step is not None and recipe.init_from != before.init_from:
+        line = f"init_from = {recipe.init_from!r} has no effect: the run goes on from a checkpoint, and began with "
+        return dataclasses.replace(recipe, init_from=before.init_from), [f"{line}{before.init_from!r}"]
+    then = stored_initial(workdir)
+    if then is not None and now is not None and then["content"] != now["content"]:
+        raise ConfigError(
+            f"init_from = {recipe.init_from!r}: holds other weights than this run began with ({then['source']}, "
+            f"content {then['content']} -> {now['source']}, content {now['content']}): give those back, or another "
+            "workdir; the weights of a run that trains on change, and nfnet convert run makes a file that stays"
+        )
+    return recipe, []
 
 
 def _check_recipe(workdir: Path, stored: Recipe, recipe: Recipe) -> None:
@@ -157,37 +212,6 @@ def _check_input(workdir: Path, now: dict[str, Any]) -> list[str]:
             + "\n".join(f"  {line}" for line in lines)
         )
     return said
-
-
-def stored_input(workdir: Path) -> dict[str, Any]:
-    """What a run was trained on (`pipeline.input_identity`).
-
-    Raises:
-      ConfigError: the file is missing or damaged.
-    """
-    path = workdir / layout.INPUT
-    remedy = "put it back from a copy, or start in a new workdir"
-    record = read_json(path, remedy)
-    if not all(isinstance(record.get(name), dict) for name in ("source", "eval_source")):
-        raise ConfigError(f"{str(path)!r} does not say what the run was trained on: {remedy}")
-    return record
-
-
-def stored_class_names(workdir: Path) -> tuple[str, ...] | None:
-    """Class names of a run, in the order of its labels; None where no run has begun.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    path = workdir / layout.CLASSES
-    if not path.exists():
-        return None
-    remedy = "put it back from a copy; every reader of this run needs it"
-    stored = read_json(path, remedy)
-    names = stored.get("class_names")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{str(path)!r} holds no class names: {remedy}")
-    return tuple(names)
 
 
 def _claim_environment(workdir: Path, environment: dict[str, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The weights that a run starts from: out of a weight file or of another run, for the classes of its own images."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
@@ -17,8 +18,20 @@ from nfnet_flax.weights.entries import Arrays
 from nfnet_flax.weights.portable import WeightsInfo, fitting_arrays, read_weights
 
 
-def initial_arrays(recipe: Recipe, class_names: Sequence[str]) -> Arrays:
-    """What `init_from` gives, by the names of the network; nothing without it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """What a run starts from before its first update."""
+
+    arrays: Arrays
+    """By the names of the network; those that it lacks are random."""
+    record: dict[str, str] | None = None
+    """What `init_from` gave, for the record in the run's folder: `source`, and `content`, a digest; None without it."""
+    said: str | None = None
+    """A line for the user."""
+
+
+def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeights:
+    """What `init_from` gives; no arrays without it.
 
     Args:
       recipe: `init_from` is a weight file, or the folder of a run, whose newest checkpoint's EMA is taken. Of another
@@ -31,7 +44,7 @@ def initial_arrays(recipe: Recipe, class_names: Sequence[str]) -> Arrays:
       StorageFailed: the folder cannot be read.
     """
     if recipe.init_from is None:
-        return {}
+        return InitialWeights(arrays={})
     path = local_path("init_from", recipe.init_from)
     if path.is_dir():
         info, stored = stored_weights(Run(run_folder("init_from", path)), "ema", "newest")
@@ -40,7 +53,23 @@ def initial_arrays(recipe: Recipe, class_names: Sequence[str]) -> Arrays:
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     source = f"init_from {str(path)!r}"
     arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
-    return _for_classes(source, info, arrays, class_names)
+    arrays = _for_classes(source, info, arrays, class_names)
+    known, data = info.preprocessing, recipe.data
+    return InitialWeights(
+        arrays=arrays,
+        record={"source": info.source, "content": _content(arrays)},
+        said=None if known is None else known.normalisation_change(source, data.mean, data.std),
+    )
+
+
+def _content(arrays: Arrays) -> str:
+    """A digest of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:32]
 
 
 def _for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str]) -> Arrays:
@@ -61,14 +90,13 @@ def _for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Se
     return arrays | {name: np.take(arrays[name], order, axis=-1) for name in head}
 
 
-def check_same_start(processes: Processes, recipe: Recipe, arrays: Arrays, *, is_new: bool, timeout_s: float) -> None:
+def check_same_start(processes: Processes, recipe: Recipe, initial: InitialWeights | None, *, timeout_s: float) -> None:
     """Checks that all processes start from the same weights; each has read them by itself.
 
     Args:
       processes: of this run.
       recipe: names the weights in the message.
-      arrays: of `initial_arrays`.
-      is_new: whether this process finds no checkpoint, so that the run starts from these.
+      initial: of `initial_weights`; None where this process finds a checkpoint, from which the run goes on.
       timeout_s: longest wait for the others.
 
     Raises:
@@ -76,13 +104,10 @@ def check_same_start(processes: Processes, recipe: Recipe, arrays: Arrays, *, is
     """
     if processes.count == 1:
         return
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(arrays[name].tobytes())
-    start = f"content {digest.hexdigest()[:16]}" if arrays else "random parameters"
-    if not is_new:
+    if initial is None:
         start = "the newest checkpoint in the workdir"
+    else:
+        start = "random parameters" if initial.record is None else f"content {initial.record['content']}"
     try:
         check_agreement(processes, "start", {"start": start}, timeout_s)
     except ConfigError as error:

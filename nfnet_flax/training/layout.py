@@ -3,6 +3,7 @@
     recipe.json        the resolved recipe
     input.json         what the input is made of
     classes.json       class names in the order of the labels
+    initial.json       which weights `init_from` gave
     environment.json   versions, device and settings that decide the last bits
     owner/             which process writes here
     checkpoints/STEP   the newest checkpoints
@@ -36,6 +37,7 @@ from nfnet_flax.training.storage import StorageFailed, brief, reads_and_writes
 RECIPE = "recipe.json"
 INPUT = "input.json"
 CLASSES = "classes.json"
+INITIAL = "initial.json"
 ENVIRONMENT = "environment.json"
 OWNER = "owner"
 CHECKPOINTS = "checkpoints"

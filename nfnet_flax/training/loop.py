@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from nfnet_flax.config import require
-from nfnet_flax.data.pipeline import say_unused, train_batches
+from nfnet_flax.data.classes import spare_outputs
+from nfnet_flax.data.pipeline import say, say_unused, train_batches
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_LOST
@@ -25,12 +26,13 @@ from nfnet_flax.training import checkpoint
 from nfnet_flax.training.copies import check_copies
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.fingerprints import fingerprints
-from nfnet_flax.training.identity import check_same_run, claim, stored_class_names
-from nfnet_flax.training.initial import check_same_start, initial_arrays
+from nfnet_flax.training.identity import check_same_run, claim
+from nfnet_flax.training.initial import check_same_start, initial_weights
 from nfnet_flax.training.lease import LeaseLost, owning
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
+from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run import Setup, assemble
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, saving
@@ -104,19 +106,24 @@ def train(
         check_deterministic()
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
-        setup = assemble(recipe, stored_class_names(workdir))
+        setup = assemble(recipe, fixed_class_names(workdir))
+        class_names = setup.train_source.class_names
+        is_new = checkpoint.latest_step(workdir) is None
+        initial = initial_weights(recipe, class_names) if is_new else None
         if processes.is_first:
             say_unused(setup.train_source, setup.eval_source)
-        is_new = checkpoint.latest_step(workdir) is None
-        weights = initial_arrays(recipe, setup.train_source.class_names) if is_new else {}
-        check_same_start(processes, recipe, weights, is_new=is_new, timeout_s=start_timeout_s)
+            for text in (spare_outputs(recipe.num_classes, class_names), initial.said if initial else None):
+                say(text)
+        check_same_start(processes, recipe, initial, timeout_s=start_timeout_s)
         lease = opened.enter_context(owning(workdir, _end_at_once)) if processes.is_first else None
-        for line in claim(processes, workdir, setup.identity(), start_timeout_s):
+        identity = setup.identity(initial.record if initial else None)
+        for line in claim(processes, workdir, identity, start_timeout_s):
             print(line, file=sys.stderr, flush=True)
         times_s.append(time.perf_counter())
         restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
         saver = opened.enter_context(saving(workdir, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
-        start = restored or (setup.create_state(weights), make_notes(evaluated=False, metrics={}))
+        arrays = initial.arrays if initial else {}
+        start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
         _report_start([*times_s, time.perf_counter()])
         return _run(setup, workdir, start, saver, stop, watchdog)
 

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, require, require_one_of
+from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
-from nfnet_flax.data.pipeline import check_memory, eval_batches, say_unused
+from nfnet_flax.data.pipeline import check_memory, eval_batches, say, say_unused
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import compact, expand, members, split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
@@ -24,8 +25,8 @@ from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
-from nfnet_flax.training.identity import stored_class_names, stored_input
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
+from nfnet_flax.training.record import stored_class_names, stored_input
 from nfnet_flax.training.restoring import read_arrays
 from nfnet_flax.training.state import model_structure
 from nfnet_flax.weights import network_of
@@ -111,7 +112,7 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
     """What `Run.weights` gives, and what a weight file would say about it; errors as there."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
-    recipe, data = run.recipe, run.recipe.data
+    recipe = run.recipe
     shapes = _shapes(recipe)
     step, found = _read(run.workdir, shapes, (parameters,), checkpoint)
     arrays = {name: value for part in found[parameters] for name, value in part.items()}
@@ -121,15 +122,19 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
         source=f"run {recipe.name!r}, step {step}, seed {recipe.seed}",
         parameters=parameters,
         class_names=run.class_names,
-        preprocessing=Preprocessing(
-            image_size=data.eval_image_size,
-            crop_margin=data.eval_crop_margin,
-            resampler=data.eval_resampler,
-            mean=data.mean,
-            std=data.std,
-        ),
+        preprocessing=_preprocessing(recipe.data),
     )
     return info, expand(arrays, members(name for part in shapes for name in part))
+
+
+def _preprocessing(data: DataConfig) -> Preprocessing:
+    return Preprocessing(
+        image_size=data.eval_image_size,
+        crop_margin=data.eval_crop_margin,
+        resampler=data.eval_resampler,
+        mean=data.mean,
+        std=data.std,
+    )
 
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -222,6 +227,8 @@ def evaluate(
     record = stored_input(run.workdir)
     source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
     say_unused(source)
+    say(spare_outputs(recipe.num_classes, run.class_names))
+    say(_preprocessing(recipe.data).normalisation_change(f"run {recipe.name!r}", data.mean, data.std))
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
     weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
     execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)

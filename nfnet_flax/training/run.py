@@ -54,8 +54,8 @@ class Setup:
         """Shapes, types and shardings of the state."""
         return abstract_state(self.structure, self.optimizer, self.mesh)
 
-    def identity(self) -> Identity:
-        """What the run is, for the record in its folder."""
+    def identity(self, initial: dict[str, str] | None = None) -> Identity:
+        """What the run is, for the record in its folder; `initial` is of `InitialWeights`."""
         return Identity(
             recipe=self.recipe,
             input=input_identity(
@@ -66,6 +66,7 @@ class Setup:
             ),
             class_names=tuple(self.train_source.class_names),
             environment=runtime.environment(),
+            initial=initial,
         )
 
     def eval_batches(self) -> Batches:

@@ -37,6 +37,28 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_types(self)
 
+    def normalisation_change(self, source: str, mean: Sequence[float], std: Sequence[float]) -> str | None:
+        """What to say where images are to be normalised otherwise; None where they are not.
+
+        To a network this makes other images of them. The size may be another, which is usual, and resamplers differ by
+        less than a grey level.
+
+        Args:
+          source: what has this preprocessing, for the message.
+          mean: that is asked for.
+          std: that is asked for.
+        """
+        asked = {"mean": tuple(mean), "std": tuple(std)}
+        changed = [
+            f"{name} {getattr(self, name)} -> {value}" for name, value in asked.items() if getattr(self, name) != value
+        ]
+        if not changed:
+            return None
+        return (
+            f"{source}: preprocessing: stored -> asked for: {', '.join(changed)}: the weights will see images unlike "
+            "those that they know; for the same images give data.mean and data.std as stored"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
