@@ -43,6 +43,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("--model.widths", "8 8 8 4294967296", "model.widths = (8, 8, 8, 4294967296): every stage"),
         ("--model.test-image-size", "65501", "model.test_image_size = 65501: must be at least 1 and at most 65,500"),
         ("--data.image-size", "1000000", "data.image_size = 1000000: must be at least 1 and at most 65,500"),
+        ("--data.image-size", "60000", "data.batch_size = 64: data.prefetch_batches = 4 of such batches of 60000 px"),
         ("--data.eval-image-size", "65501", "data.eval_image_size = 65501: must be at least 1 and at most 65,500"),
         ("--data.eval-crop-margin", "65500", "data.eval_crop_margin = 65500: must be at most"),
         ("--data.batch-size", "4294967296", "data.batch_size = 4294967296: must be at least 1 and at most"),

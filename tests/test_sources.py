@@ -338,3 +338,8 @@ def test_tfds_sets_that_cannot_be_used(sets: Path, tmp_path: Path) -> None:
     assert '"fileFormat": "array_record"' in text
     info.write_text(text.replace('"array_record"', '"tfrecord"'))
     assert "is prepared as tfrecord, which has no random access" in message()
+
+
+def test_digits_that_no_memory_holds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_image_size = 60000: 360 digits of 60000 px take 5\.9 TiB"):
+        open_source(config_of("digits", Path()), "eval", 60_000)

@@ -7,7 +7,6 @@ computed ahead of the step.
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,11 +19,10 @@ from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
 from nfnet_flax.data.prefetch import Batches, InputFailed, Lane, Rows, ThreadLane
-from nfnet_flax.data.random_access import Source, Split, split_off
+from nfnet_flax.data.random_access import Source, Split, check_memory, split_off
 from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.data.sources import check_apart, open_source
 from nfnet_flax.data.workers import WorkerProcess
-from nfnet_flax.units import human_size
 
 INPUT_FORMAT = 2
 """Raised whenever the same settings and images come to give other batches."""
@@ -77,21 +75,16 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
     return split_off(whole, start, stop)
 
 
-def check_memory(config: DataConfig, splits: Sequence[Split], num_processes: int) -> None:
+def check_batches_fit(config: DataConfig, splits: Sequence[Split], num_processes: int) -> None:
     """Raises `ConfigError` where the batches that lie ready would take more than all memory of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for split in splits:
-        field, size = ("data.batch_size", config.image_size)
+        field, batch_size, size = "data.batch_size", config.batch_size, config.image_size
         if split == "eval":
-            field, size = ("data.eval_batch_size", config.eval_image_size)
-        batch_size = getattr(config, field.removeprefix("data."))
+            field, batch_size, size = "data.eval_batch_size", config.eval_batch_size, config.eval_image_size
         num_bytes = -(-batch_size // num_processes) * size * size * 3 * config.prefetch_batches
-        remedy = (
-            f"data.prefetch_batches = {config.prefetch_batches} of such batches of {size} px take "
-            f"{human_size(num_bytes)} in each of {num_processes} processes, and this machine has {human_size(memory)}: "
-            "give less of one of them"
-        )
-        require(num_bytes <= memory, field, batch_size, remedy)
+        of_each = "" if num_processes == 1 else f" in each of {num_processes} processes"
+        what = f"data.prefetch_batches = {config.prefetch_batches} of such batches of {size} px{of_each}"
+        check_memory(field, batch_size, num_bytes, what)
 
 
 def say_unused(*sources: Source) -> None:

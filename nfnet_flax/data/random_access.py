@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from nfnet_flax.config import require
+from nfnet_flax.units import human_size
 
 Split = Literal["train", "eval"]
 Record = dict[str, Any]
@@ -84,6 +86,20 @@ def check_index(index: int, length: int) -> int:
     if not 0 <= index < length:
         raise IndexError(f"index {index} of a set of {length} examples")
     return index
+
+
+def check_memory(field: str, value: object, num_bytes: int, what: str) -> None:
+    """Raises `ConfigError` where something would take more than all memory of this machine.
+
+    Args:
+      field: that decides how much, for the message.
+      value: of the field.
+      num_bytes: that are needed.
+      what: needs them, in the plural.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    remedy = f"{what} take {human_size(num_bytes)}, and this machine has {human_size(memory)}: give less"
+    require(num_bytes <= memory, field, value, remedy)
 
 
 def digest(*parts: str | bytes) -> str:

@@ -15,7 +15,7 @@ from nfnet_flax.data.array_record_source import ArrayRecords
 from nfnet_flax.data.classes import with_classes
 from nfnet_flax.data.image_folder import ImageFolder, class_folders
 from nfnet_flax.data.random_access import CorruptRecordError as CorruptRecordError
-from nfnet_flax.data.random_access import Record, Split, Unused, check_index, digest
+from nfnet_flax.data.random_access import Record, Split, Unused, check_index, check_memory, digest
 from nfnet_flax.data.random_access import Source as Source
 from nfnet_flax.data.random_access import split_off as split_off
 from nfnet_flax.data.source_config import (
@@ -174,6 +174,9 @@ def digits(split: Split, image_size: int) -> ArraySource:
     order = np.random.default_rng(0).permutation(len(data.target))
     held_out = np.arange(len(order)) % _HELD_OUT_EVERY == 0
     chosen = order[held_out if split == "eval" else ~held_out]
+    field = "data.image_size" if split == "train" else "data.eval_image_size"
+    num_bytes = 5 * len(chosen) * image_size**2  # each by itself, all in one array, and that in three channels
+    check_memory(field, image_size, num_bytes, f"{len(chosen)} digits of {image_size} px")
     grey = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
     size = (image_size, image_size)
     enlarged = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]

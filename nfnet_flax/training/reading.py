@@ -17,7 +17,7 @@ from nfnet_flax.config import ConfigError, require, require_one_of
 from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
-from nfnet_flax.data.pipeline import check_memory, eval_batches, say, say_unused
+from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, say, say_unused
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import compact, expand, members, split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
@@ -221,7 +221,7 @@ def evaluate(
     run = Run(workdir)
     runtime.prepare(reproducible=run.recipe.execution.reproducible)
     recipe, data = run.recipe, data or run.recipe.data
-    check_memory(data, ("eval",), num_processes=1)
+    check_batches_fit(data, ("eval",), num_processes=1)
     mesh = _mesh(recipe.execution.num_microbatches, data.eval_batch_size)
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
     record = stored_input(run.workdir)

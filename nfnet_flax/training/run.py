@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from nfnet_flax import runtime
 from nfnet_flax.config import require
 from nfnet_flax.data.held_out import check_distinct
-from nfnet_flax.data.pipeline import check_memory, eval_batches, input_identity, open_split, source_record
+from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, input_identity, open_split, source_record
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
@@ -92,7 +92,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     """
     mesh = make_mesh(fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     data = recipe.data
-    check_memory(data, ("train", "eval"), jax.process_count())
+    check_batches_fit(data, ("train", "eval"), jax.process_count())
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
     check_image_size("data.eval_image_size", data.eval_image_size, mesh)
     train_source = open_split(data, "train", class_names)
