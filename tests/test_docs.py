@@ -136,6 +136,8 @@ def _prepare_for(text: str) -> None:
     elif "weights/nfnet_f0.safetensors" in text:  # in the place of the converted F0, as all that follows is smaller
         small = build_model(model_config("nfnet_f0", **SMALL), num_classes=1000, rngs=nnx.Rngs(0))
         save_weights("weights/nfnet_f0.safetensors", small, source="a test", parameters="unknown", overwrite=True)
+    if "photo.jpg" in text:
+        Path("photo.jpg").write_bytes(image_sets.image_file(0))
     if "recipes/photos.py" in text:
         image_sets.make_folder(Path("photos"))
 

@@ -18,11 +18,12 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import eval_batches, open_split
 from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.data.transforms import preprocess
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_weights
-from nfnet_flax.training.reading import Run, evaluate, export_weights
+from nfnet_flax.training.reading import Run, evaluate, export_weights, stored_weights
 from nfnet_flax.weights.entries import Arrays, shapes_of, skipped
 from tests.image_sets import CLASSES, make_folder
 from tests.runs import claimed, damage, finish, saved_arrays, start, start_all
@@ -216,6 +217,10 @@ def test_labels_mean_names_and_what_is_left_out_is_said(
         rows = [(batch["image"][i], batch["label"][i]) for batch in batches for i in np.flatnonzero(batch["mask"])]
     images = (np.stack([image for image, _ in rows]) - np.asarray(data.mean)) / np.asarray(data.std)
     logits = np.asarray(model(jnp.asarray(images, jnp.float32)))
+    info, _ = stored_weights(Run(made.workdir), "raw", "newest")
+    assert info.preprocessing is not None
+    encoded = [source[index]["image"] for index in range(len(source))]
+    assert np.allclose(preprocess(encoded, **dataclasses.asdict(info.preprocessing)), images, atol=1e-5)
     labels = np.asarray([label for _, label in rows])
     assert set(labels) == {1, 2}
     log_shares = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))

@@ -4,11 +4,14 @@ Images are (H, W, 3) uint8 or, where said, encoded bytes, of which only what is 
 """
 
 import math
+import typing
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from nfnet_flax.config import require, require_one_of
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.decode import Crop, decode, decode_crop, encoded_size
 
@@ -111,6 +114,41 @@ def eval_crop(image: bytes | np.ndarray, *, image_size: int, margin: int, resamp
     resized = resize(pixels, image_size + margin, image_size + margin, resampler)
     start = (margin + 1) // 2
     return np.ascontiguousarray(resized[start : start + image_size, start : start + image_size])
+
+
+def preprocess(
+    images: Sequence[bytes | np.ndarray],
+    *,
+    image_size: int,
+    crop_margin: int,
+    resampler: Resampler,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> np.ndarray:
+    """Images as a network takes them, made as an evaluation makes them; see `eval_crop`.
+
+    The arguments after the images are the fields of `nfnet_flax.weights.Preprocessing`, which weight files hold.
+
+    Args:
+      images: encoded files or (H, W, 3) uint8, RGB, of any sizes. As in training, a photo is taken as its pixels are
+        stored, not turned as its EXIF data say.
+      image_size: S, in pixels.
+      crop_margin: pixels that are cut off in all on each axis after the resize.
+      resampler: see `resize`.
+      mean: subtracted from the grey levels (0 to 255) of each channel.
+      std: divides the grey levels of each channel.
+
+    Returns:
+      (N, S, S, 3) float32.
+
+    Raises:
+      ConfigError: there is no image, or the resampler is unknown.
+      CorruptImageError: an encoded file is damaged.
+    """
+    require(len(images) > 0, "images", images, "give at least one")
+    require_one_of("resampler", resampler, typing.get_args(Resampler))
+    crops = [eval_crop(image, image_size=image_size, margin=crop_margin, resampler=resampler) for image in images]
+    return (np.stack(crops).astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def resize(image: np.ndarray, height: int, width: int, resampler: Resampler) -> np.ndarray:
