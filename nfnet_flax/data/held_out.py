@@ -63,7 +63,7 @@ def open_held_out(config: DataConfig, class_names: Sequence[str], *, trained: Da
         check_distinct(record["source"], trained.num_held_out, source)
         return source
     held_out = trained.num_held_out
-    remedy = f"must be {held_out}, as in the run, which trained on all others; {_OTHERS}"
+    remedy = f"must be {held_out}, as in the run, which trained on all that it did not hold out; {_OTHERS}"
     require(config.num_held_out == held_out, "data.num_held_out", config.num_held_out, remedy)
     source = open_split(config, "eval", class_names)
     # What digits and noise are made of depends on their size, in which a run may be evaluated otherwise.
