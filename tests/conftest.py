@@ -24,6 +24,16 @@ for number in STOP_SIGNALS:  # ignored where the suite runs in the background or
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+_LONGEST_FIRST = ("resume", "step", "models", "execution", "processes", "copies", "docs", "identity", "spatial")
+"""Files that take minutes. Workers get whole files in turn: one that began last would be waited for by all others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest in front."""
+    rank = {f"test_{name}.py": number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """A test leaves the environment as it was: commands run within pytest's own process set what libraries read."""

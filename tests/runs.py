@@ -26,12 +26,14 @@ from nfnet_flax.training.run import assemble
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "recipes" / "digits.py"
 STEPS = 60
+NUM_HELD_OUT = 240
 OPTIONS = [
     f"--num-steps={STEPS}",
     "--log-every-steps=1",
     "--eval-every-steps=20",
     "--checkpoint.every-steps=20",
     "--no-tensorboard",
+    "--data.batch-size=16",
 ]
 SMALL = ["--model.widths=16 16 32 32", "--model.depths=1 1 1 1"]
 """The recipe's NFNet, smaller."""
@@ -54,7 +56,7 @@ def command(
     workdir: Path, *options: str, recipe: Path = DIGITS, program: Sequence[str] = ("-m", "nfnet_flax.cli")
 ) -> list[str]:
     """The command line of a short run; `program` is what Python runs in place of the command `nfnet`."""
-    small = SMALL if recipe == DIGITS else []
+    small = [*SMALL, f"--data.num-held-out={NUM_HELD_OUT}"] if recipe == DIGITS else []
     words = [word for option in [*OPTIONS, *small, *options] for word in option.replace("=", " ").split(" ")]
     return [sys.executable, *program, "train", str(recipe), "--workdir", str(workdir), *words]
 

@@ -27,7 +27,10 @@ def recipe() -> Recipe:
     model = NFNetConfig(
         widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=8, train_image_size=32, test_image_size=32
     )
-    data = DataConfig(source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=16, eval_batch_size=120)
+    data = DataConfig(
+        source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=16,
+        num_held_out=24, eval_batch_size=24
+    )
     optim = OptimConfig(learning_rate_per_256=1.6, warmup_epochs=0.0)
     return Recipe(
         name="tiny", num_classes=10, model=model, data=data, optim=optim, num_steps=3, log_every_steps=1,

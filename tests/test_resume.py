@@ -108,7 +108,7 @@ def test_a_finished_run_says_so_and_keeps_what_it_has(uninterrupted: Path) -> No
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE
     assert "finished: 60 steps" in printed
-    assert "on 360 examples" in printed
+    assert f"on {runs.NUM_HELD_OUT} examples" in printed
     assert (uninterrupted / "metrics.jsonl").read_bytes() == text
     assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
 
@@ -159,7 +159,7 @@ def test_a_stop_during_an_evaluation_is_not_lost(tmp_path: Path) -> None:
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE
     assert "finished: 60 steps" in printed
-    assert "on 360 examples" in printed
+    assert f"on {runs.NUM_HELD_OUT} examples" in printed
     found = rows(tmp_path)
     assert [row["step"] for row in found] == list(range(1, 61))
     assert [row["step"] for row in found if "eval_ema/top1" in row] == [50, 60]

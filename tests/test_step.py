@@ -121,9 +121,8 @@ def one() -> dict[str, list[float]]:
     return run(1)
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
-def test_microbatches_give_the_losses_of_the_whole_batch(num_microbatches: int, one: dict[str, list[float]]) -> None:
-    np.testing.assert_allclose(run(1, num_microbatches)["losses"], one["losses"], rtol=1e-5)
+def test_microbatches_give_the_losses_of_the_whole_batch(one: dict[str, list[float]]) -> None:
+    np.testing.assert_allclose(run(1, 8)["losses"], one["losses"], rtol=1e-5)
 
 
 def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, list[float]]) -> None:
