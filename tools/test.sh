@@ -33,4 +33,4 @@ export JAX_PLATFORMS=cpu
 ruff format --check .
 ruff check .
 mypy
-pytest -n 2 --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"
+pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
