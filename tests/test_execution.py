@@ -1,7 +1,8 @@
-"""How a network is computed does not change what it computes: compact, scanned, rematerialized, folded, BatchNorm."""
+"""How a network is computed does not change what it computes: rematerialized, folded, BatchNorm."""
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,57 +25,41 @@ from nfnet_flax.models import (
 )
 from nfnet_flax.models.params import (
     batch_stats_of,
-    check_alike,
-    compact,
-    expand,
     global_norm,
     is_standardized,
     mark_prepared,
-    members,
     merge,
     prepare,
     pull_back,
     split,
 )
+from nfnet_flax.models.stages import Rematerialization, run_stage
 from nfnet_flax.models.standardization import StandardizationName, standardize
 from nfnet_flax.training.gradient import normalise
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
-COMPACT: dict[str, ModelConfig] = {
+DEEP: dict[str, ModelConfig] = {
     "nfnet": dataclasses.replace(golden.TINY, depths=(1, 2, 7, 1), stochdepth_rate=0.5),
     "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 8, 1), stem_width=8),
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "executions"),
-    [
-        (
-            "nfnet",
-            (ExecutionConfig(scan_stages=False), ExecutionConfig(rematerialization="blocks")),
-        ),
-        ("resnet", (ExecutionConfig(rematerialization="full"),)),
-    ],
-)
-def test_the_compact_network_is_the_network(family: str, executions: tuple[ExecutionConfig, ...]) -> None:
-    """Scanned or not, rematerialized or not: the same logits, gradients and running statistics."""
-    config = COMPACT[family]
-
-    def abstract(*, is_compact: bool) -> Classifier:
-        return nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0), is_compact=is_compact))
-
-    whole, shapes, statistics = split(abstract(is_compact=False))
+@pytest.mark.parametrize(("family", "choices"), [("nfnet", ("blocks",)), ("resnet", ("full",))])
+def test_rematerialization_changes_nothing(family: str, choices: tuple[Rematerialization, ...]) -> None:
+    """The same logits, gradients and running statistics."""
+    whole: Any = nnx.eval_shape(lambda: build_model(DEEP[family], num_classes=3, rngs=nnx.Rngs(0)))
+    _, shapes, statistics = split(whole)
     batch_stats = golden.initial_statistics(statistics)
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
-    stacks = members([*params, *batch_stats])
-    assert sum(isinstance(stack, tuple) for stack in stacks.values()) > 4
-    assert all(np.array_equal(expand(compact(params), stacks)[name], value) for name, value in params.items())
     images = jnp.asarray(rng.standard_normal((4, 32, 32, 3), np.float32))
     keys = example_keys(jax.random.key(0), jnp.arange(4))
 
-    def run(graphdef: Any, params: Any, batch_stats: Any) -> Any:
+    def run(rematerialization: Rematerialization) -> Any:
+        whole.execution = ExecutionConfig(rematerialization=rematerialization)
+        graphdef, _, _ = split(whole)
+
         def loss(params: Any) -> Any:
             model = merge(graphdef, params, batch_stats)
             with convolution.for_platform("gpu"):
@@ -83,34 +68,43 @@ def test_the_compact_network_is_the_network(family: str, executions: tuple[Execu
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)(params)
 
-    (want, want_statistics), want_gradient = run(whole, params, batch_stats)
-    for execution in executions:
-        model = abstract(is_compact=True)
-        model.execution = execution
-        (got, got_statistics), got_gradient = run(split(model)[0], compact(params), compact(batch_stats))
+    (want, want_statistics), want_gradient = run("none")
+    for choice in choices:
+        (got, got_statistics), got_gradient = run(choice)
         np.testing.assert_allclose(got, want, rtol=1e-5)
-        for theirs, compact_ours in ((want_gradient, got_gradient), (want_statistics, got_statistics)):
-            ours = expand(compact_ours, stacks)
+        for theirs, ours in ((want_gradient, got_gradient), (want_statistics, got_statistics)):
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
                 np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(value))))
 
 
-def test_blocks_that_are_not_alike_are_not_stacked() -> None:
-    def network() -> Classifier:
-        return nnx.eval_shape(lambda: build_model(COMPACT["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("family", DEEP)
+def test_rematerialization_keeps_less_of_the_forward_pass(family: str) -> None:
+    """Counted in what the backward pass is handed: of n blocks nothing but n, or about sqrt(n), inputs."""
+    depth = 9
+    config = dataclasses.replace(DEEP[family], depths=(1, 1, depth + 1, 1))
+    network: Any = nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0)))
+    blocks, plans = list(network.stages[2])[1:], network.plans[2][1:]
+    graphdefs, params, batch_stats = zip(*map(split, blocks), strict=True)
+    input_shape = jax.ShapeDtypeStruct((4, 64, 64, DEEP[family].widths[2]), jnp.float32)
+    keys = example_keys(jax.random.key(0), jnp.arange(4))
 
-    check_alike(network())
-    other_settings, other_shape, short_stage = network(), network(), network()
-    other_settings.stages[2][3].pools = True
-    with pytest.raises(ConfigError, match=r"NFNet: block stages\.2\.3 differs from stages\.2\.1 in settings"):
-        check_alike(other_settings)
-    gain = other_shape.stages[2][6].conv0.gain
-    gain.set_value(jax.ShapeDtypeStruct((*gain.get_value().shape, 2), jnp.float32))
-    with pytest.raises(ConfigError, match=r"stages\.2\.6 differs from stages\.2\.1 in conv0\.gain"):
-        check_alike(other_shape)
-    short_stage.stages[1][1].pools = True  # not stacked, so free to differ
-    check_alike(short_stage)
+    def num_kept_inputs(rematerialization: Rematerialization) -> float:
+        def residuals(params: Any, batch_stats: Any, x: jax.Array) -> Any:
+            def loss(params: Any) -> jax.Array:
+                merged = [merge(*parts) for parts in zip(graphdefs, params, batch_stats, strict=True)]
+                return jnp.sum(run_stage(merged, x, keys, plans, rematerialization))
+
+            return jax.vjp(loss, params)[1]
+
+        kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch_stats, input_shape))
+        given = jax.tree.leaves(params)
+        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept) - sum(leaf.size * 4 for leaf in given)
+        return num_bytes / (input_shape.size * 4)
+
+    assert num_kept_inputs("none") > 2 * depth
+    assert num_kept_inputs("blocks") == pytest.approx(depth, abs=0.5)
+    assert num_kept_inputs("full") == pytest.approx(math.sqrt(depth), abs=0.5)
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -166,25 +160,23 @@ def test_the_stated_gradient_of_the_standardization(form: StandardizationName) -
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_norms_come_with_the_gradient(offset: float) -> None:
-    # A stack of two kernels and one kernel, far from zero mean too, beside a vector that is not standardized.
+    # Kernels that are far from zero mean, too, beside a vector that is not standardized.
     rng = np.random.default_rng(1)
-    shapes = {"a.kernel": (2, 3, 3, 16, 5), "a.gain": (2, 5), "b.kernel": (1, 1, 12, 4), "b.gain": (4,), "c": (3,)}
+    shapes = {"a.kernel": (3, 3, 16, 5), "a.gain": (5,), "b.kernel": (1, 1, 12, 4), "b.gain": (4,), "c": (3,)}
     params = {name: jnp.asarray(offset + rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
     dy = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
     dy |= {name: jnp.zeros(shapes[name]) for name in ("a.gain", "b.gain")}
     prepared, facts = prepare(params, "published")
     assert facts.statistics.keys() == {"a.kernel", "b.kernel"}
     np.testing.assert_allclose(
-        prepared["a.kernel"][1], standardize(params["a.kernel"][1], params["a.gain"][1], "published"), rtol=1e-6
+        prepared["a.kernel"], standardize(params["a.kernel"], params["a.gain"], "published"), rtol=1e-6
     )
     gradient, norms = pull_back(dy, params, facts, "published")
     for name in ("a.kernel", "b.kernel"):
         known = norms[name]
         assert known is not None
         for got, value in zip(known, (gradient[name], params[name]), strict=True):
-            want = np.linalg.norm(
-                np.asarray(value, np.float64).reshape(*value.shape[:-4], -1, value.shape[-1]), axis=-2
-            )
+            want = np.linalg.norm(np.asarray(value, np.float64).reshape(-1, value.shape[-1]), axis=0)
             np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-5)
     flat = np.concatenate([np.ravel(np.asarray(value, np.float64)) for value in gradient.values()])
     np.testing.assert_allclose(global_norm(gradient, norms), np.linalg.norm(flat), rtol=1e-6)
@@ -202,7 +194,7 @@ def test_the_folded_network_computes_the_same(family: str) -> None:
     images = jnp.asarray(rng.standard_normal((2, 32, 32, 3), np.float32))
     for want, got in zip(*(jax.tree.leaves(outputs(network, images)) for network in (model, folded)), strict=True):
         assert relative(got, np.asarray(want, np.float64)) < 1e-5
-    with pytest.raises(ConfigError, match="folded or compact already"):
+    with pytest.raises(ConfigError, match="folded already"):
         nfnet_flax.fold(folded)
 
 

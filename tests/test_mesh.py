@@ -85,25 +85,16 @@ def drawn(leaf):
 
 state = jax.tree.map(drawn, abstract_state(structure, optax.identity(), make_mesh(fsdp=2)))
 
-given = {}
-for array, value in structure.members.items():
-    stacked = not isinstance(value, str)
-    for name in value if stacked else (value,):
-        given[name] = rng.standard_normal(state.params[array].shape[stacked:])
+given = {name: rng.standard_normal(shape.shape) for name, shape in structure.shapes.items()}
 for name in [name for name in given if name.startswith(("head.", "stages.2.3."))]:
     del given[name]
-moved = with_weights(state, given, structure)
+moved = with_weights(state, given)
 assert not moved.params["stages.2.1.conv0.kernel"].is_fully_addressable
 for before, after in ((state.params, moved.params), (state.ema_params, moved.ema_params)):
-    for array, value in structure.members.items():
-        for old, new in zip(before[array].addressable_shards, after[array].addressable_shards, strict=True):
-            # Of what each parameter of a stack became, the part that lies here.
-            stack = [(value, new.index, old.data, new.data)] if isinstance(value, str) else [
-                (name, new.index[1:], *rows) for name, *rows in zip(value, old.data, new.data, strict=True)
-            ]
-            for name, place, kept, found in stack:
-                want = given[name][place].astype(np.float32) if name in given else np.asarray(kept)
-                assert np.asarray(found).tobytes() == want.tobytes(), name
+    for name in structure.shapes:
+        for old, new in zip(before[name].addressable_shards, after[name].addressable_shards, strict=True):
+            want = given[name][new.index].astype(np.float32) if name in given else np.asarray(old.data)
+            assert np.asarray(new.data).tobytes() == want.tobytes(), name
 print("equal")
 """
 

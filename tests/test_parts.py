@@ -89,7 +89,7 @@ def test_the_number_of_parts_must_be_given_where_it_decides_what_is_computed(
     family: str, sam: SAMConfig | None, why: str | None
 ) -> None:
     structure = model_structure(SMALL[family], 3, ExecutionConfig(num_microbatches=None, reproducible=False))
-    tx = make_optimizer(OptimConfig(clipping=None), lambda step: 0.1, structure.members)
+    tx = make_optimizer(OptimConfig(clipping=None), lambda step: 0.1, structure.shapes)
 
     def build() -> jax.stages.Wrapped:
         return make_train_step(

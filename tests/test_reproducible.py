@@ -78,7 +78,7 @@ config = NFNetConfig(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), group_width=4, 
 def run(num_devices):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
     schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices])
     state = create_state(structure, 0, optimizer, mesh)
     step = make_train_step(structure, optimizer, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,

@@ -34,7 +34,7 @@ statistics = {"mean": (128.0,) * 3, "std": (64.0,) * 3}
 def run(num_devices, fsdp, spatial, reproducible):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2, reproducible=reproducible))
     schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    tx = make_optimizer(OptimConfig(), schedule, structure.members)
+    tx = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices], fsdp=fsdp, spatial=spatial)
     state = create_state(structure, 0, tx, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -31,7 +31,7 @@ config = NFNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=4
 execution = ExecutionConfig(num_microbatches=int(sys.argv[2]) if len(sys.argv) > 2 else None, reproducible=False)
 structure = model_structure(config, 10, execution)
 schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-tx = make_optimizer(OptimConfig(), schedule, structure.members)
+tx = make_optimizer(OptimConfig(), schedule, structure.shapes)
 mesh = make_mesh()
 state = create_state(structure, 0, tx, mesh)
 step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
@@ -73,7 +73,7 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import abstract_state, model_structure
 
 structure = model_structure(model_config("nfnet_f0"), 1000, ExecutionConfig())
-optimizer = make_optimizer(OptimConfig(), learning_rate_schedule(0.1, warmup_steps=1, num_steps=10), structure.members)
+optimizer = make_optimizer(OptimConfig(), learning_rate_schedule(0.1, warmup_steps=1, num_steps=10), structure.shapes)
 for fsdp in (1, 4):
     state = abstract_state(structure, optimizer, make_mesh(fsdp=fsdp))
     compiled = jax.jit(lambda state: state, donate_argnums=0).lower(state).compile()
@@ -160,7 +160,7 @@ def temporary_bytes(rematerialization: Literal["none", "blocks", "full"]) -> int
     execution = ExecutionConfig(num_microbatches=None, reproducible=False, rematerialization=rematerialization)
     structure = model_structure(config, 10, execution)
     schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
     step = make_train_step(
         structure,

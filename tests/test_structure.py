@@ -80,7 +80,7 @@ assert len(nfnet_flax.list_models()) == 44
 config = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5)
 structure = model_structure(config, 3, ExecutionConfig(num_microbatches=2))
 schedule = lambda step: 0.1
-tx = make_optimizer(OptimConfig(), schedule, structure.members)
+tx = make_optimizer(OptimConfig(), schedule, structure.shapes)
 mesh = make_mesh()
 state = create_state(structure, 0, tx, mesh)
 step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,

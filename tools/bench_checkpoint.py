@@ -38,9 +38,7 @@ def main() -> None:
     """Prints one line for each cost."""
     name = sys.argv[1] if len(sys.argv) > 1 else "nfnet_f0"
     structure = model_structure(model_config(name), 1000)
-    abstract = abstract_state(
-        structure, make_optimizer(OptimConfig(), lambda step: 0.1, structure.members), make_mesh()
-    )
+    abstract = abstract_state(structure, make_optimizer(OptimConfig(), lambda step: 0.1, structure.shapes), make_mesh())
     state = jax.block_until_ready(random_state(abstract))
     leaves = jax.tree.leaves(state)
     print(f"{name}: {len(leaves)} arrays, {sum(leaf.nbytes for leaf in leaves) / 1e9:.2f} GB, {jax.devices()[0]}")

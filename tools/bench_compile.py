@@ -1,7 +1,6 @@
 """Times how long networks take to trace and compile: the whole training step on this machine's device, no cache.
 
-`python tools/bench_compile.py [nfnet_f0 nfnet_f6 ...]`, each twice in turn; the ratio is to the first named. Deep
-networks should cost little more than shallow ones: a stage's identical blocks are compiled once (`scan_stages`).
+`python tools/bench_compile.py [nfnet_f0 nfnet_f6 ...]`, each twice in turn; the ratio is to the first named.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def schedule(step: jax.Array) -> jax.Array:
 def seconds_of(name: str, batch_size: int, size: int) -> tuple[float, float]:
     """To trace and to compile the step of a network."""
     structure = model_structure(model_config(name), 1000)
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
     state = abstract_state(structure, optimizer, mesh)
     step = make_train_step(

@@ -82,7 +82,7 @@ def main() -> None:
     def schedule(step: Any) -> jax.Array:
         return jnp.asarray(0.01, jnp.float32) + 0 * step
 
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.members)
+    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
     state = create_state(structure, 0, optimizer, mesh)
     step = make_train_step(

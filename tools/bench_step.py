@@ -87,7 +87,7 @@ def our_training(
     def schedule(step: Any) -> Any:
         return jnp.asarray(0.01, jnp.float32) + 0 * step
 
-    optimizer = make_optimizer(groups, schedule, structure.members)
+    optimizer = make_optimizer(groups, schedule, structure.shapes)
     state = create_state(structure, 0, optimizer, mesh)
     step = make_train_step(
         structure,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,20 @@ from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, check_types, require, req
 from nfnet_flax.models import layers
 from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
-from nfnet_flax.models.params import MIN_STACKED_BLOCKS
-from nfnet_flax.models.stages import run_stage
+from nfnet_flax.models.stages import Rematerialization, run_stage
 
 HEAD_NORMAL = nnx.initializers.normal(0.01)
 
 
-class BlockPlan(NamedTuple):
-    """What a residual block needs to know of its place in the network; arrays over blocks in a scanned stage."""
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """What a residual block needs to know of its place in the network."""
 
-    index: Any
+    index: int
     """Of all blocks, from 0."""
-    beta: Any
+    beta: float
     """1 / expected standard deviation of the block's input; 1 in networks with BatchNorm."""
-    drop_path_rate: Any
+    drop_path_rate: float
     """Stochastic depth: probability that the branch is dropped for an example."""
 
 
@@ -49,12 +49,9 @@ def plan_blocks(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) 
 class ExecutionConfig:
     """How a network is computed in training: memory, speed and compile time, but not which function it is."""
 
-    rematerialization: Literal["none", "blocks", "full"] = "none"
+    rematerialization: Rematerialization = "none"
     """What the backward pass computes again instead of keeping: nothing; the inside of each block; or also the inputs
     of most blocks: of n blocks of a stage it holds about 2 sqrt(n) at a time."""
-    scan_stages: bool = True
-    """A stage of at least seven blocks is a compiled loop over all but its first, which compiles in the time of one
-    block. Off: every block is compiled by itself."""
     num_microbatches: int | None = 8
     """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
     device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
@@ -87,9 +84,6 @@ class Classifier(nnx.Module):
     Call it in training mode (`model.train()`, the state after construction) or evaluation mode (`model.eval()`). A
     family sets `stages` (lists of blocks that map `(x, keys, plan)` to `(y, residual branch)`), calls `_add_head`, and
     says what comes before and after the blocks in `_stem` and `_final`.
-
-    All blocks of a stage but its first are alike. A *compact* network has one module for those of a long stage, whose
-    arrays have a leading axis over blocks (`params.compact`); it is what the training step computes with.
     """
 
     stages: nnx.List
@@ -99,22 +93,12 @@ class Classifier(nnx.Module):
         self,
         make_block: Callable[[int, int], nnx.Module],
         plans: tuple[tuple[BlockPlan, ...], ...],
-        *,
-        is_compact: bool,
     ) -> None:
-        """Builds `make_block(stage, position)` for every block, or for two of each long stage if compact."""
-
-        def num_modules(num_blocks: int) -> int:
-            return 2 if is_compact and num_blocks > MIN_STACKED_BLOCKS else num_blocks
-
+        """Builds `make_block(stage, position)` for every block."""
         self.stages = nnx.List(
-            [
-                nnx.List([make_block(stage, position) for position in range(num_modules(len(row)))])
-                for stage, row in enumerate(plans)
-            ]
+            [nnx.List([make_block(stage, position) for position in range(len(row))]) for stage, row in enumerate(plans)]
         )
         self.plans = plans
-        self.is_compact = is_compact
         self.is_folded = False
         self.execution = ExecutionConfig()
 
@@ -167,11 +151,7 @@ class Classifier(nnx.Module):
         """
         x = self._begin(images, keys)
         for stage, plans in zip(self.stages, self.plans, strict=True):
-            if self.is_compact:
-                x = run_stage(list(stage), x, keys, plans, self.execution)
-            else:
-                for block, plan in zip(stage, plans, strict=True):
-                    x, _ = block(x, keys, plan)
+            x = run_stage(list(stage), x, keys, plans, self.execution.rematerialization)
         x = self._final(x)
         return jnp.mean(x, axis=(1, 2), dtype=layers.statistics_dtype(x.dtype))
 

@@ -123,9 +123,7 @@ class EfficientNetBlock(nnx.Module):
 class EfficientNet(Classifier):
     """The network: 3x3 convolution, seven stages, a final 1x1 convolution, mean pool, dropout, head."""
 
-    def __init__(
-        self, config: EfficientNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False
-    ) -> None:
+    def __init__(self, config: EfficientNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(Conv, kernel_init=_CONV_INIT, compute_dtype=dtype, rngs=init_rngs)
@@ -150,7 +148,7 @@ class EfficientNet(Classifier):
 
         depths = [config.depth(repeats) for *_, repeats in _STAGES]
         plans = plan_blocks(depths, alpha=0.0, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans, is_compact=is_compact)
+        self._add_blocks(make_block, plans)
         num_features = config.channels(_FINAL_WIDTH)
         self.final_conv = conv(outputs[-1], num_features, 1)
         self.final_norm = norm(num_features)

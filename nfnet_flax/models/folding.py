@@ -26,8 +26,8 @@ def fold(model: Classifier) -> Classifier:
     blocks = [block for stage in model.stages for block in stage]
     if not all(isinstance(block, NFBlock) for block in blocks):
         raise ConfigError(f"fold: {type(model).__name__} has BatchNorm; only normalizer-free networks have this form")
-    if model.is_folded or model.is_compact:
-        raise ConfigError("fold: the network is folded or compact already; give it as create_model makes it")
+    if model.is_folded:
+        raise ConfigError("fold: the network is folded already; give it as create_model makes it")
     folded: Classifier = nnx.clone(model)
     folded.eval()
     _, gamma = layers.ACTIVATIONS[model.config.activation]

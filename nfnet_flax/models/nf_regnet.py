@@ -99,7 +99,7 @@ class NFRegNetBlock(NFBlock):
 class NFRegNet(Classifier):
     """The network: 3x3 convolution, four stages, a final 1x1 convolution, mean pool, dropout, head."""
 
-    def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
+    def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, compute_dtype=dtype, rngs=init_rngs)
@@ -119,7 +119,7 @@ class NFRegNet(Classifier):
             )
 
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans, is_compact=is_compact)
+        self._add_blocks(make_block, plans)
         num_features = 1280 * channels[-1] // 440
         self.final_conv = conv(channels[-1], num_features, 1)
         self.config = config

@@ -83,7 +83,7 @@ class NFResNetBlock(NFBlock):
 class NFResNet(Classifier):
     """The network: 7x7 convolution, maximum pool, four stages, activation, mean pool, dropout, head."""
 
-    def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
+    def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         self.stem = WSConv(3, config.stem_width, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
@@ -96,7 +96,7 @@ class NFResNet(Classifier):
             return NFResNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
 
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans, is_compact=is_compact)
+        self._add_blocks(make_block, plans)
         self.config = config
         self._add_head(
             config.widths[-1],

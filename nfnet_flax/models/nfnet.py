@@ -105,7 +105,7 @@ class NFNetBlock(NFBlock):
 class NFNet(Classifier):
     """The network: a stem of four 3x3 convolutions, four stages, a final 1x1 convolution, pool, dropout, head."""
 
-    def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
+    def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, standardization=config.standardization, compute_dtype=dtype, rngs=init_rngs)
@@ -124,7 +124,7 @@ class NFNet(Classifier):
             return NFNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
 
         plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans, is_compact=is_compact)
+        self._add_blocks(make_block, plans)
 
         num_features = 2 * config.widths[-1]
         self.final_conv = conv(config.widths[-1], num_features, 1)

@@ -3,8 +3,7 @@
 The training state, parameter groups, converters and checkpoints all speak these names.
 """
 
-import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +20,6 @@ BatchStats = dict[str, jax.Array]
 """Running statistics of BatchNorm; empty for the normalizer-free networks."""
 GraphDef = Any
 """Structure of a network without its arrays; static and hashable."""
-MIN_STACKED_BLOCKS = 6
-"""A stage with at least so many blocks after its first has their arrays stacked in the compact network. In a shorter
-one, cutting the stacks up and putting gradients together again would cost more than a few arrays more do."""
 
 
 def split(model: nnx.Module) -> tuple[GraphDef, Params, BatchStats]:
@@ -48,66 +44,6 @@ def update(model: nnx.Module, arrays: dict[str, Any]) -> None:
     nnx.update(model, _nested(arrays))
 
 
-def compact(arrays: dict[str, Any], stack: Callable[[list[Any]], Any] = jnp.stack) -> dict[str, Any]:
-    """Arrays of a network -> arrays of its compact form: those of all blocks of a long stage but the first are stacked.
-
-    `stages.2.1.conv0.kernel` (H, W, I, O), `stages.2.2.conv0.kernel`, ... become `stages.2.1.conv0.kernel`
-    (blocks, H, W, I, O). All other arrays are passed on.
-    """
-    alike: dict[str, list[str]] = {}
-    for name in arrays:
-        alike.setdefault(re.sub(r"^(stages\.\d+)\.[1-9]\d*\.", r"\1.1.", name), []).append(name)
-    result: dict[str, Any] = {}
-    for name, blocks in alike.items():
-        if len(blocks) < MIN_STACKED_BLOCKS:
-            result |= {block: arrays[block] for block in blocks}
-        else:
-            result[name] = stack(
-                [arrays[block] for block in sorted(blocks, key=lambda block: int(block.split(".")[2]))]
-            )
-    return result
-
-
-def check_alike(model: Any) -> None:
-    """Raises `ConfigError` unless the blocks that `compact` stacks are alike, as one module computes all of them."""
-    for number, stage in enumerate(model.stages):
-        blocks = list(stage)[1:] if len(stage) > MIN_STACKED_BLOCKS else []
-        for position, block in enumerate(blocks, 1):
-            if lines := _block_differences(blocks[0], block):
-                raise ConfigError(
-                    f"{type(model).__name__}: block stages.{number}.{position} differs from stages.{number}.1 in "
-                    f"{', '.join(lines)}; all blocks of a stage but its first must be alike"
-                )
-
-
-def _block_differences(one: nnx.Module, other: nnx.Module) -> list[str]:
-    (graphdef, *arrays), (other_graphdef, *other_arrays) = split(one), split(other)
-    shapes, other_shapes = (
-        {name: (leaf.shape, leaf.dtype) for part in parts for name, leaf in part.items()}
-        for parts in (arrays, other_arrays)
-    )
-    names = sorted(name for name in shapes | other_shapes if shapes.get(name) != other_shapes.get(name))
-    return names or ([] if graphdef == other_graphdef else ["settings that are no arrays"])
-
-
-Members = dict[str, str | tuple[str, ...]]
-"""For each array of a compact network, the names in the whole network: one, or a tuple of those it stacks."""
-
-
-def members(names: Iterable[str]) -> Members:
-    """Of the compact form of a network whose arrays have these names."""
-    return compact({name: name for name in names}, stack=tuple)
-
-
-def expand(arrays: dict[str, Any], members: Members) -> dict[str, Any]:
-    """The inverse of `compact`; `members` may name more arrays."""
-    result: dict[str, Any] = {}
-    for name, value in arrays.items():
-        whole = members[name]
-        result |= {whole: value} if isinstance(whole, str) else dict(zip(whole, value, strict=True))
-    return result
-
-
 class KernelFacts(NamedTuple):
     """What is found out about kernels on the way to a prepared network, and needed on the way back."""
 
@@ -121,7 +57,7 @@ def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFa
     """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
 
     Args:
-      params: of a network or of its compact form.
+      params: of a network.
       form: of the weight standardization.
 
     Returns:
@@ -171,8 +107,8 @@ def pull_back(
 
 
 def _unit_norms(kernel: jax.Array) -> jax.Array:
-    # (I, O) or HWIO, or a stack of them.
-    fan_in = -2 if kernel.ndim < 4 else (-4, -3, -2)
+    # (I, O) or HWIO.
+    fan_in = tuple(range(kernel.ndim - 1))
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=fan_in, keepdims=True))
 
 

@@ -77,14 +77,13 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> Classifier:
+def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Classifier:
     """The network of a configuration, with random parameters, in training mode.
 
     Args:
       config: of any family.
       num_classes: outputs of the head.
       rngs: source of the initial parameters.
-      is_compact: build one module for all blocks of a stage but its first; see `Classifier`.
 
     Raises:
       ConfigError: a value is invalid.
@@ -96,5 +95,5 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs, is_com
     if config.compute_dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError("model.compute_dtype = 'float64': call jax.enable_x64(True) first, or use float32")
     family: Any = _FAMILIES[type(config)]
-    model: Classifier = family(config, num_classes=num_classes, rngs=rngs, is_compact=is_compact)
+    model: Classifier = family(config, num_classes=num_classes, rngs=rngs)
     return model

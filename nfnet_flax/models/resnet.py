@@ -116,7 +116,7 @@ class ResNetBlock(nnx.Module):
 class ResNet(Classifier):
     """The network: stem, maximum pool, four stages, BatchNorm, relu, mean pool, dropout, head."""
 
-    def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs, is_compact: bool = False) -> None:
+    def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(Conv, compute_dtype=dtype, rngs=init_rngs)
@@ -143,7 +143,7 @@ class ResNet(Classifier):
             )
 
         plans = plan_blocks(config.depths, alpha=0.0, stochdepth_rate=0.0)
-        self._add_blocks(make_block, plans, is_compact=is_compact)
+        self._add_blocks(make_block, plans)
         channels = config.widths[-1]
         self.final_bn = norm(channels)
         self.config = config

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from nfnet_flax.config import require
@@ -53,7 +52,7 @@ def clip_units(
 
 
 def adaptive_grad_clip(
-    clipping: float, *, eps: float = 1e-3, mask: Any | Callable[[Any], Any] | None = None, is_stacked: Any | None = None
+    clipping: float, *, eps: float = 1e-3, mask: Any | Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each unit's gradient down to at most `clipping` times the norm of its parameters.
 
@@ -62,8 +61,6 @@ def adaptive_grad_clip(
       eps: lower bound of the parameter norm, which lets units that start at zero move.
       mask: tree of booleans (or a function from the parameters to one); False exempts a parameter. The published recipe
         exempts the kernel of the final dense layer. None clips all.
-      is_stacked: tree of booleans; True for an array that stacks parameters along a leading axis. Its mask may then be
-        an array of one boolean for each. None: nothing is stacked.
 
     Returns:
       A transformation to put first in an `optax.chain`; its update needs the parameters. It also takes `unit_norms`, a
@@ -95,26 +92,18 @@ def adaptive_grad_clip(
         gradients = jax.tree.leaves(updates)
         chosen = mask(params) if callable(mask) else mask
         flags = [True] * len(gradients) if chosen is None else tree.flatten_up_to(chosen)
-        stacked = [False] * len(gradients) if is_stacked is None else tree.flatten_up_to(is_stacked)
         known = [None] * len(gradients) if unit_norms is None else tree.flatten_up_to(unit_norms)
-        clipped, units_clipped, num_units = [], jnp.zeros((), jnp.float32), 0.0
-        for gradient, weight, flag, over_stack, norms in zip(
-            gradients, tree.flatten_up_to(params), flags, stacked, known, strict=True
-        ):
-            if not np.any(flag):
+        clipped, units_clipped, num_units = [], jnp.zeros((), jnp.float32), 0
+        for gradient, weight, flag, norms in zip(gradients, tree.flatten_up_to(params), flags, known, strict=True):
+            if not flag:
                 clipped.append(gradient)
                 continue
             if norms is None:
-                norm_of = jax.vmap(unitwise_norm) if over_stack else unitwise_norm
-                norms = (norm_of(gradient), norm_of(weight))
+                norms = (unitwise_norm(gradient), unitwise_norm(weight))
             scaled, too_large = clip_units(gradient, *norms, clipping=clipping, eps=eps)
-            if not np.all(flag):
-                selected = np.reshape(flag, (-1,) + (1,) * (gradient.ndim - 1))
-                scaled = jnp.where(selected, scaled, gradient)
-                too_large = too_large & selected
             clipped.append(scaled)
             units_clipped += jnp.sum(too_large, dtype=jnp.float32)
-            num_units += too_large.size * float(np.mean(flag))
-        return tree.unflatten(clipped), AdaptiveGradClipState(units_clipped / max(num_units, 1.0))
+            num_units += too_large.size
+        return tree.unflatten(clipped), AdaptiveGradClipState(units_clipped / max(num_units, 1))
 
     return optax.GradientTransformationExtraArgs(init, update)

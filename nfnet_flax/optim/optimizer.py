@@ -4,12 +4,10 @@ EfficientNet's, RMSProp with a learning rate that falls in steps, is here for th
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from nfnet_flax.config import MAX_COUNT, check_types, require
@@ -148,7 +146,7 @@ def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: floa
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, members: Mapping[str, str | tuple[str, ...]]
+    config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
 
@@ -157,33 +155,22 @@ def make_optimizer(
     Args:
       config: the numbers.
       schedule: learning rate of a step counted from 0.
-      members: name of each array that the transformation takes -> the name of the parameter in the network, or a tuple
-        of the parameters that it stacks along a leading axis. Groups are decided for parameters, not for stacks.
+      names: of the network's parameters.
 
     Raises:
       ConfigError: a group of the configuration matches no parameter or leaves one out.
     """
-    names = [name for value in members.values() for name in ([value] if isinstance(value, str) else value)]
-
-    def by_array(values: dict[str, float]) -> dict[str, Any]:
-        return {
-            name: values[value] if isinstance(value, str) else _one_or_all([values[member] for member in value])
-            for name, value in members.items()
-        }
-
+    names = list(names)
     parts: list[optax.GradientTransformation] = []
     if config.clipping is not None:
-        clipped = by_array(assign("optim.clipping_groups", config.clipping_groups, names))
-        mask = {name: np.asarray(value) == 1 for name, value in clipped.items()}
-        is_stacked = {name: not isinstance(value, str) for name, value in members.items()}
-        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask, is_stacked=is_stacked))
-    decay = by_array(assign("optim.weight_decay_groups", config.weight_decay_groups, names))
+        clipped = assign("optim.clipping_groups", config.clipping_groups, names)
+        mask = {name: value == 1 for name, value in clipped.items()}
+        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask))
+    decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
 
     def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         return {
-            name: gradient + config.weight_decay * _over_blocks(decay[name], gradient.ndim) * params[name]
-            if np.any(decay[name])
-            else gradient
+            name: gradient + config.weight_decay * decay[name] * params[name] if decay[name] else gradient
             for name, gradient in updates.items()
         }
 
@@ -196,14 +183,6 @@ def make_optimizer(
         )
         parts += [root_mean_square, optax.scale_by_learning_rate(schedule), optax.trace(decay=config.momentum)]
     return optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
-
-
-def _one_or_all(values: list[float]) -> float | np.ndarray:
-    return values[0] if len(set(values)) == 1 else np.asarray(values, np.float32)
-
-
-def _over_blocks(value: float | np.ndarray, ndim: int) -> float | np.ndarray:
-    return value if np.ndim(value) == 0 else np.reshape(value, (-1,) + (1,) * (ndim - 1))
 
 
 def update_ema(

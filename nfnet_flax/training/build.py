@@ -46,7 +46,7 @@ def build_training(recipe: Recipe, mesh: Mesh, num_examples: int) -> Training:
         steps_per_epoch=num_examples / data.batch_size,
         num_steps=num_steps,
     )
-    optimizer = make_optimizer(recipe.optim, schedule, structure.members)
+    optimizer = make_optimizer(recipe.optim, schedule, structure.shapes)
     step = make_train_step(
         structure,
         optimizer,

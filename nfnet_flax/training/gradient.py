@@ -182,7 +182,7 @@ def make_gradient(
 def _require_parts(structure: Structure, fraction: float) -> None:
     """What is computed must not change with the number of devices."""
     by_part = []
-    if structure.batch_stat_members:
+    if structure.batch_stat_shapes:
         by_part.append("BatchNorm normalises each part of the batch by itself")
     if fraction < 1.0:
         by_part.append("optim.sam takes the first rows of each part of the batch")
@@ -192,11 +192,7 @@ def _require_parts(structure: Structure, fraction: float) -> None:
 
 
 def _dense_kernels(structure: Structure) -> tuple[str, ...]:
-    num_dims = {
-        name: len(whole.shape) - (0 if isinstance(structure.members[name], str) else 1)
-        for name, whole in structure.shapes.items()
-    }
-    return tuple(name for name, dims in num_dims.items() if name.endswith(".kernel") and dims == 2)
+    return tuple(name for name, whole in structure.shapes.items() if name.endswith(".kernel") and len(whole.shape) == 2)
 
 
 def _widened(weight: jax.Array, prepared: jax.Array, sharded_axis: int | None) -> jax.Array:

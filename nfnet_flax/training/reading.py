@@ -19,7 +19,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
 from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, say, say_unused
 from nfnet_flax.models import Classifier, build_model
-from nfnet_flax.models.params import compact, expand, members, split
+from nfnet_flax.models.params import split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
 from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
@@ -124,7 +124,7 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
         class_names=run.class_names,
         preprocessing=_preprocessing(recipe.data),
     )
-    return info, expand(arrays, members(name for part in shapes for name in part))
+    return info, arrays
 
 
 def _preprocessing(data: DataConfig) -> Preprocessing:
@@ -150,16 +150,11 @@ def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
     return params, batch_stats
 
 
-def _stacked(blocks: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((len(blocks), *blocks[0].shape), blocks[0].dtype)
-
-
 def _read(
     workdir: Path, shapes: tuple[Shapes, Shapes], wanted: Sequence[Parameters], which: Which
 ) -> tuple[int, dict[Parameters, tuple[Arrays, Arrays]]]:
-    """A checkpoint's step, and its parameters and running statistics, of the compact network, in the host's memory."""
-    stored = [compact(part, stack=_stacked) for part in shapes]
-    fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], stored, strict=True)}
+    """A checkpoint's step, and its parameters and running statistics, in the host's memory."""
+    fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], shapes, strict=True)}
     num_damaged = 0
     for path in _candidates(workdir, which):
         try:

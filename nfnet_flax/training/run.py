@@ -48,7 +48,7 @@ class Setup:
         """The state before the first update: random, but for the weights that are given."""
         recipe = self.recipe
         state = create_state(self.structure, recipe.seed, self.optimizer, self.mesh)
-        return with_weights(state, weights, self.structure)
+        return with_weights(state, weights)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state."""

@@ -15,12 +15,8 @@ from nfnet_flax.models.keys import initial_key
 from nfnet_flax.models.params import (
     BatchStats,
     GraphDef,
-    Members,
     Params,
-    check_alike,
-    compact,
     mark_prepared,
-    members,
     split,
 )
 from nfnet_flax.parallel.mesh import partition_spec
@@ -29,11 +25,7 @@ from nfnet_flax.parallel.mesh import partition_spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides.
-
-    Parameters and running statistics are those of the compact network, in which equal blocks of a long stage are
-    stacked: a few hundred arrays even for the deepest network, so that handing them to a step costs the host little.
-    """
+    """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides."""
 
     step: jax.Array
     """int32 scalar."""
@@ -53,58 +45,46 @@ class Structure:
     num_classes: int
     execution: ExecutionConfig
     graphdef: GraphDef
-    """Of the compact network, in training mode."""
+    """In training mode."""
     prepared: GraphDef
     """The same for parameters whose kernels are standardized already (`params.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
-    """Of the compact network's parameters, those that stack blocks included."""
-    members: Members
-    """Array of the compact network -> parameter of the network, or the parameters that it stacks."""
-    batch_stat_members: Members
-    """The same for running statistics."""
+    """Of the parameters, by name."""
+    batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]
+    """Of the running statistics, by name."""
 
 
 def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionConfig | None = None) -> Structure:
     """Structure of a network and names of its parameters; allocates nothing.
 
     Raises:
-      ConfigError: a value of the configuration is invalid, or the network is not one that can be stacked and prepared.
+      ConfigError: a value of the configuration is invalid, or the network is not one that can be prepared.
     """
     execution = execution or ExecutionConfig()
 
-    def build(is_compact: bool) -> Any:
-        return nnx.eval_shape(
-            lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0), is_compact=is_compact)
-        )
-
-    model = build(is_compact=True)
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
     model.execution = execution
-    graphdef, _, _ = split(model)
+    graphdef, params, batch_stats = split(model)
     mark_prepared(model)
     prepared, _, _ = split(model)
-    whole = build(is_compact=False)
-    check_alike(whole)
-    _, params, batch_stats = split(whole)
-
-    def stacked(leaves: list[Any]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-
+    shapes, batch_stat_shapes = (
+        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in part.items()}
+        for part in (params, batch_stats)
+    )
     return Structure(
         config=config,
         num_classes=num_classes,
         execution=execution,
         graphdef=graphdef,
         prepared=prepared,
-        shapes={name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in compact(params, stacked).items()},
-        members=members(params),
-        batch_stat_members=members(batch_stats),
+        shapes=shapes,
+        batch_stat_shapes=batch_stat_shapes,
     )
 
 
 def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation) -> TrainState:
     rngs = nnx.Rngs(params=initial_key(seed))
-    _, *arrays = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
-    params, batch_stats = map(compact, arrays)
+    _, params, batch_stats = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -115,32 +95,16 @@ def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTra
     )
 
 
-def with_weights(state: TrainState, arrays: dict[str, np.ndarray], structure: Structure) -> TrainState:
+def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
     """A state whose raw and EMA weights are replaced where `arrays` names them, with the shardings that it has.
 
     Args:
       state: as `create_state` made it.
-      arrays: by the names of the whole network, not of its compact form.
-      structure: of the network.
+      arrays: by the names of parameters and running statistics.
     """
-    names = structure.members | structure.batch_stat_members
-
-    def replace(name: str, value: jax.Array) -> jax.Array:
-        whole = names[name]
-        if isinstance(whole, str):
-            return _placed(arrays[whole], value) if whole in arrays else value
-        is_given = np.asarray([member in arrays for member in whole])
-        if not np.any(is_given):
-            return value
-        unset = np.zeros(value.shape[1:], value.dtype)
-        stack = _placed(np.stack([arrays.get(member, unset) for member in whole]), value)
-        if np.all(is_given):
-            return stack
-        chosen = is_given.reshape(-1, *[1] * (value.ndim - 1))
-        return jax.jit(lambda new, old: jnp.where(chosen, new, old), out_shardings=value.sharding)(stack, value)
 
     def placed(current: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: replace(name, value) for name, value in current.items()}
+        return {name: _placed(arrays[name], value) if name in arrays else value for name, value in current.items()}
 
     return dataclasses.replace(
         state,

@@ -34,7 +34,7 @@ def make_train_step(
 
     Args:
       structure: of the network, and how it is computed.
-      optimizer: over the parameters of the compact network.
+      optimizer: over the parameters of the network.
       schedule: the optimizer's learning rate, for the metrics.
       mesh: over whose devices the batch is divided.
       seed: of dropout and stochastic depth.
