@@ -90,6 +90,7 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     import jax
     import jax.numpy as jnp
 
+    from nfnet_flax.objectives import RunFacts
     from nfnet_flax.parallel.mesh import batch_sharding, make_mesh
     from nfnet_flax.training.build import build_training
     from nfnet_flax.training.state import abstract_state
@@ -102,9 +103,11 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=batch_sharding(mesh, 4)),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
     }
+    facts = RunFacts(class_names=(), mean=recipe.data.mean, std=recipe.data.std)
+    arrays = jax.eval_shape(lambda: recipe.objective.arrays(facts))
     started = time.perf_counter()
     try:
-        compiled = training.step.lower(state, batch).compile()
+        compiled = training.step.lower(state, batch, arrays).compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
     return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)

@@ -19,6 +19,7 @@ from nfnet_flax.data.source_config import with_absolute_places
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.models.keys import check_seed
+from nfnet_flax.objectives import Distillation, ObjectiveConfig, SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.paths import local_path
@@ -81,8 +82,8 @@ class Recipe:
     """Length of the run in passes over the training set; ignored where `num_steps` is given."""
     num_steps: int | None = None
     """Length of the run in updates; None: from `num_epochs`."""
-    label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    objective: ObjectiveConfig = dataclasses.field(default_factory=SoftmaxCrossEntropy)
+    """What is minimized, and what an evaluation counts."""
     log_every_steps: int = 10
     """Metrics of a step are written each time the step is a multiple of this."""
     tensorboard: bool = True
@@ -104,7 +105,6 @@ class Recipe:
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         if self.num_steps is not None:
             require_count("num_steps", self.num_steps)
-        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         for name in ("log_every_steps", "eval_every_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
@@ -218,4 +218,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """
     data = dataclasses.replace(recipe.data, source=with_absolute_places(recipe.data.source))
     init_from = None if recipe.init_from is None else str(local_path("init_from", recipe.init_from))
-    return dataclasses.replace(recipe, data=data, init_from=init_from)
+    objective = recipe.objective
+    if isinstance(objective, Distillation):
+        objective = dataclasses.replace(objective, teacher=str(local_path("objective.teacher", objective.teacher)))
+    return dataclasses.replace(recipe, data=data, init_from=init_from, objective=objective)

@@ -21,6 +21,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import RandAugmentConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, ParamGroup, RMSPropConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -67,7 +68,7 @@ def recipe(variant: str = "b0") -> Recipe:
         ),  # parts of 32 images, over which BatchNorm averages: up to 128 devices
         checkpoint=CheckpointConfig(every_steps=1000),
         num_epochs=350.0,
-        label_smoothing=0.1,
+        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
         log_every_steps=100,
         eval_every_steps=5000,
     )

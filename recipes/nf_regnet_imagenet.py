@@ -18,6 +18,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -60,7 +61,7 @@ def recipe(variant: str = "b0") -> Recipe:
         execution=ExecutionConfig(num_microbatches=64),  # parts of 16 images: up to 64 devices
         checkpoint=CheckpointConfig(every_steps=2000),
         num_epochs=360.0,
-        label_smoothing=0.1,
+        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
         log_every_steps=100,
         eval_every_steps=20000,
     )

@@ -15,6 +15,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
@@ -57,7 +58,7 @@ def recipe(variant: str = "50") -> Recipe:
         execution=ExecutionConfig(num_microbatches=64),  # parts of 16 images: up to 64 devices
         checkpoint=CheckpointConfig(every_steps=2000),
         num_epochs=90.0,
-        label_smoothing=0.1,
+        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
         log_every_steps=100,
         eval_every_steps=5000,
     )

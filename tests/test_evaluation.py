@@ -13,6 +13,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.sources import ArraySource
 from nfnet_flax.models import NFNetConfig
 from nfnet_flax.models.params import merge
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.evaluation import EvalStep, Weights, make_eval_step, run_evaluation
@@ -37,7 +38,7 @@ def network() -> Network:
         name: np.asarray(value) + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
         for name, value in sorted(state.params.items())
     }
-    step = make_eval_step(structure, make_mesh(), mean=CONFIG.mean, std=CONFIG.std)
+    step = make_eval_step(structure, SoftmaxCrossEntropy(), make_mesh())
     return structure, (params, state.batch_stats), step
 
 

@@ -16,7 +16,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.models import (
     Classifier,
     ExecutionConfig,
-    ModelConfig,
+    NFNetConfig,
     ResNetConfig,
     build_model,
     convolution,
@@ -39,7 +39,7 @@ from nfnet_flax.training.gradient import normalise
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
-DEEP: dict[str, ModelConfig] = {
+DEEP: dict[str, NFNetConfig | ResNetConfig] = {
     "nfnet": dataclasses.replace(golden.TINY, depths=(1, 2, 7, 1), stochdepth_rate=0.5),
     "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 8, 1), stem_width=8),
 }

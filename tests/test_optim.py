@@ -13,6 +13,7 @@ from flax import nnx
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import merge
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import (
     ExponentialDecayConfig,
     OptimConfig,
@@ -26,7 +27,6 @@ from nfnet_flax.optim import (
 )
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
-from nfnet_flax.training.gradient import cross_entropy, soft_targets
 from tests import golden
 from tests.networks import FAST_COMPILE
 
@@ -167,8 +167,8 @@ def test_published_trajectory() -> None:
         def loss_fn(params: dict) -> jax.Array:
             model = merge(graphdef, params, {})
             model.eval()
-            targets = soft_targets(batch, 10, want["label_smoothing"])
-            return jnp.mean(cross_entropy(model(batch["image"]), targets))
+            objective = SoftmaxCrossEntropy(label_smoothing=want["label_smoothing"])
+            return jnp.mean(objective.train(model(batch["image"]), batch, {})[0])
 
         loss, gradient = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = tx.update(gradient, opt_state, params)

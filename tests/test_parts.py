@@ -9,6 +9,7 @@ import pytest
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import ExecutionConfig
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, SAMConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import model_structure
@@ -19,8 +20,9 @@ STEPS = """
 import jax, numpy as np, optax
 from nfnet_flax.models import ExecutionConfig, ResNetConfig
 from nfnet_flax.parallel.mesh import make_mesh, to_global
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.training.gradient import make_gradient
-from nfnet_flax.training.state import create_state, model_structure
+from nfnet_flax.training.state import Normalization, create_state, model_structure
 
 DECAY, NUM_STEPS = 0.5, 5
 config = ResNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem_width=4, batch_norm_decay=DECAY)
@@ -31,20 +33,21 @@ batches = [
 ]
 
 def structure_of(num_parts):
-    return model_structure(config, 3, ExecutionConfig(num_microbatches=num_parts, reproducible=False))
+    execution = ExecutionConfig(num_microbatches=num_parts, reproducible=False)
+    return model_structure(config, 3, execution, Normalization(mean=(128.0,) * 3, std=(64.0,) * 3))
 
 first = jax.device_get(create_state(structure_of(12), 0, optax.identity(), make_mesh(jax.devices()[:1])))
 
 def statistics(num_parts, num_devices):
     mesh = make_mesh(jax.devices()[:num_devices])
     structure = structure_of(num_parts)
-    gradient = jax.jit(make_gradient(structure, mesh, seed=0, label_smoothing=0.1, mean=(128.0,) * 3, std=(64.0,) * 3))
+    gradient = jax.jit(make_gradient(structure, SoftmaxCrossEntropy(), mesh, seed=0))
 
     def after(batches):
         found = first.batch_stats
         for step, rows in enumerate(batches):
             # Nothing is learnt, so that the statistics of a batch are the same at every step.
-            _, found, _ = gradient(first.params, found, np.int32(step), to_global(rows, mesh))
+            _, found, _ = gradient(first.params, found, np.int32(step), to_global(rows, mesh), {})
         return jax.device_get(found)
 
     return after(batches), [after([rows]) for rows in batches]
@@ -89,21 +92,10 @@ def test_the_number_of_parts_must_be_given_where_it_decides_what_is_computed(
     family: str, sam: SAMConfig | None, why: str | None
 ) -> None:
     structure = model_structure(SMALL[family], 3, ExecutionConfig(num_microbatches=None, reproducible=False))
-    tx = make_optimizer(OptimConfig(clipping=None), lambda step: 0.1, structure.shapes)
+    tx = make_optimizer(OptimConfig(clipping=None, sam=sam), lambda step: 0.1, structure.shapes)
 
     def build() -> jax.stages.Wrapped:
-        return make_train_step(
-            structure,
-            tx,
-            lambda step: 0.1,
-            make_mesh(jax.devices()[:1]),
-            seed=0,
-            label_smoothing=0.1,
-            ema_decay=0.9,
-            mean=(128.0,) * 3,
-            std=(64.0,) * 3,
-            sam=sam,
-        )
+        return make_train_step(structure, tx, SoftmaxCrossEntropy(), make_mesh(jax.devices()[:1]), seed=0)
 
     if why is None:
         build()

@@ -19,6 +19,7 @@ from nfnet_flax.data.source_config import ArrayRecordSource, SyntheticSource
 from nfnet_flax.debug import debug_recipe
 from nfnet_flax.models import EfficientNetConfig, NFNetConfig
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, RMSPropConfig, make_optimizer, make_schedule
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
@@ -66,9 +67,9 @@ def test_a_recipe_is_the_published_one(family: str, variant: str, tmp_path: Path
     assert isinstance(data.source, ArrayRecordSource)
     assert data.augment == CropAugment()
     assert (data.image_size, data.eval_image_size) == (recipe.model.train_image_size, recipe.model.test_image_size)
-    assert (recipe.num_classes, recipe.label_smoothing, data.eval_crop_margin, data.num_held_out) == (
+    assert (recipe.num_classes, recipe.objective, data.eval_crop_margin, data.num_held_out) == (
         1000,
-        0.1,
+        SoftmaxCrossEntropy(label_smoothing=0.1),
         32,
         None,
     )

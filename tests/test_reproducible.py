@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nfnet_flax.parallel.reduce import Part, Parts
 from nfnet_flax.training.gradient import over_parts
 
 SUMS = """
@@ -18,7 +19,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from nfnet_flax.parallel.mesh import BATCH_AXES, DATA_AXIS, FSDP_AXIS, make_mesh, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import sum_of_turns, sum_over_devices, tree_sum
+from nfnet_flax.parallel.reduce import Part, sum_of_turns, sum_over_devices, tree_sum
 
 rng = np.random.default_rng(0)
 shapes = {"big.kernel": (3, 3, 40, 256), "odd.kernel": (7, 5), "vector": (13,), "scalar": (), "long": (70001,)}
@@ -44,7 +45,7 @@ for num_devices, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 8), (4, 4)
 
     def local(parts, step):
         turns = 8 // num_devices
-        total = sum_of_turns(lambda index: {name: value[index] for name, value in parts.items()}, turns, step)
+        total = sum_of_turns(lambda index: {name: Part(value[index]) for name, value in parts.items()}, turns, step)
         return sum_over_devices(total, axes, mesh.shape, reproducible=True)
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(BATCH_AXES), P()), out_specs=specs, check_vma=False))
@@ -57,7 +58,7 @@ mesh = make_mesh(jax.devices())
 assert mesh.size == 32
 many = (rng.standard_normal((32, 500)) * 10.0 ** rng.integers(-4, 4, (32, 500))).astype(np.float32)
 run = jax.shard_map(
-    lambda rows: sum_over_devices({"long": rows[0]}, {"long": None}, mesh.shape, reproducible=True),
+    lambda rows: sum_over_devices({"long": Part(rows[0])}, {"long": None}, mesh.shape, reproducible=True),
     mesh=mesh, in_specs=P(BATCH_AXES), out_specs=P(), check_vma=False,
 )
 assert np.asarray(jax.jit(run)(many)["long"]).tobytes() == tree_sum(list(many)).tobytes()
@@ -68,6 +69,7 @@ STEP = """
 import jax, numpy as np
 from nfnet_flax.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
@@ -78,11 +80,10 @@ config = NFNetConfig(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), group_width=4, 
 def run(num_devices):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
     schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
+    optimizer = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices])
     state = create_state(structure, 0, optimizer, mesh)
-    step = make_train_step(structure, optimizer, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
-                           mean=(128.0,) * 3, std=(64.0,) * 3)
+    step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     rng = np.random.default_rng(0)
     losses = []
     for i in range(4):
@@ -126,12 +127,14 @@ def test_kernels_that_are_cast_within_a_turn_give_the_bits_of_those_cast_before(
         hidden = jnp.tanh(images.astype(jnp.bfloat16) @ weights["a"].astype(jnp.bfloat16))
         return jnp.sum((hidden @ weights["b"].astype(jnp.bfloat16)).astype(jnp.float32) ** 2)
 
-    def one_part(weights: dict[str, jax.Array], _: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: value.astype(jnp.float32) for name, value in jax.grad(loss)(weights, batch["image"]).items()}
+    def one_part(weights: dict[str, jax.Array], _: jax.Array, batch: dict[str, jax.Array]) -> Parts:
+        gradient = jax.grad(loss)(weights, batch["image"])
+        return {name: Part(value.astype(jnp.float32)) for name, value in gradient.items()}
 
     def total(weights: dict[str, Any], cast_in_turns: tuple[str, ...]) -> dict[str, np.ndarray]:
         run = functools.partial(over_parts, one_part, num_turns=num_turns, cast_in_turns=cast_in_turns)
-        return jax.device_get(jax.jit(lambda weights, step: run(weights, (keys, batch), step=step))(weights, 0))
+        found = jax.jit(lambda weights, step: run(weights, (keys, batch), step=step))(weights, 0)
+        return {name: np.asarray(part.value) for name, part in found.items()}
 
     before = total({name: jnp.asarray(value, jnp.bfloat16) for name, value in kernels.items()}, ())
     within = total(kernels, ("a", "b"))

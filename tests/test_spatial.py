@@ -22,6 +22,7 @@ STEP = """
 import sys
 import jax, numpy as np
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.evaluation import make_eval_step, weights_to_evaluate
@@ -29,16 +30,15 @@ from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
 config = NFNetConfig(widths=(16, 32, 32, 32), depths=(1, 1, 1, 1), group_width=8, drop_rate=0.2, stochdepth_rate=0.2)
-statistics = {"mean": (128.0,) * 3, "std": (64.0,) * 3}
 
 def run(num_devices, fsdp, spatial, reproducible):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2, reproducible=reproducible))
     schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    tx = make_optimizer(OptimConfig(), schedule, structure.shapes)
+    tx = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices], fsdp=fsdp, spatial=spatial)
     state = create_state(structure, 0, tx, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9, **statistics)
+    step = make_train_step(structure, tx, SoftmaxCrossEntropy(), mesh, seed=0)
     rng = np.random.default_rng(0)
     rows = {"image": rng.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8), "label": rng.integers(0, 10, 8)}
     compiled = step.lower(state, to_global(rows, mesh)).compile()
@@ -49,7 +49,8 @@ def run(num_devices, fsdp, spatial, reproducible):
     same = jax.tree.map(lambda leaf, before: leaf.sharding.is_equivalent_to(before, leaf.ndim), state, placed)
     assert all(jax.tree.leaves(same))
     rows["mask"] = np.ones(8, np.float32)
-    found = make_eval_step(structure, mesh, **statistics)(weights_to_evaluate(state)["eval"], to_global(rows, mesh))
+    eval_step = make_eval_step(structure, SoftmaxCrossEntropy(), mesh)
+    found = eval_step(weights_to_evaluate(state)["eval"], to_global(rows, mesh))
     cost = compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
     return losses, jax.device_get(state.params), np.asarray(found["loss"]), cost
 

@@ -71,6 +71,7 @@ import nfnet_flax
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "importing the package started a backend"
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import create_state, model_structure
@@ -83,8 +84,7 @@ schedule = lambda step: 0.1
 tx = make_optimizer(OptimConfig(), schedule, structure.shapes)
 mesh = make_mesh()
 state = create_state(structure, 0, tx, mesh)
-step = make_train_step(structure, tx, schedule, mesh, seed=0, label_smoothing=0.1, ema_decay=0.9,
-                       mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+step = make_train_step(structure, tx, SoftmaxCrossEntropy(), mesh, seed=0)
 before = np.asarray(state.params["head.bias"])
 images = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3)).astype(np.uint8)
 state, metrics = step(state, {"image": images, "label": np.arange(4) % 3})

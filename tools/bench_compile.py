@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnet_flax.models import model_config
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import abstract_state, model_structure
@@ -33,17 +34,7 @@ def seconds_of(name: str, batch_size: int, size: int) -> tuple[float, float]:
     optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
     state = abstract_state(structure, optimizer, mesh)
-    step = make_train_step(
-        structure,
-        optimizer,
-        schedule,
-        mesh,
-        seed=0,
-        label_smoothing=0.1,
-        ema_decay=0.9999,
-        mean=(123.675, 116.28, 103.53),
-        std=(58.395, 57.12, 57.375),
-    )
+    step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
     batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
     started = time.perf_counter()

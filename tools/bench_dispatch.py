@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from nfnet_flax.models import ExecutionConfig, NFNetConfig, model_config
+from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import create_state, model_structure
@@ -85,17 +86,7 @@ def main() -> None:
     optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
     state = create_state(structure, 0, optimizer, mesh)
-    step = make_train_step(
-        structure,
-        optimizer,
-        schedule,
-        mesh,
-        seed=0,
-        label_smoothing=0.1,
-        ema_decay=0.999,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
+    step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     batch = {"image": jnp.zeros((1, 32, 32, 3), jnp.uint8), "label": jnp.zeros((1,), jnp.int32)}
     if device_cores:
         os.sched_setaffinity(0, [host_core])  # of this thread alone

@@ -73,6 +73,7 @@ def our_training(
 
     from nfnet_flax.models import ExecutionConfig, convolution, model_config
     from nfnet_flax.models.convolution import library_convolutions
+    from nfnet_flax.objectives import SoftmaxCrossEntropy
     from nfnet_flax.optim import OptimConfig, make_optimizer
     from nfnet_flax.parallel.mesh import make_mesh
     from nfnet_flax.training.state import create_state, model_structure
@@ -89,17 +90,7 @@ def our_training(
 
     optimizer = make_optimizer(groups, schedule, structure.shapes)
     state = create_state(structure, 0, optimizer, mesh)
-    step = make_train_step(
-        structure,
-        optimizer,
-        schedule,
-        mesh,
-        seed=0,
-        label_smoothing=0.1,
-        ema_decay=0.9999,
-        mean=(123.675, 116.28, 103.53),
-        std=(58.395, 57.12, 57.375),
-    )
+    step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     images = jax.random.randint(jax.random.key(0), (options.batch, options.size, options.size, 3), 0, 256)
     batch = {"image": images.astype(jnp.uint8), "label": jnp.arange(options.batch) % 1000}
     started = time.perf_counter()

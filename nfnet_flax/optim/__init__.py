@@ -4,6 +4,7 @@ from nfnet_flax.optim.agc import adaptive_grad_clip
 from nfnet_flax.optim.optimizer import (
     ExponentialDecayConfig,
     OptimConfig,
+    Optimizer,
     RMSPropConfig,
     learning_rate_schedule,
     make_optimizer,
@@ -15,6 +16,7 @@ from nfnet_flax.optim.sam import SAMConfig
 __all__ = [
     "ExponentialDecayConfig",
     "OptimConfig",
+    "Optimizer",
     "ParamGroup",
     "RMSPropConfig",
     "SAMConfig",

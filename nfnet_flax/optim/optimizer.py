@@ -145,9 +145,21 @@ def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: floa
     )
 
 
-def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]
-) -> optax.GradientTransformationExtraArgs:
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """All that makes an update of a gradient. `init` and `update` are those of an Optax transformation."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateExtraArgsFn
+    schedule: optax.Schedule
+    """The learning rate of a step counted from 0, as the metrics show it."""
+    ema_decay: float
+    """Of the moving average of the parameters."""
+    sam: SAMConfig | None
+    """Sharpness-aware minimization; None: off."""
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]) -> Optimizer:
     """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
 
     With RMSProp, the last two change places, as in TensorFlow: clip, decay, RMSProp, learning rate, momentum.
@@ -182,7 +194,8 @@ def make_optimizer(
             config.rmsprop.decay, config.rmsprop.eps, initial_scale=1.0, eps_in_sqrt=True
         )
         parts += [root_mean_square, optax.scale_by_learning_rate(schedule), optax.trace(decay=config.momentum)]
-    return optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
+    init, update = optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
+    return Optimizer(init, update, schedule, config.ema_decay, config.sam)
 
 
 def update_ema(

@@ -6,9 +6,10 @@ microbatches; the devices add theirs along the upper part of the same tree. Addi
 result depends on the parts alone.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,24 @@ def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0]
 
 
-def added(left: Arrays, right: Arrays) -> Arrays:
-    """Sums of what two parts of a batch give. Whole numbers are no share of a sum: they are the same in all parts, and
-    are taken as they are."""
-    return {name: left[name] + value if is_summed(value) else value for name, value in right.items()}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a part of the batch gives, and how those of all parts make that of the whole batch."""
+
+    value: jax.Array
+    combine: Literal["sum", "same"] = dataclasses.field(default="sum", metadata={"static": True})
+    """Added, or taken from any part, as it is the same in all."""
 
 
-def is_summed(value: jax.Array) -> bool:
-    """Whether an array is added over parts and devices: floats are."""
-    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+Parts = dict[str, Part]
+
+
+def added(left: Parts, right: Parts) -> Parts:
+    """What two parts of a batch give together."""
+    return {
+        name: Part(left[name].value + part.value) if part.combine == "sum" else part for name, part in right.items()
+    }
 
 
 def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, Any], Any], held: Any) -> Any:
@@ -70,11 +80,11 @@ def used_in_turn(value: jax.Array, index: jax.Array) -> jax.Array:
     return value * jnp.where(index < 0, 0.0, 1.0).astype(value.dtype)
 
 
-def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
+def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negative: jax.Array) -> Parts:
     """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
 
     Args:
-      turn: of the arrays of one part; see `added`.
+      turn: of what one part gives; see `added`.
       num_turns: a power of two.
       not_negative: any number that is never negative; see `_loop`.
 
@@ -84,18 +94,18 @@ def sum_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negati
     num_levels = num_turns.bit_length()
     shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
     # Zeros would cost a pass over memory; each level is set before it is read.
-    unset = {name: lax.empty(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    unset = jax.tree.map(lambda leaf: lax.empty(leaf.shape, leaf.dtype), shapes)
 
-    def carry_to(level: int) -> Callable[[list[Arrays], Arrays], list[Arrays]]:
+    def carry_to(level: int) -> Callable[[list[Parts], Parts], list[Parts]]:
         # As in counting: what stands in the lower levels is added to what is carried on.
-        def carry(held: list[Arrays], total: Arrays) -> list[Arrays]:
+        def carry(held: list[Parts], total: Parts) -> list[Parts]:
             for lower in held[:level]:
                 total = added(lower, total)
             return [*held[:level], total, *held[level + 1 :]]
 
         return carry
 
-    def one_turn(index: jax.Array, held: list[Arrays]) -> list[Arrays]:
+    def one_turn(index: jax.Array, held: list[Parts]) -> list[Parts]:
         num_ones = lax.population_count(index ^ (index + 1)) - 1
         return lax.switch(num_ones, [carry_to(level) for level in range(num_levels)], held, turn(index))
 
@@ -115,7 +125,7 @@ def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_nega
 
 
 def sum_over_devices(
-    values: Arrays, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int], *, reproducible: bool
+    parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int], *, reproducible: bool
 ) -> Arrays:
     """Adds the arrays of all devices; to be called under `shard_map` over `data` and `fsdp`.
 
@@ -124,18 +134,17 @@ def sum_over_devices(
     more than 16 devices a sixteenth more. Arrays that are not sharded and small travel together.
 
     Args:
-      values: float32, of this device's part of the batch; or whole numbers, which are the same on all devices and are
-        returned as they are.
+      parts: of this device's part of the batch: float32, or whole numbers, in whose sum no order shows.
       sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets all.
       mesh_shape: number of devices along each mesh axis, powers of two; neighbours lie along `fsdp`.
       reproducible: keep the order of the tree; otherwise the library's sum.
     """
-    whole = {name: value for name, value in values.items() if not is_summed(value)}
-    values = {name: value for name, value in values.items() if name not in whole}
-    if not reproducible:
-        return whole | {name: _psum(value, sharded_axes[name], mesh_shape) for name, value in values.items()}
+    result = {name: part.value for name, part in parts.items() if part.combine == "same"}
+    values = {name: part.value for name, part in parts.items() if part.combine == "sum"}
+    in_any_order = [name for name, value in values.items() if not (reproducible and is_float(value))]
+    result |= {name: _psum(values.pop(name), sharded_axes[name], mesh_shape) for name in in_any_order}
     small = [name for name, value in values.items() if sharded_axes[name] is None and value.nbytes < _BUCKET_BYTES]
-    result = whole | {
+    result |= {
         name: _tree_psum(value, sharded_axes[name], mesh_shape) for name, value in values.items() if name not in small
     }
     if small and math.prod(mesh_shape.values()) > 1:
@@ -145,6 +154,11 @@ def sum_over_devices(
         pieces = jnp.split(total, ends)
         return result | {name: piece.reshape(values[name].shape) for name, piece in zip(small, pieces, strict=True)}
     return result | {name: values[name] for name in small}
+
+
+def is_float(value: jax.Array) -> bool:
+    """Whether the order of a sum shows in its bits."""
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:

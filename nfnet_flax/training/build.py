@@ -3,13 +3,12 @@
 import dataclasses
 
 import jax
-import optax
 from jax.sharding import Mesh
 
-from nfnet_flax.optim import make_optimizer, make_schedule
+from nfnet_flax.optim import Optimizer, make_optimizer, make_schedule
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size
 from nfnet_flax.recipe import Recipe
-from nfnet_flax.training.state import Structure, model_structure
+from nfnet_flax.training.state import Normalization, Structure, model_structure
 from nfnet_flax.training.step import make_train_step
 
 
@@ -18,8 +17,7 @@ class Training:
     """The network's structure, the optimizer and the step."""
 
     structure: Structure
-    optimizer: optax.GradientTransformationExtraArgs
-    schedule: optax.Schedule
+    optimizer: Optimizer
     num_steps: int
     step: jax.stages.Wrapped
 
@@ -38,7 +36,8 @@ def build_training(recipe: Recipe, mesh: Mesh, num_examples: int) -> Training:
     data, execution = recipe.data, recipe.execution
     check_batch_size("data.batch_size", data.batch_size, mesh, execution.num_microbatches)
     check_image_size("data.image_size", data.image_size, mesh)
-    structure = model_structure(recipe.model, recipe.num_classes, execution)
+    normalization = Normalization(mean=data.mean, std=data.std)
+    structure = model_structure(recipe.model, recipe.num_classes, execution, normalization)
     num_steps = recipe.total_steps(num_examples)
     schedule = make_schedule(
         recipe.optim,
@@ -47,16 +46,5 @@ def build_training(recipe: Recipe, mesh: Mesh, num_examples: int) -> Training:
         num_steps=num_steps,
     )
     optimizer = make_optimizer(recipe.optim, schedule, structure.shapes)
-    step = make_train_step(
-        structure,
-        optimizer,
-        schedule,
-        mesh,
-        seed=recipe.seed,
-        label_smoothing=recipe.label_smoothing,
-        ema_decay=recipe.optim.ema_decay,
-        mean=data.mean,
-        std=data.std,
-        sam=recipe.optim.sam,
-    )
-    return Training(structure, optimizer, schedule, num_steps, step)
+    step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed)
+    return Training(structure, optimizer, num_steps, step)

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.random_access import Source
-from nfnet_flax.models import NFNetConfig, convolution
+from nfnet_flax.models import convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
+from nfnet_flax.objectives import Batch, Objective
 from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, replicated, to_global
 from nfnet_flax.parallel.reduce import Arrays, stack_of_turns, tied
-from nfnet_flax.training.gradient import Batch, cross_entropy, normalise
+from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.state import Structure, TrainState
 
 Weights = tuple[Params, BatchStats]
@@ -26,29 +27,22 @@ _MAX_BATCHES_IN_FLIGHT = 2
 EvalStep = Callable[[Weights, Batch], Arrays]
 
 
-def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...], std: tuple[float, ...]) -> EvalStep:
-    """Builds `step(weights, batch) -> per example`: `loss`, `top1` and `top5` (N,) float32, whole on every device.
+def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> EvalStep:
+    """Builds `step(weights, batch) -> per example`: what `objective.evaluate` gives, whole on every device.
 
     Rows are computed in as many parts as the training batch has, so that the number of devices does not decide how
     anything is rounded.
     """
     config, execution = structure.config, structure.execution
-    form = config.standardization if isinstance(config, NFNetConfig) else "published"
+    mean, std = structure.normalization.mean, structure.normalization.std
     platform = mesh.devices.flat[0].platform
     num_turns = count_turns(execution.num_microbatches, mesh)
-    num_candidates = min(5, structure.num_classes)
 
     def part(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
         model = merge(structure.prepared, prepared, batch_stats)
         model.eval()
         with convolution.for_platform(platform):
-            logits = model(normalise(batch["image"], mean, std))
-        hits = lax.top_k(logits, num_candidates)[1] == batch["label"][:, None]
-        return {
-            "loss": cross_entropy(logits, jax.nn.one_hot(batch["label"], structure.num_classes)),
-            "top1": hits[:, 0].astype(jnp.float32),
-            "top5": jnp.any(hits, axis=1).astype(jnp.float32),
-        }
+            return objective.evaluate(model(normalise(batch["image"], mean, std)), batch)
 
     def local(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
         num_rows = batch["label"].shape[0] // num_turns
@@ -73,7 +67,7 @@ def make_eval_step(structure: Structure, mesh: Mesh, *, mean: tuple[float, ...],
 
     def step(weights: Weights, batch: Batch) -> Arrays:
         params, batch_stats = weights
-        prepared, _ = prepare(params, form)
+        prepared, _ = prepare(params, structure.standardization)
         found = per_device(cast(prepared, DTYPES[config.compute_dtype]), batch_stats, batch)
         return found | {"mask": lax.with_sharding_constraint(batch["mask"], replicated(mesh))}
 
@@ -109,9 +103,9 @@ def run_evaluation(
         if there are any, process 0 says so on stderr.
 
     Returns:
-      `{prefix}/top1`, `/top5`, `/loss`, and `eval/num_examples`, with `counted_in` also `eval/num_corrupt`; None if it
-      was stopped. Only a loss may be not finite: where logits overflow. An example with such a loss is no hit, whatever
-      its logits are.
+      The objective's metrics as `{prefix}/top1`, `/loss` and so on, and `eval/num_examples`, with `counted_in` also
+      `eval/num_corrupt`; None if it was stopped. Only a loss may be not finite: where logits overflow. Every other
+      value of such an example counts as 0.
 
     Raises:
       ConfigError: nothing was there to be evaluated.
@@ -157,13 +151,12 @@ def _metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, 
             "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
             "--data.on-corrupt raise names the first that is"
         )
-    loss, top1, top5 = (
-        np.concatenate([batch[name] for batch in batches])[counted] for name in ("loss", "top1", "top5")
-    )
-    is_finite = np.isfinite(loss)
-    return {
-        f"{prefix}/top1": float(np.mean(top1 * is_finite, dtype=np.float64)),
-        f"{prefix}/top5": float(np.mean(top5 * is_finite, dtype=np.float64)),
-        f"{prefix}/loss": float(np.mean(loss, dtype=np.float64)),
-        "eval/num_examples": float(np.sum(counted)),
+    values = {
+        name: np.concatenate([batch[name] for batch in batches])[counted] for name in batches[0] if name != "mask"
     }
+    is_finite = np.isfinite(values["loss"])
+    means = {
+        f"{prefix}/{name}": float(np.mean(value if name == "loss" else np.where(is_finite, value, 0), dtype=np.float64))
+        for name, value in values.items()
+    }
+    return means | {"eval/num_examples": float(np.sum(counted))}

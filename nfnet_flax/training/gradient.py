@@ -18,6 +18,7 @@ from nfnet_flax.models import convolution, example_keys
 from nfnet_flax.models.keys import key_of_step
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, batch_stats_of, cast, merge
+from nfnet_flax.objectives import Arrays, Batch, Metric, Objective
 from nfnet_flax.parallel.mesh import (
     BATCH_AXES,
     batch_shape,
@@ -27,10 +28,11 @@ from nfnet_flax.parallel.mesh import (
     sharded_axis,
 )
 from nfnet_flax.parallel.reduce import (
-    Arrays,
+    Part,
+    Parts,
     added,
     gathered,
-    is_summed,
+    is_float,
     sum_of_turns,
     sum_over_devices,
     tied,
@@ -38,14 +40,7 @@ from nfnet_flax.parallel.reduce import (
 )
 from nfnet_flax.training.state import Structure
 
-Batch = dict[str, Any]
-"""`image` (N, H, W, 3) uint8, or float that is normalised already (see `normalise`); `label` (N,) int32; optionally
-`mix_label` (N,) int32 and `label_weight` (N,) float32, the share of `label` in the target; optionally `is_corrupt` (N,)
-float32, for a metric."""
 Metrics = dict[str, jax.Array]
-_METRICS = ("train/loss", "train/top1")
-
-
 _LARGEST_NORMALISED = 32.0
 """Images of zero mean and unit variance stay far below it."""
 
@@ -74,44 +69,26 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
 
 
-def soft_targets(batch: Batch, num_classes: int, label_smoothing: float) -> jax.Array:
-    """(N, num_classes) float32 target distribution, mixed and smoothed."""
-    targets = jax.nn.one_hot(batch["label"], num_classes)
-    if "mix_label" in batch:
-        weight = batch["label_weight"][:, None]
-        targets = weight * targets + (1.0 - weight) * jax.nn.one_hot(batch["mix_label"], num_classes)
-    return (1.0 - label_smoothing) * targets + label_smoothing / num_classes
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """(N,) cross-entropy in float32."""
-    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
-
-
 def make_gradient(
     structure: Structure,
+    objective: Objective,
     mesh: Mesh,
     *,
     seed: int,
-    label_smoothing: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     fraction: float = 1.0,
-) -> Callable[[Params, BatchStats, jax.Array, Batch], tuple[Params, BatchStats, Metrics]]:
-    """Builds `gradient(prepared, batch_stats, step, batch)`: of the mean loss over the global batch.
+) -> Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]:
+    """Builds `gradient(prepared, batch_stats, step, batch, arrays)`: of the mean loss over the global batch.
 
     Args:
       structure: of the network, and how it is computed.
+      objective: gives the loss.
       mesh: over whose devices the rows of the batch are divided.
       seed: of dropout and stochastic depth.
-      label_smoothing: share of the target that is spread over all classes.
-      mean: per channel, in grey levels, subtracted from uint8 images.
-      std: per channel, in grey levels.
       fraction: share of each microbatch that is used, from its first rows on.
 
     Returns:
       A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the step's number
-      and the batch. It gives the gradient, the moved statistics and metrics.
+      the batch, and the objective's arrays. It gives the gradient, the moved statistics and metrics.
 
     Raises:
       ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
@@ -125,25 +102,32 @@ def make_gradient(
     # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
-    def loss_of(weights: Params, batch_stats: BatchStats, keys: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+    mean, std = structure.normalization.mean, structure.normalization.std
+
+    def loss_of(
+        weights: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[BatchStats, Parts]]:
         model = merge(structure.prepared, weights, batch_stats)
         images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
         with convolution.for_platform(platform):
             logits = model(images, keys)
-        loss = jnp.mean(cross_entropy(logits, soft_targets(batch, structure.num_classes, label_smoothing)))
-        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        # Shares of the mean over all parts: what the parts give need only be added.
-        share = loss / num_parts
-        return share, (batch_stats_of(model), {"train/loss": share, "train/top1": top1 / num_parts})
+            losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
+        # A share of the mean over all parts: what the parts give need only be added.
+        share = jnp.mean(losses) / num_parts
+        found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}
+        return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
 
-    def part(batch_stats: BatchStats, weights: Params, keys: jax.Array, batch: Batch) -> Arrays:
-        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, keys, batch)
-        shares = {name: value / num_parts if is_summed(value) else value for name, value in moved.items()}
-        found = gradient | shares | metrics
-        return {name: value.astype(jnp.float32) if is_summed(value) else value for name, value in found.items()}
+    def part(batch_stats: BatchStats, arrays: Arrays, weights: Params, keys: jax.Array, batch: Batch) -> Parts:
+        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, arrays, keys, batch)
+        # Whole numbers are BatchNorm's counts, the same in all parts.
+        shares = {
+            name: Part(value / num_parts) if is_float(value) else Part(value, "same") for name, value in moved.items()
+        }
+        found = {name: Part(value) for name, value in gradient.items()} | shares | metrics
+        return jax.tree.map(lambda value: value.astype(jnp.float32) if is_float(value) else value, found)
 
     def local_gradient(
-        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch
+        prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch, arrays: Arrays
     ) -> tuple[Params, BatchStats, Metrics]:
         axes = {name: sharded_axis(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
         num_rows = batch["label"].shape[0]
@@ -157,15 +141,15 @@ def make_gradient(
         # Layers cast what is not cast yet. What fsdp gathered becomes wide again, so that all layouts run one loop.
         weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
         parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
-        one_part = functools.partial(part, batch_stats)
+        one_part = functools.partial(part, batch_stats, arrays)
         order = step if execution.reproducible else None
-        total = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
-        axes |= dict.fromkeys(total.keys() - axes.keys())
-        total = sum_over_devices(total, axes, batch_shape(mesh), reproducible=execution.reproducible)
+        found = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
+        axes |= dict.fromkeys(found.keys() - axes.keys())
+        total = sum_over_devices(found, axes, batch_shape(mesh), reproducible=execution.reproducible)
         return (
             {name: total[name].astype(value.dtype) for name, value in prepared.items()},
             {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},
-            {name: total[name] for name in _METRICS},
+            {name: value for name, value in total.items() if name.startswith("train/")},
         )
 
     of_params = {name: partition_spec(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
@@ -173,7 +157,7 @@ def make_gradient(
         local_gradient,
         mesh=mesh,
         axis_names=set(BATCH_AXES),  # the height of images is left to the partitioner, which exchanges borders
-        in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
         out_specs=(of_params, PartitionSpec(), PartitionSpec()),
         check_vma=False,
     )
@@ -195,6 +179,16 @@ def _dense_kernels(structure: Structure) -> tuple[str, ...]:
     return tuple(name for name, whole in structure.shapes.items() if name.endswith(".kernel") and len(whole.shape) == 2)
 
 
+def _part_of(metric: Metric, num_parts: int) -> Part:
+    match metric.combine:
+        case "mean":
+            return Part(jnp.mean(metric.value, dtype=jnp.float32) / num_parts)
+        case "sum":
+            return Part(jnp.sum(metric.value))
+        case "same":
+            return Part(metric.value, "same")
+
+
 def _widened(weight: jax.Array, prepared: jax.Array, sharded_axis: int | None) -> jax.Array:
     return prepared if sharded_axis is None else weight.astype(prepared.dtype)
 
@@ -208,13 +202,13 @@ def _first(parts: jax.Array, fraction: float) -> jax.Array:
 
 
 def over_parts(
-    one_part: Callable[[Params, jax.Array, Batch], Arrays],
+    one_part: Callable[[Params, jax.Array, Batch], Parts],
     weights: Params,
     parts: tuple[jax.Array, Batch],
     num_turns: int,
     step: jax.Array | None,
     cast_in_turns: tuple[str, ...],
-) -> Arrays:
+) -> Parts:
     """What the parts give, added: in the order of the tree if there is a step, else as they come.
 
     Args:
@@ -226,7 +220,7 @@ def over_parts(
       cast_in_turns: names of weights that `one_part` casts, where the sum is in the order of the tree.
     """
 
-    def turn(index: jax.Array) -> Arrays:
+    def turn(index: jax.Array) -> Parts:
         keys, batch = jax.tree.map(lambda rows: rows[index], parts)
         held, keys, batch = tied((weights, keys, batch), index)
         return one_part(held | {name: used_in_turn(held[name], index) for name in cast_in_turns}, keys, batch)
@@ -237,9 +231,9 @@ def over_parts(
     if num_turns == 1:
         return one_part(weights, *first)
     shapes = jax.eval_shape(one_part, weights, *first)
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: Arrays, rows: Any) -> tuple[Arrays, None]:
+    def add(total: Parts, rows: Any) -> tuple[Parts, None]:
         found = one_part(weights, *rows)
         return added(total, found), None
 

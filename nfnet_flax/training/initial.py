@@ -53,7 +53,7 @@ def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeight
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     source = f"init_from {str(path)!r}"
     arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
-    arrays = _for_classes(source, info, arrays, class_names)
+    arrays = for_classes(source, info, arrays, class_names)
     known, data = info.preprocessing, recipe.data
     return InitialWeights(
         arrays=arrays,
@@ -72,8 +72,12 @@ def _content(arrays: Arrays) -> str:
     return digest.hexdigest()[:32]
 
 
-def _for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str]) -> Arrays:
-    """The arrays with the outputs of the head in the order of `class_names`."""
+def for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str]) -> Arrays:
+    """The arrays with the outputs of the head in the order of `class_names`.
+
+    Raises:
+      ConfigError: the head is of other classes.
+    """
     head = [name for name in arrays if name.startswith("head.")]
     known = info.class_names
     if not head or known is None or known[: len(class_names)] == tuple(class_names):

@@ -186,7 +186,7 @@ def _run(
             batch = to_global(rows, setup.mesh)
             # 4. Step.
             watchdog.enter("step", step + 1)
-            state, metrics = setup.train_step(state, batch)
+            state, metrics = setup.train_step(state, batch, setup.objective_arrays)
             step, evaluated = step + 1, False
             if step == start_step + 1 and current().count > 1:
                 check_copies(current(), fingerprints(state), step)

@@ -28,7 +28,7 @@ from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.record import stored_class_names, stored_input
 from nfnet_flax.training.restoring import read_arrays
-from nfnet_flax.training.state import model_structure
+from nfnet_flax.training.state import Normalization, model_structure
 from nfnet_flax.weights import network_of
 from nfnet_flax.weights.convert import target_in
 from nfnet_flax.weights.entries import Arrays
@@ -227,8 +227,9 @@ def evaluate(
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
     weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
     execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)
-    structure = model_structure(recipe.model, recipe.num_classes, execution)
-    eval_step = make_eval_step(structure, mesh, mean=data.mean, std=data.std)
+    normalization = Normalization(mean=data.mean, std=data.std)
+    structure = model_structure(recipe.model, recipe.num_classes, execution, normalization)
+    eval_step = make_eval_step(structure, recipe.objective, mesh)
     with eval_batches(data, source, process_index=0, num_processes=1) as batches:
         counted_in = source if data.on_corrupt == "skip" else None
         metrics = run_evaluation(eval_step, weights, batches, mesh, counted_in=counted_in)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from nfnet_flax import runtime
@@ -13,20 +12,23 @@ from nfnet_flax.data.held_out import check_distinct
 from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, input_identity, open_split, source_record
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.random_access import Source
+from nfnet_flax.objectives import Arrays, Batch, RunFacts
+from nfnet_flax.optim import Optimizer
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.build import build_training
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step
-from nfnet_flax.training.gradient import Batch, Metrics
+from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
     abstract_state,
     create_state,
+    placed_everywhere,
     with_weights,
 )
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import Arrays as HostArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +38,16 @@ class Setup:
     recipe: Recipe
     mesh: Mesh
     structure: Structure
-    optimizer: optax.GradientTransformationExtraArgs
-    schedule: optax.Schedule
+    optimizer: Optimizer
     num_steps: int
     train_source: Source
     eval_source: Source
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    objective_arrays: Arrays
+    """What the step takes besides state and batch, whole on every device."""
+    train_step: Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
     eval_step: EvalStep
 
-    def create_state(self, weights: Arrays) -> TrainState:
+    def create_state(self, weights: HostArrays) -> TrainState:
         """The state before the first update: random, but for the weights that are given."""
         recipe = self.recipe
         state = create_state(self.structure, recipe.seed, self.optimizer, self.mesh)
@@ -103,15 +106,17 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     remedy = f"must be at least {len(names)}, as the images have so many classes"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
     training = build_training(recipe, mesh, len(train_source))
+    facts = RunFacts(class_names=tuple(names), mean=data.mean, std=data.std)
+    objective_arrays = placed_everywhere(recipe.objective.arrays(facts), mesh)
     return Setup(
         recipe=recipe,
         mesh=mesh,
         structure=training.structure,
         optimizer=training.optimizer,
-        schedule=training.schedule,
         num_steps=training.num_steps,
         train_source=train_source,
         eval_source=eval_source,
+        objective_arrays=objective_arrays,
         train_step=training.step,
-        eval_step=make_eval_step(training.structure, mesh, mean=data.mean, std=data.std),
+        eval_step=make_eval_step(training.structure, recipe.objective, mesh),
     )

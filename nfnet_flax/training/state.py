@@ -1,16 +1,16 @@
 """The one value that holds all that must survive a restart, and the structure of the network that it belongs to."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
+from nfnet_flax.models import ExecutionConfig, ModelConfig, NFNetConfig, build_model
 from nfnet_flax.models.keys import initial_key
 from nfnet_flax.models.params import (
     BatchStats,
@@ -19,6 +19,7 @@ from nfnet_flax.models.params import (
     mark_prepared,
     split,
 )
+from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.parallel.mesh import partition_spec
 
 
@@ -37,6 +38,24 @@ class TrainState:
     ema_batch_stats: BatchStats
 
 
+class HasInit(Protocol):
+    """An optimizer whose state can be made: ours, or any transformation of Optax."""
+
+    @property
+    def init(self) -> optax.TransformInitFn: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Of images: `(grey level - mean) / std` for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Normalization(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+
+
 @dataclasses.dataclass(frozen=True)
 class Structure:
     """A network without its arrays."""
@@ -44,6 +63,8 @@ class Structure:
     config: ModelConfig
     num_classes: int
     execution: ExecutionConfig
+    normalization: Normalization
+    """Of the images that it is given as grey levels."""
     graphdef: GraphDef
     """In training mode."""
     prepared: GraphDef
@@ -53,8 +74,18 @@ class Structure:
     batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]
     """Of the running statistics, by name."""
 
+    @property
+    def standardization(self) -> StandardizationName:
+        """Form of the weight standardization."""
+        return self.config.standardization if isinstance(self.config, NFNetConfig) else "published"
 
-def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionConfig | None = None) -> Structure:
+
+def model_structure(
+    config: ModelConfig,
+    num_classes: int,
+    execution: ExecutionConfig | None = None,
+    normalization: Normalization = IMAGENET,
+) -> Structure:
     """Structure of a network and names of its parameters; allocates nothing.
 
     Raises:
@@ -75,6 +106,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
         config=config,
         num_classes=num_classes,
         execution=execution,
+        normalization=normalization,
         graphdef=graphdef,
         prepared=prepared,
         shapes=shapes,
@@ -82,7 +114,7 @@ def model_structure(config: ModelConfig, num_classes: int, execution: ExecutionC
     )
 
 
-def _initial_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation) -> TrainState:
+def _initial_state(structure: Structure, seed: int, optimizer: HasInit) -> TrainState:
     rngs = nnx.Rngs(params=initial_key(seed))
     _, params, batch_stats = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
     return TrainState(
@@ -117,11 +149,20 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     """An array of the host with the sharding of another one, parts of which may lie in other processes."""
-    whole = np.asarray(array, like.dtype)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
+    return _sharded(np.asarray(array, like.dtype), like.sharding)
 
 
-def abstract_state(structure: Structure, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _sharded(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def placed_everywhere(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays that every process has, whole on every device of the mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return {name: _sharded(np.asarray(value), whole) for name, value in arrays.items()}
+
+
+def abstract_state(structure: Structure, optimizer: HasInit, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
     shapes = jax.eval_shape(lambda: _initial_state(structure, 0, optimizer))
 
@@ -134,7 +175,7 @@ def abstract_state(structure: Structure, optimizer: optax.GradientTransformation
     return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
-def create_state(structure: Structure, seed: int, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def create_state(structure: Structure, seed: int, optimizer: HasInit, mesh: Mesh) -> TrainState:
     """The state before the first update, born with its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
     # It runs once: on CPUs compiling it well takes several times as long as running it.

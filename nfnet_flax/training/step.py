@@ -1,48 +1,31 @@
 """One update: gradient, AGC, decay, momentum, EMA and metrics in a single donated `jit`."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from nfnet_flax.models import NFNetConfig
 from nfnet_flax.models.params import BatchStats, Params, global_norm, prepare, pull_back
-from nfnet_flax.optim import SAMConfig
+from nfnet_flax.objectives import Arrays, Batch, Objective
+from nfnet_flax.optim import Optimizer, SAMConfig
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
-from nfnet_flax.training.gradient import Batch, Metrics, make_gradient
+from nfnet_flax.training.gradient import Metrics, make_gradient
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
 
 
 def make_train_step(
-    structure: Structure,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    *,
-    seed: int,
-    label_smoothing: float,
-    ema_decay: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    sam: SAMConfig | None = None,
+    structure: Structure, optimizer: Optimizer, objective: Objective, mesh: Mesh, *, seed: int
 ) -> jax.stages.Wrapped:
-    """Builds `step(state, batch) -> (state, metrics)`; `state` is donated, metrics stay on the device.
+    """Builds `step(state, batch, arrays=None) -> (state, metrics)`; `state` is donated, metrics stay on the device.
 
     Args:
       structure: of the network, and how it is computed.
-      optimizer: over the parameters of the network.
-      schedule: the optimizer's learning rate, for the metrics.
+      optimizer: of `make_optimizer`.
+      objective: what is minimized. `arrays` are its own, whole on every device (`Objective.arrays`).
       mesh: over whose devices the batch is divided.
       seed: of dropout and stochastic depth.
-      label_smoothing: share of the target that is spread over all classes.
-      ema_decay: of the moving average.
-      mean: per channel, in grey levels, subtracted from uint8 images.
-      std: per channel, in grey levels.
-      sam: sharpness-aware minimization; None: off.
 
     Returns:
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
@@ -51,17 +34,15 @@ def make_train_step(
       ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
         decides what is computed: with BatchNorm, and with SAM on a fraction of each part.
     """
-    config = structure.config
-    form = config.standardization if isinstance(config, NFNetConfig) else "published"
-    loss = {"seed": seed, "label_smoothing": label_smoothing, "mean": mean, "std": std}
-    gradient_of: Any = make_gradient(structure, mesh, **loss)  # type: ignore[arg-type]
-    uphill_of: Any = None if sam is None else make_gradient(structure, mesh, **loss, fraction=sam.fraction)  # type: ignore[arg-type]
+    form, sam = structure.standardization, optimizer.sam
+    gradient_of = make_gradient(structure, objective, mesh, seed=seed)
+    fraction = 1.0 if sam is None else sam.fraction
+    uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction)
 
-    def uphill(state: TrainState, batch: Batch) -> Params:
+    def uphill(state: TrainState, batch: Batch, arrays: Arrays, sam: SAMConfig) -> Params:
         """SAM's point, at which the gradient is taken."""
-        assert sam is not None
         prepared, facts = prepare(state.params, form)
-        gradient, _, metrics = uphill_of(prepared, state.batch_stats, state.step, batch)
+        gradient, _, metrics = uphill_of(prepared, state.batch_stats, state.step, batch, arrays)
 
         def move(params: Params, gradient: Params) -> Params:
             gradient, unit_norms = pull_back(gradient, params, facts, form)
@@ -69,13 +50,14 @@ def make_train_step(
 
         return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
+        arrays = arrays or {}
         # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
         # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
         # pass: that would repeat work in passes over the parameters, and round differently on other layouts.
-        point = state.params if sam is None else uphill(state, batch)
+        point = state.params if sam is None else uphill(state, batch, arrays, sam)
         prepared, facts = prepare(point, form)
-        gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch)
+        gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
 
         def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
             gradient, norms = pull_back(gradient, point, facts, form)
@@ -83,14 +65,14 @@ def make_train_step(
             # AGC compares with the parameters themselves, not with SAM's point.
             known = norms if sam is None else None
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, unit_norms=known)
-            params: Any = optax.apply_updates(state.params, updates)
+            params: Params = optax.apply_updates(state.params, updates)
             updated = TrainState(
                 step=state.step + 1,
                 params=params,
                 batch_stats=batch_stats,
                 opt_state=opt_state,
-                ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
-                ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, ema_decay),
+                ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay),
+                ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
             )
             # The norm is finite if every gradient is; a choice per element costs no pass.
             is_finite = jnp.isfinite(norm)
@@ -100,7 +82,7 @@ def make_train_step(
             del batch_stats
             return state, optax.tree.norm(gradient)
 
-        metrics["train/learning_rate"] = schedule(state.step)
+        metrics["train/learning_rate"] = optimizer.schedule(state.step)
         if "is_corrupt" in batch:
             metrics["data/num_corrupt"] = jnp.sum(batch["is_corrupt"])
         state, metrics["train/grad_norm"] = lax.cond(
