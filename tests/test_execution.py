@@ -40,8 +40,8 @@ from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
 DEEP: dict[str, NFNetConfig | ResNetConfig] = {
-    "nfnet": dataclasses.replace(golden.TINY, depths=(1, 2, 7, 1), stochdepth_rate=0.5),
-    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 8, 1), stem_width=8),
+    "nfnet": dataclasses.replace(golden.TINY, depths=(1, 1, 4, 1), stochdepth_rate=0.5),
+    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 4, 1), stem_width=8),
 }
 
 
