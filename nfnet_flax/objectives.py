@@ -14,6 +14,7 @@ from jax import lax
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.paths import check_path
+from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
 Batch: TypeAlias = dict[str, Any]
 """`image` (N, H, W, 3), as the network sees it; `label` (N,) int32, or (N, num_classes) of zeros and ones where an
@@ -214,13 +215,9 @@ class Distillation:
         require(0 <= self.label_smoothing < 1, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
 
     def arrays(self, facts: RunFacts) -> Arrays:
-        from nfnet_flax.training.teacher import teacher_arrays
-
-        return teacher_arrays(self.teacher, facts)
+        return teacher_arrays(self.teacher, facts.class_names, facts.mean, facts.std)
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
-        from nfnet_flax.training.teacher import teacher_logits
-
         _require_one_class(batch)
         targets = optax.smooth_labels(targets_of(batch, logits.shape[-1]), self.label_smoothing)
         taught = jax.nn.log_softmax(teacher_logits(self.teacher, batch["image"], arrays) / self.temperature)
@@ -235,3 +232,10 @@ class Distillation:
 
 
 ObjectiveConfig = SoftmaxCrossEntropy | SigmoidCrossEntropy | Focal | Distillation
+
+
+def with_teacher_of(objective: ObjectiveConfig, other: ObjectiveConfig) -> ObjectiveConfig:
+    """An objective whose teacher's file lies where another one has it: what is in the file is compared by itself."""
+    if isinstance(objective, Distillation) and isinstance(other, Distillation):
+        return dataclasses.replace(objective, teacher=other.teacher)
+    return objective

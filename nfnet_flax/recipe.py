@@ -19,7 +19,7 @@ from nfnet_flax.data.source_config import with_absolute_places
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.models.keys import check_seed
-from nfnet_flax.objectives import Distillation, ObjectiveConfig, SoftmaxCrossEntropy
+from nfnet_flax.objectives import Distillation, ObjectiveConfig, SoftmaxCrossEntropy, with_teacher_of
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.paths import local_path
@@ -192,9 +192,9 @@ def length_change(old: Recipe, new: Recipe, *, num_examples: int, step: int) -> 
 def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
     """The fields of `other` that decide no update.
 
-    These are: when and what is saved, logged and evaluated, the run's name, where images and initial weights lie, what
-    is done about a corrupt image, how many threads prepare the input, over how many devices parameters and images are
-    divided, and which platform is asked for.
+    These are: when and what is saved, logged and evaluated, the run's name, where images, initial weights and a teacher
+    lie, what is done about a corrupt image, how many threads prepare the input, over how many devices parameters and
+    images are divided, and which platform is asked for.
     """
     return dataclasses.replace(
         recipe,
@@ -202,6 +202,7 @@ def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
         data=recipe.data.with_resumable_of(other.data),
         execution=dataclasses.replace(recipe.execution, fsdp=other.execution.fsdp, spatial=other.execution.spatial),
         checkpoint=other.checkpoint,
+        objective=with_teacher_of(recipe.objective, other.objective),
         init_from=other.init_from if recipe.init_from is not None and other.init_from is not None else recipe.init_from,
         platform=other.platform,
         log_every_steps=other.log_every_steps,

@@ -1,4 +1,8 @@
-"""Numbers for people: a few digits and the unit that shows them, whatever the size."""
+"""Numbers and lists for people: a few digits and the unit that shows them, whatever the size; a few names of many."""
+
+from collections.abc import Sequence
+
+_MAX_NAMES_SHOWN = 5
 
 
 def human_size(num_bytes: float) -> str:
@@ -21,3 +25,9 @@ def scaled(number: float) -> str:
 def duration(seconds: float) -> str:
     """Milliseconds, or microseconds where these are fewer than one."""
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    rest = len(names) - _MAX_NAMES_SHOWN
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

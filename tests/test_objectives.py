@@ -1,5 +1,6 @@
 """The objectives against independent formulas in float64, and the metrics of parts against those of the whole batch."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from nfnet_flax.objectives import (
     SoftmaxCrossEntropy,
     targets_of,
 )
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.weights import Preprocessing, load_model, save_weights
-from tests import golden
+from tests import golden, runs
 from tests.networks import SMALL
 
 NUM_EXAMPLES, NUM_CLASSES = 12, 7
@@ -162,6 +164,25 @@ def test_a_teacher_of_other_classes_is_refused(teacher: Path) -> None:
     facts = RunFacts(class_names=("a", "z"), mean=FACTS.mean, std=FACTS.std)
     with pytest.raises(ConfigError, match=r"teacher '.*' is of other classes than the training images"):
         Distillation(teacher=str(teacher)).arrays(facts)
+
+
+def test_another_teacher_under_the_same_name_ends_a_resume(tmp_path: Path) -> None:
+    path, moved = tmp_path / "teacher.safetensors", tmp_path / "moved.safetensors"
+
+    def write(scale: float) -> None:
+        model = build_model(SMALL["nfnet"], num_classes=10, rngs=nnx.Rngs(0))
+        model.head.bias = nnx.Param(jnp.full(10, scale))
+        save_weights(path, model, source="test", parameters="raw", class_names=tuple("0123456789"), overwrite=True)
+
+    recipe = load_recipe(runs.DIGITS)
+    taught = dataclasses.replace(recipe, objective=Distillation(teacher=str(path)))
+    write(0.0)
+    runs.claimed(tmp_path / "run", taught)
+    path.rename(moved)
+    runs.claimed(tmp_path / "run", dataclasses.replace(recipe, objective=Distillation(teacher=str(moved))))
+    write(1.0)
+    with pytest.raises(ConfigError, match=r"was trained on another input; .*\n +objective\.content: "):
+        runs.claimed(tmp_path / "run", taught)
 
 
 ELASTIC = """

@@ -11,8 +11,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.random_access import Record, Source, Split, Unused, digest
-
-_MAX_NAMES_SHOWN = 5
+from nfnet_flax.units import shown
 
 
 def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.ndarray:
@@ -36,12 +35,6 @@ def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.n
             f"are); known are {shown(wanted)}: rename or remove it, or begin a new run with a training set that has it"
         )
     return np.array([label_of[name] for name in own], np.int32)
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first of some class names, for a message."""
-    rest = len(names) - _MAX_NAMES_SHOWN
-    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def spare_outputs(num_classes: int, class_names: Sequence[str]) -> str | None:

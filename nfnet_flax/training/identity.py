@@ -13,7 +13,6 @@ import jax
 
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, differences, require, to_json
-from nfnet_flax.data.classes import shown
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import input_changes
 from nfnet_flax.data.source_config import PLACE_FIELDS
@@ -29,6 +28,7 @@ from nfnet_flax.recipe import (
 )
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.record import has_trained, stored_class_names, stored_initial, stored_input
+from nfnet_flax.units import shown
 
 
 def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
@@ -48,10 +48,11 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
 
     shared = dataclasses.replace(recipe, data=recipe.data.with_execution_of(DataConfig(prefetch_batches=2)))
     settings = to_json(shared)
-    # Each host may hold images and initial weights in a place of its own: what they are is compared by what is in them.
+    # Each host may hold images, initial weights and a teacher in a place of its own: what is in them is compared.
     for name in PLACE_FIELDS.get(type(recipe.data.source).__name__, ()):
         del settings["data"]["source"][name]
     del settings["init_from"]
+    settings["objective"].pop("teacher", None)
     facts = {
         **runtime.environment(),
         "devices of each process": str(jax.local_device_count()),

@@ -2,20 +2,22 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.classes import shown
 from nfnet_flax.models import build_model
 from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.paths import local_path, run_folder
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.reading import Run, stored_weights
 from nfnet_flax.weights.entries import Arrays
-from nfnet_flax.weights.portable import WeightsInfo, fitting_arrays, read_weights
+from nfnet_flax.weights.heads import for_classes
+from nfnet_flax.weights.portable import fitting_arrays, read_weights
+
+_REMEDY = "let the head start at random (--init-from-skip 'head.*'), or give images of the same classes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,16 @@ def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeight
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     source = f"init_from {str(path)!r}"
     arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
-    arrays = for_classes(source, info, arrays, class_names)
+    arrays = for_classes(source, info, arrays, class_names, _REMEDY)
     known, data = info.preprocessing, recipe.data
     return InitialWeights(
         arrays=arrays,
-        record={"source": info.source, "content": _content(arrays)},
+        record={"source": info.source, "content": content_of(arrays)},
         said=None if known is None else known.normalisation_change(source, data.mean, data.std),
     )
 
 
-def _content(arrays: Arrays) -> str:
+def content_of(arrays: Mapping[str, np.ndarray]) -> str:
     """A digest of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -70,28 +72,6 @@ def _content(arrays: Arrays) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
-
-
-def for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str]) -> Arrays:
-    """The arrays with the outputs of the head in the order of `class_names`.
-
-    Raises:
-      ConfigError: the head is of other classes.
-    """
-    head = [name for name in arrays if name.startswith("head.")]
-    known = info.class_names
-    if not head or known is None or known[: len(class_names)] == tuple(class_names):
-        return arrays
-    if set(known) != set(class_names):
-        new, gone = ([name for name in a if name not in b] for a, b in ((class_names, known), (known, class_names)))
-        lines = [f"  {text}: {shown(names)}" for text, names in (("new", new), ("gone", gone)) if names]
-        raise ConfigError(
-            f"{source} is of other classes than the training images:\n"
-            + "".join(f"{line}\n" for line in lines)
-            + "let the head start at random (--init-from-skip 'head.*'), or give images of the same classes"
-        )
-    order = [known.index(name) for name in class_names] + list(range(len(known), info.num_classes))
-    return arrays | {name: np.take(arrays[name], order, axis=-1) for name in head}
 
 
 def check_same_start(processes: Processes, recipe: Recipe, initial: InitialWeights | None, *, timeout_s: float) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from nfnet_flax import runtime
@@ -20,6 +21,7 @@ from nfnet_flax.training.build import build_training
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step
 from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
+from nfnet_flax.training.initial import content_of
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -59,14 +61,15 @@ class Setup:
 
     def identity(self, initial: dict[str, str] | None = None) -> Identity:
         """What the run is, for the record in its folder; `initial` is of `InitialWeights`."""
+        found = input_identity(
+            self.recipe.data, seed=self.recipe.seed, train_source=self.train_source, eval_source=self.eval_source
+        )
+        if self.objective_arrays:  # a teacher's file could be replaced by another under its name
+            arrays = {name: np.asarray(value) for name, value in self.objective_arrays.items()}
+            found["objective"] = {"content": content_of(arrays)}
         return Identity(
             recipe=self.recipe,
-            input=input_identity(
-                self.recipe.data,
-                seed=self.recipe.seed,
-                train_source=self.train_source,
-                eval_source=self.eval_source,
-            ),
+            input=found,
             class_names=tuple(self.train_source.class_names),
             environment=runtime.environment(),
             initial=initial,

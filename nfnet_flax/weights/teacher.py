@@ -1,6 +1,7 @@
 """A teacher for distillation: the network of a weight file, in evaluation mode, as a function of arrays."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,11 @@ import nfnet_flax.weights
 from nfnet_flax.models.folding import fold
 from nfnet_flax.models.nf_block import NFBlock
 from nfnet_flax.models.params import GraphDef, merge, split
-from nfnet_flax.objectives import Arrays, RunFacts
-from nfnet_flax.training.initial import for_classes
+from nfnet_flax.paths import local_path
+from nfnet_flax.weights.heads import for_classes
 from nfnet_flax.weights.portable import WeightsInfo, read_weights
+
+_REMEDY = "give a teacher that was trained on the same classes"
 
 _SCALE, _OFFSET = "teacher image scale", "teacher image offset"
 """Names beside those of the network's parameters: what makes the run's images those that the teacher knows."""
@@ -26,27 +29,33 @@ class _Teacher(NamedTuple):
     batch_stats: dict[str, Any]
 
 
-def teacher_arrays(path: str, facts: RunFacts) -> Arrays:
+def teacher_arrays(
+    path: str, class_names: Sequence[str], mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, jax.Array]:
     """Everything that `teacher_logits` needs, for the images and in the order of the classes of a run.
 
     Args:
       path: of a weight file.
-      facts: of the run.
+      class_names: of the run, in the order of its labels.
+      mean: per channel, in grey levels: subtracted from the run's images.
+      std: per channel, in grey levels: what they are divided by then.
 
     Raises:
       ConfigError: the file cannot be read or is damaged, or its network knows other classes.
     """
     teacher = _read(path)
-    arrays = for_classes(f"teacher {path!r}", teacher.info, teacher.params | teacher.batch_stats, facts.class_names)
-    own = facts if teacher.info.preprocessing is None else teacher.info.preprocessing
-    mean, std, own_mean, own_std = (np.asarray(v, np.float32) for v in (facts.mean, facts.std, own.mean, own.std))
+    arrays = for_classes(f"teacher {path!r}", teacher.info, teacher.params | teacher.batch_stats, class_names, _REMEDY)
+    known = teacher.info.preprocessing
+    own_mean, own_std = (mean, std) if known is None else (known.mean, known.std)
+    scale = np.asarray(std, np.float32) / np.asarray(own_std, np.float32)
+    offset = (np.asarray(mean, np.float32) - np.asarray(own_mean, np.float32)) / np.asarray(own_std, np.float32)
     return {name: jnp.asarray(value) for name, value in arrays.items()} | {
-        _SCALE: jnp.asarray(std / own_std),
-        _OFFSET: jnp.asarray((mean - own_mean) / own_std),
+        _SCALE: jnp.asarray(scale),
+        _OFFSET: jnp.asarray(offset),
     }
 
 
-def teacher_logits(path: str, images: jax.Array, arrays: Arrays) -> jax.Array:
+def teacher_logits(path: str, images: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
     """(N, num_classes) float32 logits of the teacher; no gradient passes it.
 
     Args:
@@ -61,8 +70,15 @@ def teacher_logits(path: str, images: jax.Array, arrays: Arrays) -> jax.Array:
     return jax.lax.stop_gradient(logits).astype(jnp.float32)
 
 
-@functools.cache
 def _read(path: str) -> _Teacher:
+    file = local_path("objective.teacher", path)
+    stat = file.stat() if file.is_file() else None  # what is missing is named by the reader
+    return _read_once(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(path: str, version: tuple[int, int] | None) -> _Teacher:
+    del version  # another file under the same name is read again
     info, arrays = read_weights(path)
     model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
     if all(isinstance(block, NFBlock) for stage in model.stages for block in stage):
