@@ -3,19 +3,9 @@
 import os
 import subprocess
 import sys
-from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from nfnet_flax.models import ExecutionConfig, NFNetConfig
-from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
-from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.training.state import abstract_state, model_structure
-from nfnet_flax.training.step import make_train_step
 
 SCRIPT = """
 import dataclasses, re, sys
@@ -155,24 +145,3 @@ def test_kernels_are_divided_along_their_output_channels() -> None:
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", DIVIDED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def temporary_bytes(rematerialization: Literal["none", "blocks", "full"]) -> int:
-    """By the compiler's analysis of the step of a network with one deep stage."""
-    config = NFNetConfig(widths=(16, 16, 32, 32), depths=(17, 1, 1, 1), group_width=4)
-    execution = ExecutionConfig(num_microbatches=None, reproducible=False, rematerialization=rematerialization)
-    structure = model_structure(config, 10, execution)
-    schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
-    optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
-    mesh = make_mesh(jax.devices()[:1])
-    step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
-    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.uint8)
-    batch = {"image": images, "label": jax.ShapeDtypeStruct((64,), jnp.int32)}
-    analysis: Any = step.lower(abstract_state(structure, optimizer, mesh), batch).compile().memory_analysis()
-    return int(analysis.temp_size_in_bytes)
-
-
-def test_each_rematerialization_takes_less_memory_than_the_one_before() -> None:
-    none, blocks, full = (temporary_bytes(policy) for policy in ("none", "blocks", "full"))
-    assert blocks < none / 4
-    assert full < 0.8 * blocks

@@ -51,7 +51,7 @@ class ExecutionConfig:
 
     rematerialization: Rematerialization = "none"
     """What the backward pass computes again instead of keeping: nothing; the inside of each block; or also the inputs
-    of most blocks: of n blocks of a stage it holds about 2 sqrt(n) at a time."""
+    of most blocks: of n blocks of a stage it holds about 2 sqrt(n) at a time. CPUs' compiler undoes all of it."""
     num_microbatches: int | None = 8
     """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
     device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
