@@ -33,10 +33,11 @@ OPTIONS = [
     "--eval-every-steps=20",
     "--checkpoint.every-steps=20",
     "--no-tensorboard",
-    "--data.batch-size=16",
 ]
 SMALL = ["--model.widths=16 16 32 32", "--model.depths=1 1 1 1"]
 """The recipe's NFNet, smaller."""
+FEW_IMAGES = ["--data.batch-size=16", f"--data.num-held-out={NUM_HELD_OUT}"]
+"""Of the recipe's digits in a step, and in an evaluation."""
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 """Environment of a run that is compiled as users' runs are; `conftest.py` has the suite's."""
 
@@ -56,7 +57,7 @@ def command(
     workdir: Path, *options: str, recipe: Path = DIGITS, program: Sequence[str] = ("-m", "nfnet_flax.cli")
 ) -> list[str]:
     """The command line of a short run; `program` is what Python runs in place of the command `nfnet`."""
-    small = [*SMALL, f"--data.num-held-out={NUM_HELD_OUT}"] if recipe == DIGITS else []
+    small = [*SMALL, *FEW_IMAGES] if recipe == DIGITS else []
     words = [word for option in [*OPTIONS, *small, *options] for word in option.replace("=", " ").split(" ")]
     return [sys.executable, *program, "train", str(recipe), "--workdir", str(workdir), *words]
 

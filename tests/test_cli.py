@@ -156,7 +156,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: Path) -> None:
     assert process.returncode == exit_codes.EXIT_DIVERGED
     assert "Traceback" not in printed
     assert "nfnet: diverged: step " in printed
-    assert "learning rate 2.5e+29" in printed
+    assert "learning rate 6.25e+28" in printed
     assert "optim.clipping 0.05" in printed
     bad_step = int(printed.split("nfnet: diverged: step ")[1].split(":")[0])
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
