@@ -72,7 +72,8 @@ def trial(workdir: Path, folder: Path, options: list[str], rng: random.Random) -
     both = (first, second)
     deadline = time.monotonic() + BOUND_S
     # The owner is the one that trains; it is let go on for some steps once the other one has ended.
-    while time.monotonic() < deadline and all(each.num_steps() < STEPS_A_TRIAL for each in both):
+    alive = (second,) if is_killed else both
+    while time.monotonic() < deadline and all(each.num_steps() < STEPS_A_TRIAL for each in alive):
         if all(each.process.poll() is not None for each in both):
             break
         time.sleep(0.05)
