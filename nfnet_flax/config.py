@@ -11,9 +11,9 @@ import typing
 from typing import Any
 
 MAX_COUNT = 2**31 - 1
-"""Of steps, rows, examples and labels, which arrays hold as 32-bit integers."""
+"""Largest number of steps, rows, examples or classes: arrays hold them as 32-bit integers."""
 MAX_IMAGE_PX = 65_500
-"""Of the height and width of images: what JPEG can hold."""
+"""Largest height or width of an image, in pixels: what a JPEG file can hold."""
 _MAX_FLOAT = 3.4028234e38
 """What float32 holds, in which nearly everything is computed."""
 _MAX_INT = 2**63 - 1

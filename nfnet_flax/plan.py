@@ -104,7 +104,9 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
     }
     facts = RunFacts(class_names=(), mean=recipe.data.mean, std=recipe.data.std)
-    arrays = jax.eval_shape(lambda: recipe.objective.arrays(facts))
+    arrays = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in recipe.objective.arrays(facts).items()
+    }
     started = time.perf_counter()
     try:
         compiled = training.step.lower(state, batch, arrays).compile()

@@ -87,7 +87,7 @@ def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str,
     parameters = inspect.signature(function).parameters
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # they name what is imported for type checkers alone
+    except NameError:  # they name what is imported for type checkers alone
         hints = {}
     for name in arguments:
         if name not in parameters:

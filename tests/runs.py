@@ -37,7 +37,7 @@ OPTIONS = [
 SMALL = ["--model.widths=16 16 32 32", "--model.depths=1 1 1 1"]
 """The recipe's NFNet, smaller."""
 FEW_IMAGES = ["--data.batch-size=16", f"--data.num-held-out={NUM_HELD_OUT}"]
-"""Of the recipe's digits in a step, and in an evaluation."""
+"""Options that make a step and an evaluation of the digits recipe small."""
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 """Environment of a run that is compiled as users' runs are; `conftest.py` has the suite's."""
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "objectives": BASE | {"weights"},
     "recipe": LEAVES | BASE | {"objectives"},
     "recipe_file": BASE | {"recipe"},
-    "debug": LEAVES | BASE | {"recipe"},
+    "debug": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
     "hlo": {"hlo_products"},

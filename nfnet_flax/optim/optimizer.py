@@ -154,7 +154,7 @@ class Optimizer:
     schedule: optax.Schedule
     """The learning rate of a step counted from 0, as the metrics show it."""
     ema_decay: float
-    """Of the moving average of the parameters."""
+    """Decay of the moving average of the parameters."""
     sam: SAMConfig | None
     """Sharpness-aware minimization; None: off."""
 

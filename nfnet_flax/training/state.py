@@ -64,15 +64,15 @@ class Structure:
     num_classes: int
     execution: ExecutionConfig
     normalization: Normalization
-    """Of the images that it is given as grey levels."""
+    """How images are normalised that arrive as grey levels."""
     graphdef: GraphDef
     """In training mode."""
     prepared: GraphDef
     """The same for parameters whose kernels are standardized already (`params.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
-    """Of the parameters, by name."""
+    """Shape and type of each parameter, by name."""
     batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]
-    """Of the running statistics, by name."""
+    """Shape and type of each running statistic, by name."""
 
     @property
     def standardization(self) -> StandardizationName:

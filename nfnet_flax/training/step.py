@@ -37,7 +37,9 @@ def make_train_step(
     form, sam = structure.standardization, optimizer.sam
     gradient_of = make_gradient(structure, objective, mesh, seed=seed)
     fraction = 1.0 if sam is None else sam.fraction
-    uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction)
+    uphill_of = gradient_of
+    if fraction < 1.0:
+        uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction)
 
     def uphill(state: TrainState, batch: Batch, arrays: Arrays, sam: SAMConfig) -> Params:
         """SAM's point, at which the gradient is taken."""

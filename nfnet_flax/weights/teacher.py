@@ -80,7 +80,8 @@ def _read(path: str) -> _Teacher:
 def _read_once(path: str, version: tuple[int, int] | None) -> _Teacher:
     del version  # another file under the same name is read again
     info, arrays = read_weights(path)
-    model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
-    if all(isinstance(block, NFBlock) for stage in model.stages for block in stage):
-        model = fold(model)  # standardized once instead of in every step
-    return _Teacher(info, *split(model))
+    with jax.ensure_compile_time_eval():  # a step that is being traced may be who asks first
+        model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
+        if all(isinstance(block, NFBlock) for stage in model.stages for block in stage):
+            model = fold(model)  # standardized once instead of in every step
+        return _Teacher(info, *split(model))
