@@ -1,7 +1,10 @@
 """Random-access sets of labelled images: `len(source)`, `source[i]` -> `{"image": ..., "label": int32}`."""
 
 import dataclasses
+import functools
+import gzip
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,20 +171,36 @@ def digits(split: Split, image_size: int) -> ArraySource:
 
     A fixed random fifth (360 images) is held out for evaluation. The images ship with scikit-learn.
     """
-    from sklearn.datasets import load_digits  # a second, which users of other sources need not wait
-
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
+    images, labels = _all_digits()
+    order = np.random.default_rng(0).permutation(len(labels))
     held_out = np.arange(len(order)) % _HELD_OUT_EVERY == 0
     chosen = order[held_out if split == "eval" else ~held_out]
     field = "data.image_size" if split == "train" else "data.eval_image_size"
     num_bytes = 5 * len(chosen) * image_size**2  # each by itself, all in one array, and that in three channels
     check_memory(field, image_size, num_bytes, f"{len(chosen)} digits of {image_size} px")
-    grey = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    grey = np.round(images[chosen] * (255 / 16)).astype(np.uint8)
     size = (image_size, image_size)
     enlarged = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
-    images = np.repeat(np.stack(enlarged)[..., None], 3, axis=3)
-    return ArraySource(images=images, labels=data.target[chosen].astype(np.int32))
+    in_colour = np.repeat(np.stack(enlarged)[..., None], 3, axis=3)
+    return ArraySource(images=in_colour, labels=labels[chosen].astype(np.int32))
+
+
+@functools.cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) grey levels from 0 to 16, and (1797,) digits, in the order of scikit-learn's file."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ConfigError("DigitsSource needs scikit-learn, which ships the digits: pip install scikit-learn")
+    path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if not path.is_file():  # another release may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        return data.images, data.target
+    # Read here because importing scikit-learn takes two seconds.
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 class SyntheticImages:

@@ -25,6 +25,10 @@ _MAX_PIECES = 16
 """More devices add level by level, so many at a time: the 256th part of a kernel is less than a tile of memory."""
 
 
+_AN_INDEX = jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
+"""As a loop counts: so that what is traced for its shapes is not traced again in the loop, which takes seconds."""
+
+
 def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
     """Sum of a power of two of arrays, neighbours first."""
     while len(parts) > 1:
@@ -92,7 +96,8 @@ def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negativ
       The sum. It takes `1 + log2(num_turns)` times the memory of what one turn gives.
     """
     num_levels = num_turns.bit_length()
-    shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
+    turn = jax.jit(turn, inline=True)
+    shapes = jax.eval_shape(turn, _AN_INDEX)
     # Zeros would cost a pass over memory; each level is set before it is read.
     unset = jax.tree.map(lambda leaf: lax.empty(leaf.shape, leaf.dtype), shapes)
 
@@ -114,7 +119,8 @@ def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negativ
 
 def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
     """What `turn(index)` gives for index 0 to `num_turns - 1`, stacked along a new first axis."""
-    shapes = jax.eval_shape(turn, jnp.zeros((), jnp.int32))
+    turn = jax.jit(turn, inline=True)
+    shapes = jax.eval_shape(turn, _AN_INDEX)
     unset = {name: lax.empty((num_turns, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
 
     def one_turn(index: jax.Array, held: Arrays) -> Arrays:

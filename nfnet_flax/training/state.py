@@ -164,7 +164,14 @@ def placed_everywhere(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax
 
 def abstract_state(structure: Structure, optimizer: HasInit, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
-    shapes = jax.eval_shape(lambda: _initial_state(structure, 0, optimizer))
+    shapes = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=structure.shapes,
+        batch_stats=structure.batch_stat_shapes,
+        opt_state=jax.eval_shape(optimizer.init, structure.shapes),
+        ema_params=structure.shapes,
+        ema_batch_stats=structure.batch_stat_shapes,
+    )
 
     def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The last key of a parameter, of its momentum and of its EMA is the parameter's name.
