@@ -7,16 +7,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nfnet_flax import data as data
     from nfnet_flax import models as models
+    from nfnet_flax import objectives as objectives
     from nfnet_flax import optim as optim
     from nfnet_flax import recipe as recipe
     from nfnet_flax import runtime as runtime
     from nfnet_flax import weights as weights
+    from nfnet_flax.config import ConfigError as ConfigError
+    from nfnet_flax.data.config import DataConfig as DataConfig
+    from nfnet_flax.data.transforms import preprocess as preprocess
+    from nfnet_flax.models import ExecutionConfig as ExecutionConfig
     from nfnet_flax.models import list_models as list_models
+    from nfnet_flax.models import model_config as model_config
     from nfnet_flax.models.folding import fold as fold
+    from nfnet_flax.optim import OptimConfig as OptimConfig
+    from nfnet_flax.recipe import CheckpointConfig as CheckpointConfig
+    from nfnet_flax.recipe import Recipe as Recipe
     from nfnet_flax.recipe_file import load_recipe as load_recipe
+    from nfnet_flax.training.loop import TrainResult as TrainResult
     from nfnet_flax.training.loop import train as train
     from nfnet_flax.training.reading import Run as Run
     from nfnet_flax.training.reading import evaluate as evaluate
+    from nfnet_flax.training.reading import export_weights as export_weights
     from nfnet_flax.weights import create_model as create_model
     from nfnet_flax.weights import load_model as load_model
 
@@ -25,26 +36,59 @@ IMPORTED_AT_S = time.perf_counter()
 """When the process imported the package: for the command `nfnet`, its start."""
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
-_EXPORTS = {
+_MODULE_OF = {
+    "CheckpointConfig": "nfnet_flax.recipe",
+    "ConfigError": "nfnet_flax.config",
+    "DataConfig": "nfnet_flax.data.config",
+    "ExecutionConfig": "nfnet_flax.models",
+    "OptimConfig": "nfnet_flax.optim",
+    "Recipe": "nfnet_flax.recipe",
     "Run": "nfnet_flax.training.reading",
+    "TrainResult": "nfnet_flax.training.loop",
     "create_model": "nfnet_flax.weights",
+    "evaluate": "nfnet_flax.training.reading",
+    "export_weights": "nfnet_flax.training.reading",
     "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
     "load_model": "nfnet_flax.weights",
     "load_recipe": "nfnet_flax.recipe_file",
+    "model_config": "nfnet_flax.models",
+    "preprocess": "nfnet_flax.data.transforms",
     "train": "nfnet_flax.training.loop",
-    "evaluate": "nfnet_flax.training.reading",
 }
-_MODULES = ("data", "models", "optim", "recipe", "runtime", "weights")
+_MODULES = ("data", "models", "objectives", "optim", "recipe", "runtime", "weights")
 __all__ = [
-    *("Run", "create_model", "evaluate", "fold", "list_models", "load_model", "load_recipe", "train"),
-    *("data", "models", "optim", "recipe", "runtime", "weights"),
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "ExecutionConfig",
+    "OptimConfig",
+    "Recipe",
+    "Run",
+    "TrainResult",
+    "create_model",
+    "data",
+    "evaluate",
+    "export_weights",
+    "fold",
+    "list_models",
+    "load_model",
+    "load_recipe",
+    "model_config",
+    "models",
+    "objectives",
+    "optim",
+    "preprocess",
+    "recipe",
+    "runtime",
+    "train",
+    "weights",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"nfnet_flax.{name}")
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULE_OF:
+        return vars(importlib.import_module(_MODULE_OF[name]))[name]
     raise AttributeError(f"module 'nfnet_flax' has no attribute {name!r}")

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 
 import nfnet_flax
 from nfnet_flax.config import ConfigError
+from nfnet_flax.messages import warn
 
 _POOL_SIZE = 8
 _DETERMINISTIC_GPU = "xla_gpu_deterministic_ops"
@@ -177,7 +177,7 @@ def _gpu_plugins() -> bool:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    print(f"nfnet_flax: {text}", file=sys.stderr, flush=True)
+    warn(text)
 
 
 @functools.cache

@@ -9,15 +9,16 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "output", "paths", "run_clock", "runtime", "streams", "units"}
+BASE = {"config", "exit_codes", "json_files", "messages", "output", "paths", "run_clock", "runtime", "streams", "units"}
 ALLOWED = {
     "config": set[str](),
     "exit_codes": set[str](),
     "json_files": {"config"},
+    "messages": set[str](),
     "output": set[str](),
     "paths": {"config"},
     "run_clock": set[str](),
-    "runtime": {"config"},
+    "runtime": {"config", "messages"},
     "streams": set[str](),
     "units": set[str](),
     **dict.fromkeys(LEAVES, BASE),
@@ -55,6 +56,15 @@ def test_imports_go_one_way() -> None:
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         wrong = imports(path) - ALLOWED[part] - {part}
         assert not wrong, f"{path} imports {wrong}"
+
+
+def test_every_public_name_is_there_and_is_the_typed_one() -> None:
+    typed = ast.parse((PACKAGE / "__init__.py").read_text())
+    named = {alias.asname for node in ast.walk(typed) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert named - {None} - {"TYPE_CHECKING", "Any"} == set(nfnet_flax.__all__)
+    for name in nfnet_flax.__all__:
+        assert getattr(nfnet_flax, name).__doc__, name
+    assert (PACKAGE / "py.typed").exists()
 
 
 LIGHT = """

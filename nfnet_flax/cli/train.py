@@ -55,6 +55,7 @@ def run(argv: list[str]) -> int:
                 chosen.recipe,
                 workdir,
                 watchdog,
+                show_progress=True,
                 started_at_s=IMPORTED_AT_S,
                 start_timeout_s=chosen.distributed.start_timeout_s,
                 owns_process=True,

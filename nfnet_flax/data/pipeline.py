@@ -7,7 +7,6 @@ computed ahead of the step.
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from nfnet_flax.data.random_access import Source, Split, check_memory, split_off
 from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.data.sources import check_apart, open_source
 from nfnet_flax.data.workers import WorkerProcess
+from nfnet_flax.messages import warn
 
 INPUT_FORMAT = 2
 """Raised whenever the same settings and images come to give other batches."""
@@ -88,15 +88,9 @@ def check_batches_fit(config: DataConfig, splits: Sequence[Split], num_processes
 
 
 def say_unused(*sources: Source) -> None:
-    """Prints, once and to stderr, what lies in the sets and is not used."""
+    """Says, once, what lies in the sets and is not used."""
     for found in dict.fromkeys(found for source in sources for found in source.unused):
-        say(found.text)
-
-
-def say(text: str | None) -> None:
-    """Prints a line about the input to stderr; nothing for None."""
-    if text is not None:
-        print(f"nfnet: {text}", file=sys.stderr, flush=True)
+        warn(found.text)
 
 
 def train_batches(

@@ -1,6 +1,5 @@
 """Evaluation: every held-out example exactly once, for raw and EMA parameters."""
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.random_access import Source
+from nfnet_flax.messages import warn
 from nfnet_flax.models import convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
@@ -134,11 +134,9 @@ def _say_left_out(source: Source, mask: np.ndarray) -> int:
     """How many examples are not counted; says so if there are any. All that follows them in the mask is padding."""
     left_out = np.flatnonzero(mask[: len(source)] == 0)
     if left_out.size and jax.process_index() == 0:
-        print(
-            f"nfnet: {left_out.size} of the {len(source)} held-out images cannot be decoded and are left out of the "
-            f"evaluation; the first is {source.describe(int(left_out[0]))}",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{left_out.size} of the {len(source)} held-out images cannot be decoded and are left out of the "
+            f"evaluation; the first is {source.describe(int(left_out[0]))}"
         )
     return left_out.size
 

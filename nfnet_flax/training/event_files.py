@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
+from nfnet_flax.messages import warn
 from nfnet_flax.training import layout
 from nfnet_flax.training.storage import reads_and_writes
 
@@ -97,7 +97,7 @@ def open_events(workdir: Path) -> EventWriter | None:
         import clu.metric_writers  # noqa: F401
         import tensorflow  # noqa: F401
     except ImportError as error:  # before there is a folder: TensorBoard would show an empty run
-        _say(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
+        warn(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
         return None
     with reads_and_writes(folder, OSError):
         folder.mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> No
             if files:
                 _tidy(workdir, files, stands, rows)
     except ImportError as error:
-        _say(f"TensorBoard files may show repeated steps: {error}")
+        warn(f"TensorBoard files may show repeated steps: {error}")
 
 
 def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str, Any]]) -> None:
@@ -156,9 +156,9 @@ def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str,
         # TensorBoard takes every file for one of its own that has this in its name.
         aside = layout.free_place(workdir, path.name.replace("tfevents", "damaged"))
         write_whole(aside, path.read_bytes())
-        _say(f"{path} is damaged; it is kept as {aside}")
+        warn(f"{path} is damaged; it is kept as {aside}")
     if missing:
-        _say(f"{len(missing)} values that TensorBoard's files do not hold are written again from {layout.METRICS}")
+        warn(f"{len(missing)} values that TensorBoard's files do not hold are written again from {layout.METRICS}")
     kept |= {key: _scalar(key, value) for key, value in missing.items()}
     ordered = [kept[key] for key in sorted(kept, key=lambda key: key[0])]
     suffix = files[0].name[files[0].name.index(_SUFFIX) :]
@@ -230,7 +230,7 @@ def _own_name(folder: Path) -> str | None:
 
 def _new_name(folder: Path) -> str:
     if any(folder.glob(f"{_EVENTS}*")):
-        _say(f"{folder} holds event files that this run has not written; they are left as they are")
+        warn(f"{folder} holds event files that this run has not written; they are left as they are")
     name = secrets.token_hex(4)
     write_whole(folder / _NAME_FILE, f"{name}\n".encode())
     return name
@@ -247,7 +247,3 @@ def _quieten() -> None:
     # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

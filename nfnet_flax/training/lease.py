@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.messages import warn
 from nfnet_flax.training.layout import OWNER
 from nfnet_flax.training.storage import StorageFailed, reads_and_writes
 
@@ -188,11 +188,9 @@ def _wait_until_free(folder: Path, number: int) -> None:
         return
     if owner is not None and owner.is_of_this_host():
         raise _in_use(folder, owner, beat)
-    print(
+    warn(
         f"{folder.parent} belongs to {_describe(owner)}, whose last sign of life is of {beat.get('at', '(none yet)')}: "
-        f"waiting for up to {ELSEWHERE_TIMEOUT_S:g} s for another one",
-        file=sys.stderr,
-        flush=True,
+        f"waiting for up to {ELSEWHERE_TIMEOUT_S:g} s for another one"
     )
     deadline = time.monotonic() + ELSEWHERE_TIMEOUT_S
     while time.monotonic() < deadline:

@@ -12,10 +12,11 @@ import jax
 
 from nfnet_flax.config import require
 from nfnet_flax.data.classes import spare_outputs
-from nfnet_flax.data.pipeline import say, say_unused, train_batches
+from nfnet_flax.data.pipeline import say_unused, train_batches
 from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_LOST
+from nfnet_flax.messages import warn
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
@@ -29,7 +30,7 @@ from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.identity import check_same_run, claim
 from nfnet_flax.training.initial import check_same_start, initial_weights
 from nfnet_flax.training.lease import LeaseLost, owning
-from nfnet_flax.training.metrics import MetricsLog, NoMetrics
+from nfnet_flax.training.metrics import MetricsLog, NoMetrics, OnMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.record import fixed_class_names
@@ -52,9 +53,17 @@ class TrainResult:
     """Updates of the whole run."""
     metrics: dict[str, float]
     """Of the newest evaluation; empty if there was none."""
-
     finished: bool
     """False if the run was told to stop, be it during the last evaluation; the same call goes on from there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """What a run tells while it runs."""
+
+    is_shown: bool
+    """Whether this process prints what it does."""
+    on_metrics: OnMetrics | None
 
 
 @guarded_output(goes_on=True)
@@ -63,6 +72,8 @@ def train(
     workdir: str | Path,
     watchdog: Watchdog | None = None,
     *,
+    on_metrics: OnMetrics | None = None,
+    show_progress: bool = False,
     started_at_s: float | None = None,
     start_timeout_s: float = 300.0,
     owns_process: bool = False,
@@ -76,6 +87,9 @@ def train(
       recipe: the run.
       workdir: its folder, which all processes see.
       watchdog: is told what the loop is busy with; None: nobody watches.
+      on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, as they are
+        written; what it raises ends the run as any error does.
+      show_progress: print what the run does to stdout. Without it nothing is printed but warnings (`messages.py`).
       started_at_s: when the program began, by `time.perf_counter`, for the line that says what a start consists of;
         None: with this call.
       start_timeout_s: how long processes wait for one another before the first step.
@@ -113,42 +127,50 @@ def train(
         if processes.is_first:
             say_unused(setup.train_source, setup.eval_source)
             for text in (spare_outputs(recipe.num_classes, class_names), initial.said if initial else None):
-                say(text)
+                warn(text)
         check_same_start(processes, recipe, initial, timeout_s=start_timeout_s)
         lease = opened.enter_context(owning(workdir, _end_at_once)) if processes.is_first else None
         identity = setup.identity(initial.record if initial else None)
         for line in claim(processes, workdir, identity, start_timeout_s):
-            print(line, file=sys.stderr, flush=True)
+            warn(line)
         times_s.append(time.perf_counter())
         restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
         saver = opened.enter_context(saving(workdir, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
         arrays = initial.arrays if initial else {}
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
-        _report_start([*times_s, time.perf_counter()])
-        return _run(setup, workdir, start, saver, stop, watchdog)
+        report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics)
+        if report.is_shown:
+            _print_start([*times_s, time.perf_counter()])
+        return _run(setup, workdir, start, saver, stop, watchdog, report)
 
 
 def _run(
-    setup: Setup, workdir: Path, start: tuple[TrainState, Notes], saver: Saver, stop: StopPoint, watchdog: Watchdog
+    setup: Setup,
+    workdir: Path,
+    start: tuple[TrainState, Notes],
+    saver: Saver,
+    stop: StopPoint,
+    watchdog: Watchdog,
+    report: _Report,
 ) -> TrainResult:
     recipe, num_steps = setup.recipe, setup.num_steps
     state, restored = start
     start_step = step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
-    if step > 0 and current().is_first:
+    if step > 0 and report.is_shown:
         print(f"continuing from step {step} in {workdir}", flush=True)
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
     saver.resume_at(step)
     with contextlib.ExitStack() as opened:
-        log = _open_log(workdir, recipe, step, evaluated)
+        log = _open_log(workdir, recipe, step, evaluated, report.on_metrics)
         opened.callback(log.close)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
         opened.callback(lambda: watchdog.enter("end", step))
         progress = Progress(
-            num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=current().is_first
+            num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
         )
         window = Window(setup, log, progress, step)
         if step < num_steps:
@@ -194,10 +216,14 @@ def _run(
             window.push(step, metrics, data_wait_s)
 
 
-def _open_log(workdir: Path, recipe: Recipe, step: int, evaluated: bool) -> MetricsLog | NoMetrics:
+def _open_log(
+    workdir: Path, recipe: Recipe, step: int, evaluated: bool, on_metrics: OnMetrics | None
+) -> MetricsLog | NoMetrics:
     if not current().is_first:
         return NoMetrics()
-    return MetricsLog(workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard)
+    return MetricsLog(
+        workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard, on_metrics=on_metrics
+    )
 
 
 def _open_batches(setup: Setup, step: int) -> Batches:
@@ -218,15 +244,14 @@ def _end_at_once(error: LeaseLost) -> None:
     os._exit(EXIT_LOST)
 
 
-def _report_start(times_s: list[float]) -> None:
+def _print_start(times_s: list[float]) -> None:
     # The first step, with what it waited for and compiled, is reported when it is done.
-    if current().is_first:
-        imports, data, state = (after - before for before, after in itertools.pairwise(times_s))
-        print(
-            f"ready {times_s[-1] - times_s[0]:.1f} s after the start: imports and joining {imports:.1f} s, "
-            f"data and folder {data:.1f} s, state {state:.1f} s",
-            flush=True,
-        )
+    imports, data, state = (after - before for before, after in itertools.pairwise(times_s))
+    print(
+        f"ready {times_s[-1] - times_s[0]:.1f} s after the start: imports and joining {imports:.1f} s, "
+        f"data and folder {data:.1f} s, state {state:.1f} s",
+        flush=True,
+    )
 
 
 def _evaluate(

@@ -9,18 +9,21 @@ import dataclasses
 import json
 import math
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
+from nfnet_flax.messages import warn
 from nfnet_flax.training import layout
 from nfnet_flax.training.event_files import EventWriter, open_events, tidy_events
 from nfnet_flax.training.storage import reads_and_writes
 
 Row = dict[str, Any]
 """`step` and the metrics of that step by name: numbers, or None for one that is not finite."""
+OnMetrics = Callable[[int, dict[str, float]], None]
+"""Takes a step and metrics by name."""
 _ROW_BEGINS = b'{"step"'
 
 
@@ -49,8 +52,17 @@ class MetricsLog:
       ConfigError: something else lies in the place of a file or folder.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int, evaluated: bool, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int,
+        evaluated: bool,
+        tensorboard: bool,
+        on_metrics: OnMetrics | None = None,
+    ) -> None:
         self._path = workdir / layout.METRICS
+        self._on_metrics = on_metrics
 
         def stands(step: int, name: str) -> bool:
             return step < resume_step or (step == resume_step and (evaluated or not name.startswith("eval")))
@@ -85,6 +97,8 @@ class MetricsLog:
         self._row = self._row | {name: _finite(value) for name, value in metrics.items()}
         if self._events is not None:
             self._events.write(step, metrics)
+        if self._on_metrics is not None:
+            self._on_metrics(step, dict(metrics))
 
     def _emit(self) -> None:
         if len(self._row) == 1 or self._row == self._written:
@@ -210,8 +224,4 @@ def _keep_damaged(workdir: Path, lines: list[int]) -> None:
         kept = layout.free_place(workdir, layout.METRICS)
         write_whole(kept, path.read_bytes())
     first = f"line {lines[0]}" if len(lines) == 1 else f"{len(lines)} lines, the first of them {lines[0]},"
-    print(
-        f"{path} is damaged: {first} cannot be read; the good rows stay, and the file as it was is kept as {kept}",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn(f"{path} is damaged: {first} cannot be read; the good rows stay, and the file as it was is kept as {kept}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -17,7 +16,8 @@ from nfnet_flax.config import ConfigError, require, require_one_of
 from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
-from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, say, say_unused
+from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, say_unused
+from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
@@ -26,6 +26,7 @@ from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
+from nfnet_flax.training.metrics import Row, read_rows
 from nfnet_flax.training.record import stored_class_names, stored_input
 from nfnet_flax.training.restoring import read_arrays
 from nfnet_flax.training.state import Normalization, model_structure
@@ -77,6 +78,15 @@ class Run:
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first. Only names are read, so damaged ones are among them."""
         return steps_in(self.workdir / CHECKPOINTS)
+
+    def metrics(self) -> list[Row]:
+        """What was measured, one row for each step that has metrics, in order: `step`, and numbers by name (None: not
+        finite).
+
+        Raises:
+          StorageFailed: the file cannot be read.
+        """
+        return read_rows(self.workdir / layout.METRICS)
 
     def weights(self, parameters: Parameters = "ema", checkpoint: Which = "newest") -> Arrays:
         """Parameters and running statistics by the names of the network, compared with their checksums.
@@ -162,7 +172,7 @@ def _read(
         except layout.Damaged as damage:
             if path.exists():  # otherwise the run, which goes on, has deleted it meanwhile
                 num_damaged += 1
-                print(f"checkpoint {path} is damaged and skipped: {damage}", file=sys.stderr, flush=True)
+                warn(f"checkpoint {path} is damaged and skipped: {damage}")
             continue
         return int(path.name), {name: (found[_FIELDS[name][0]], found[_FIELDS[name][1]]) for name in wanted}
     there = f"checkpoints of steps {steps_in(workdir / CHECKPOINTS)}, best {steps_in(workdir / BEST)}"
@@ -222,8 +232,8 @@ def evaluate(
     record = stored_input(run.workdir)
     source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
     say_unused(source)
-    say(spare_outputs(recipe.num_classes, run.class_names))
-    say(_preprocessing(recipe.data).normalisation_change(f"run {recipe.name!r}", data.mean, data.std))
+    warn(spare_outputs(recipe.num_classes, run.class_names))
+    warn(_preprocessing(recipe.data).normalisation_change(f"run {recipe.name!r}", data.mean, data.std))
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
     weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
     execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)

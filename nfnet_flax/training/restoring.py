@@ -7,7 +7,6 @@ wait for one another in the middle of it. Here every process reads its shards by
 
 import itertools
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.messages import warn
 from nfnet_flax.training.fingerprints import Fingerprints, describe_type, fingerprints, named_leaves
 from nfnet_flax.training.layout import (
     BEST,
@@ -105,7 +105,7 @@ def _is_undamaged(checkpoint: Path, damage: str) -> bool:
         _wait_for_all()
         is_good = multihost_utils.process_allgather(is_good).reshape(-1)
     if not is_good.all() and jax.process_index() == int(np.argmin(is_good)):
-        _say(f"checkpoint {checkpoint} is damaged and skipped: {damage}")
+        warn(f"checkpoint {checkpoint} is damaged and skipped: {damage}")
     return bool(is_good.all())
 
 
@@ -177,7 +177,7 @@ def _clear(workdir: Path, damaged: list[int]) -> None:
     """Moves out of the way what would hinder later saves, or count among the checkpoints to keep."""
     for kind in (CHECKPOINTS, BEST):
         for path in sorted((workdir / kind).glob("*.orbax-checkpoint-tmp*")):
-            _say(f"{path} was never completed: deleted")
+            warn(f"{path} was never completed: deleted")
             shutil.rmtree(path)
     for step in damaged:
         _set_aside(workdir / CHECKPOINTS / str(step))
@@ -187,18 +187,14 @@ def _clear(workdir: Path, damaged: list[int]) -> None:
         try:
             read_sealed(path)
         except Damaged as damage:
-            _say(f"checkpoint {path} is damaged, so the best is chosen anew: {damage}")
+            warn(f"checkpoint {path} is damaged, so the best is chosen anew: {damage}")
             _set_aside(path)
 
 
 def _set_aside(path: Path) -> None:
     target = free_place(path.parent.parent, f"{path.parent.name}-{path.name}")
     path.rename(target)
-    _say(f"moved to {target}; delete it when it is of no more use")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    warn(f"moved to {target}; delete it when it is of no more use")
 
 
 def _of_first_process(step: int) -> int:
