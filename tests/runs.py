@@ -21,7 +21,7 @@ from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.identity import claim
 from nfnet_flax.training.metrics import MetricsLog
 from nfnet_flax.training.record import fixed_class_names
-from nfnet_flax.training.run import assemble
+from nfnet_flax.training.setup import assemble
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "recipes" / "digits.py"

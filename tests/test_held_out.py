@@ -16,7 +16,7 @@ from nfnet_flax.data.random_access import Source
 from nfnet_flax.data.source_config import DigitsSource, FolderSource
 from nfnet_flax.doctor.data import check_data
 from nfnet_flax.recipe_file import load_recipe
-from nfnet_flax.training.run import assemble
+from nfnet_flax.training.setup import assemble
 from tests.image_sets import CLASSES, config_of, copied
 from tests.runs import DIGITS
 from tests.test_classes import KINDS, data

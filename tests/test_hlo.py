@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from nfnet_flax.hlo import collective_bytes, estimated_cycles, flops, parse
+from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
 
 TEXT = """HloModule step
 

@@ -16,7 +16,7 @@ from nfnet_flax.recipe import read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.identity import claim
 from nfnet_flax.training.record import stored_class_names
-from nfnet_flax.training.run import assemble
+from nfnet_flax.training.setup import assemble
 from tests import runs
 
 DAMAGED = {

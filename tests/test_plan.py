@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nfnet_flax.plan import Plan, describe
+from nfnet_flax.programs.plan import Plan, describe
 from nfnet_flax.units import duration, scaled
 
 DIGITS = Plan(

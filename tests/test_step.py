@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import dataclasses, re, sys
 import jax, numpy as np
-from nfnet_flax.hlo import collective_bytes, parse
+from nfnet_flax.programs.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer

@@ -28,11 +28,9 @@ ALLOWED = {
     "debug": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
-    "hlo": {"hlo_products"},
-    "hlo_products": set[str](),
-    "plan": LEAVES | BASE | {"hlo", "objectives", "recipe", "training"},
+    "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
-    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "export", "plan", "debug", "doctor"},
+    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor"},
 }
 
 

@@ -78,7 +78,7 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
 
 def estimate(options: argparse.Namespace) -> dict[str, object]:
     """The plan of one network on one topology."""
-    from nfnet_flax.plan import devices_of, plan, set_environment
+    from nfnet_flax.programs.plan import devices_of, plan, set_environment
 
     set_environment()
     from nfnet_flax.models import ExecutionConfig, model_config

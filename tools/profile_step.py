@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from jax.profiler import ProfileData
 
-from nfnet_flax.hlo import Operation, parse
+from nfnet_flax.programs.hlo import Operation, parse
 from nfnet_flax.runtime import keep_freed_memory
 from tools.bench_step import our_training, timed
 

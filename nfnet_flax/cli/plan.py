@@ -10,7 +10,7 @@ from nfnet_flax.exit_codes import EXIT_DONE
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    from nfnet_flax.plan import describe, plan, search, set_environment
+    from nfnet_flax.programs.plan import describe, plan, search, set_environment
 
     set_environment()  # before JAX looks for devices
     from nfnet_flax.cli import recipe_options

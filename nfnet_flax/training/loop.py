@@ -35,8 +35,8 @@ from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
-from nfnet_flax.training.run import Setup, assemble
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, saving
+from nfnet_flax.training.setup import Setup, assemble
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged

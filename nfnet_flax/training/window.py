@@ -8,7 +8,7 @@ import jax
 from nfnet_flax.runtime import return_freed_memory
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.progress import Progress
-from nfnet_flax.training.run import Setup
+from nfnet_flax.training.setup import Setup
 from nfnet_flax.training.step import Metrics
 
 _MAX_STEPS_IN_FLIGHT = 2

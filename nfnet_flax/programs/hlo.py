@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 
-from nfnet_flax.hlo_products import product_flops
+from nfnet_flax.programs.products import product_flops
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}

@@ -11,7 +11,7 @@ import time
 from typing import Any, Literal
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.hlo import collective_bytes, estimated_cycles, flops, parse
+from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.units import duration, human_size, scaled
 
@@ -92,13 +92,15 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
 
     from nfnet_flax.objectives import RunFacts
     from nfnet_flax.parallel.mesh import batch_sharding, make_mesh
-    from nfnet_flax.training.build import build_training
+    from nfnet_flax.training.build import build_optimizer, build_structure
     from nfnet_flax.training.state import abstract_state
+    from nfnet_flax.training.step import make_train_step
 
     mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     batch_size, size = recipe.data.batch_size, recipe.data.image_size
-    training = build_training(recipe, mesh, _NUM_EXAMPLES)
-    state = abstract_state(training.structure, training.optimizer, mesh)
+    structure = build_structure(recipe, mesh)
+    optimizer = build_optimizer(recipe, structure, _NUM_EXAMPLES)
+    state = abstract_state(structure, optimizer, mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=batch_sharding(mesh, 4)),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
@@ -107,9 +109,10 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     arrays = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in recipe.objective.arrays(facts).items()
     }
+    step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed)
     started = time.perf_counter()
     try:
-        compiled = training.step.lower(state, batch, arrays).compile()
+        compiled = step.lower(state, batch, arrays).compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
     return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)

@@ -1,4 +1,4 @@
-"""The parts that a recipe makes on the devices at hand."""
+"""All that a recipe makes on the devices and images at hand, in one value."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from nfnet_flax.objectives import Arrays, Batch, RunFacts
 from nfnet_flax.optim import Optimizer
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.recipe import Recipe
-from nfnet_flax.training.build import build_training
+from nfnet_flax.training.build import build_optimizer, build_structure
 from nfnet_flax.training.evaluation import EvalStep, make_eval_step
 from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
@@ -30,6 +30,7 @@ from nfnet_flax.training.state import (
     placed_everywhere,
     with_weights,
 )
+from nfnet_flax.training.step import make_train_step
 from nfnet_flax.weights.entries import Arrays as HostArrays
 
 
@@ -108,18 +109,19 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         check_distinct(source_record(train_source), None, eval_source)
     remedy = f"must be at least {len(names)}, as the images have so many classes"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
-    training = build_training(recipe, mesh, len(train_source))
+    structure = build_structure(recipe, mesh)
+    optimizer = build_optimizer(recipe, structure, len(train_source))
     facts = RunFacts(class_names=tuple(names), mean=data.mean, std=data.std)
     objective_arrays = placed_everywhere(recipe.objective.arrays(facts), mesh)
     return Setup(
         recipe=recipe,
         mesh=mesh,
-        structure=training.structure,
-        optimizer=training.optimizer,
-        num_steps=training.num_steps,
+        structure=structure,
+        optimizer=optimizer,
+        num_steps=recipe.total_steps(len(train_source)),
         train_source=train_source,
         eval_source=eval_source,
         objective_arrays=objective_arrays,
-        train_step=training.step,
-        eval_step=make_eval_step(training.structure, recipe.objective, mesh),
+        train_step=make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed),
+        eval_step=make_eval_step(structure, recipe.objective, mesh),
     )
