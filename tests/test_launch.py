@@ -241,7 +241,7 @@ def test_the_options_that_the_files_give_exist(capsys: pytest.CaptureFixture[str
 
 
 def test_the_docs_tell_what_every_exit_code_means() -> None:
-    text = (ROOT / ".github" / "docs" / "from_laptop_to_pod.md").read_text()
+    text = (ROOT / "docs" / "from_laptop_to_pod.md").read_text()
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
     assert {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")} <= told
 
