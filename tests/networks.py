@@ -12,13 +12,13 @@ FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": 0}  # t
 
 # A small member of every family.
 SMALL: dict[str, ModelConfig] = {
-    "nfnet": dataclasses.replace(golden.TINY, depths=(1, 1, 1, 1), stochdepth_rate=0.1, drop_rate=0.1),
-    "nf_resnet": NFResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), stem_width=8, se_ratio=0.25),
-    "nf_regnet": NFRegNetConfig(widths=(24, 24, 32, 32), depths=(1, 2, 1, 1), drop_rate=0.1),
-    "resnet": ResNetConfig(widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), stem_width=8, se_ratio=0.25),
+    "nfnet": dataclasses.replace(golden.TINY, widths=(32, 64), depths=(1, 2), stochdepth_rate=0.1, drop_rate=0.1),
+    "nf_resnet": NFResNetConfig(widths=(16, 32), depths=(1, 2), stem_width=8, se_ratio=0.25),
+    "nf_regnet": NFRegNetConfig(widths=(24, 32), depths=(1, 2), drop_rate=0.1),
+    "resnet": ResNetConfig(widths=(16, 32), depths=(1, 2), stem_width=8, se_ratio=0.25),
     "se_resnext_d": ResNetConfig(
-        widths=(16, 16, 32, 32),
-        depths=(1, 1, 1, 1),
+        widths=(16, 32),
+        depths=(1, 1),
         stem_width=8,
         expansion=0.5,
         num_groups=4,

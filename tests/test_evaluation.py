@@ -28,9 +28,7 @@ Network = tuple[Structure, Weights, EvalStep]
 @pytest.fixture(scope="module")
 def network() -> Network:
     """A small network with random weights (a new one gives the same logits to every class)."""
-    structure = model_structure(
-        NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5), NUM_CLASSES
-    )
+    structure = model_structure(NFNetConfig(widths=(8, 8), depths=(1, 1), group_width=4, expansion=0.5), NUM_CLASSES)
     optimizer = make_optimizer(OptimConfig(), lambda step: 0.1, structure.shapes)
     state = create_state(structure, 0, optimizer, make_mesh())
     rng = np.random.default_rng(1)

@@ -204,7 +204,7 @@ def test_flops_equal_the_published(name: str, published: float) -> None:
 
 
 def test_keys_are_needed_only_where_something_is_drawn() -> None:
-    config = NFNetConfig(widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), group_width=8, drop_rate=0.5)
+    config = NFNetConfig(widths=(16, 16), depths=(1, 1), group_width=8, drop_rate=0.5)
     model = NFNet(config, num_classes=3, rngs=nnx.Rngs(0))
     images = jnp.ones((2, 32, 32, 3))
     with pytest.raises(ValueError, match=r"keys=.*model\.eval\(\)"):

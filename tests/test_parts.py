@@ -25,7 +25,7 @@ from nfnet_flax.training.gradient import make_gradient
 from nfnet_flax.training.state import Normalization, create_state, model_structure
 
 DECAY, NUM_STEPS = 0.5, 5
-config = ResNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem_width=4, batch_norm_decay=DECAY)
+config = ResNetConfig(widths=(8, 8), depths=(1, 1), stem_width=4, batch_norm_decay=DECAY)
 rng = np.random.default_rng(0)
 batches = [
     {"image": rng.integers(0, 40 * (i + 1), (24, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 3, 24)}

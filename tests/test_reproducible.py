@@ -75,7 +75,7 @@ from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
-config = NFNetConfig(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
+config = NFNetConfig(widths=(8, 16), depths=(1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
 
 def run(num_devices):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))

@@ -19,7 +19,7 @@ from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
 assert jax.device_count() == int(sys.argv[1])
-config = NFNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
+config = NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
 execution = ExecutionConfig(num_microbatches=int(sys.argv[2]) if len(sys.argv) > 2 else None, reproducible=False)
 structure = model_structure(config, 10, execution)
 schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)

@@ -18,11 +18,11 @@ from tests import runs
 from tests.test_weights import with_random_arrays
 
 # One line instead of the recipe's network; NFNet itself is trained by test_resume.py.
-NFNET = "NFNetConfig(widths=(16, 16, 32, 32), depths=(1, 1, 1, 1), group_width=8)"
+NFNET = "NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=8)"
 MODELS = {
-    "nf_resnet": "NFResNetConfig(widths=(32, 32, 64, 64), depths=(1, 1, 1, 1), stem_width=16, se_ratio=0.25)",
-    "nf_regnet": "NFRegNetConfig(widths=(32, 32, 48, 48), depths=(1, 1, 1, 1), drop_rate=0.1)",
-    "resnet": "ResNetConfig(widths=(32, 32, 64, 64), depths=(1, 1, 1, 1), stem_width=16)",
+    "nf_resnet": "NFResNetConfig(widths=(32, 64), depths=(1, 1), stem_width=16, se_ratio=0.25)",
+    "nf_regnet": "NFRegNetConfig(widths=(32, 48), depths=(1, 1), drop_rate=0.1)",
+    "resnet": "ResNetConfig(widths=(32, 64), depths=(1, 1), stem_width=16)",
     "efficientnet": "EfficientNetConfig(width_multiplier=0.25, depth_multiplier=0.3)",
 }
 NUM_STEPS = 90

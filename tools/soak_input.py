@@ -34,7 +34,7 @@ DIGITS = Path(__file__).parent.parent / "recipes" / "digits.py"
 OPTIONS = [
     *("--num-steps", "1000000", "--log-every-steps", "1"),
     *("--eval-every-steps", "1000000", "--checkpoint.every-steps", "1000000"),
-    *("--model.widths", "16", "16", "32", "32", "--model.depths", "1", "1", "1", "1"),
+    *("--model.widths", "16", "32", "--model.depths", "1", "1"),
     *("--data.num-workers", "2"),
 ]
 

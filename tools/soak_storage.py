@@ -19,7 +19,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "digits.py"
 OPTIONS = [
     *("--num-steps", "400", "--log-every-steps", "5", "--eval-every-steps", "1000"),
     *("--checkpoint.every-steps", "10", "--checkpoint.keep-last", "1000"),
-    *("--model.widths", "16", "16", "32", "32", "--model.depths", "1", "1", "1", "1"),
+    *("--model.widths", "16", "32", "--model.depths", "1", "1"),
 ]
 SIZE = "12m"
 """Of the disk: room for some of the checkpoints."""

@@ -230,9 +230,11 @@ def check_network(config: Any) -> None:
       ConfigError: a value is invalid; names the field, the value and the remedy.
     """
     check_types(config)
+    num_stages = len(config.widths)
     for name in ("widths", "depths"):
         values = getattr(config, name)
-        require(len(values) == 4, f"model.{name}", values, "give one number for each of the 4 stages")
+        remedy = "give one number for each stage, of which the published networks have 4 and none may have more"
+        require(1 <= len(values) <= 4 and len(values) == num_stages, f"model.{name}", values, remedy)
         remedy = f"every stage needs at least one, and at most {MAX_COUNT:,}"
         require(min(values) >= 1 and max(values) <= MAX_COUNT, f"model.{name}", values, remedy)
     for name in ("drop_rate", "stochdepth_rate"):

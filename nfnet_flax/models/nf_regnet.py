@@ -97,7 +97,7 @@ class NFRegNetBlock(NFBlock):
 
 
 class NFRegNet(Classifier):
-    """The network: 3x3 convolution, four stages, a final 1x1 convolution, mean pool, dropout, head."""
+    """The network: 3x3 convolution, up to four stages, a final 1x1 convolution, mean pool, dropout, head."""
 
     def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

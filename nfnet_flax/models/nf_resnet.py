@@ -81,7 +81,7 @@ class NFResNetBlock(NFBlock):
 
 
 class NFResNet(Classifier):
-    """The network: 7x7 convolution, maximum pool, four stages, activation, mean pool, dropout, head."""
+    """The network: 7x7 convolution, maximum pool, up to four stages, activation, mean pool, dropout, head."""
 
     def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

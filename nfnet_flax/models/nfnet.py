@@ -103,7 +103,7 @@ class NFNetBlock(NFBlock):
 
 
 class NFNet(Classifier):
-    """The network: a stem of four 3x3 convolutions, four stages, a final 1x1 convolution, pool, dropout, head."""
+    """The network: a stem of four 3x3 convolutions, up to four stages, a final 1x1 convolution, pool, dropout, head."""
 
     def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

@@ -114,7 +114,7 @@ class ResNetBlock(nnx.Module):
 
 
 class ResNet(Classifier):
-    """The network: stem, maximum pool, four stages, BatchNorm, relu, mean pool, dropout, head."""
+    """The network: stem, maximum pool, up to four stages, BatchNorm, relu, mean pool, dropout, head."""
 
     def __init__(self, config: ResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

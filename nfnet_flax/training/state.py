@@ -117,6 +117,11 @@ def model_structure(
 def _initial_state(structure: Structure, seed: int, optimizer: HasInit) -> TrainState:
     rngs = nnx.Rngs(params=initial_key(seed))
     _, params, batch_stats = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
+    return _state_of(params, batch_stats, optimizer)
+
+
+def _state_of(params: Params, batch_stats: BatchStats, optimizer: HasInit) -> TrainState:
+    """The state before the first update."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -164,13 +169,10 @@ def placed_everywhere(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax
 
 def abstract_state(structure: Structure, optimizer: HasInit, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
-    shapes = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-        params=structure.shapes,
-        batch_stats=structure.batch_stat_shapes,
-        opt_state=jax.eval_shape(optimizer.init, structure.shapes),
-        ema_params=structure.shapes,
-        ema_batch_stats=structure.batch_stat_shapes,
+    shapes = jax.eval_shape(
+        lambda params, batch_stats: _state_of(params, batch_stats, optimizer),
+        structure.shapes,
+        structure.batch_stat_shapes,
     )
 
     def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
