@@ -134,18 +134,24 @@ def _explanation(error: Exception) -> str:
         return str(error)
     text = f"{type(error).__name__}: {error}"
     unknown = _UNKNOWN_FIELD.search(str(error))
-    if isinstance(error, TypeError) and unknown is not None and (fields := _fields_of(unknown.group(1))):
+    kind = _imported(unknown.group(1)) if isinstance(error, TypeError) and unknown is not None else None
+    if unknown is not None and kind is not None:
+        moved = vars(kind).get("moved_fields", {})
+        if unknown.group(2) in moved:
+            field, part = moved[unknown.group(2)]
+            return f"{text}: it is part of {field}={part}(...) now"
+        fields = [field.name for field in dataclasses.fields(kind)]
         near = nearest(unknown.group(2), fields)
         question = f"; did you mean {' or '.join(near)}?" if near else ""
         return f"{text}{question or '.'} Its fields are {', '.join(fields)}"
     return text
 
 
-def _fields_of(class_name: str) -> list[str]:
-    """Fields of a configuration class that a recipe has imported."""
+def _imported(class_name: str) -> type | None:
+    """A configuration class that a recipe has imported."""
     for name, module in list(sys.modules.items()):
         if name.startswith(("nfnet_flax.", "recipe_")):
             found = vars(module).get(class_name)
             if isinstance(found, type) and dataclasses.is_dataclass(found):
-                return [field.name for field in dataclasses.fields(found)]
-    return []
+                return found
+    return None

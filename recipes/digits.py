@@ -8,7 +8,7 @@ Expected: at least 98.5% top-1 on the held-out fifth (360 images), in under 3 mi
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import DigitsSource
 from nfnet_flax.models import NFNetConfig
-from nfnet_flax.optim import OptimConfig
+from nfnet_flax.optim import AGC, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 
@@ -28,7 +28,7 @@ def recipe() -> Recipe:
         num_classes=10,
         data=DataConfig(source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=64),
         # AGC wants a larger lambda than the published 0.01 at this batch size; the EMA is short as the run is short.
-        optim=OptimConfig(learning_rate_per_256=0.4, warmup_epochs=2.0, clipping=0.05, ema_decay=0.99),
+        optim=OptimConfig(learning_rate_per_256=0.4, warmup_epochs=2.0, clipping=AGC(ratio=0.05), ema_decay=0.99),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=3),
         num_epochs=30.0,
         log_every_steps=10,

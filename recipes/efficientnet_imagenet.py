@@ -22,7 +22,7 @@ from nfnet_flax.data.mixing_config import RandAugmentConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, ParamGroup, RMSPropConfig
+from nfnet_flax.optim import ExponentialDecay, OptimConfig, ParamGroup, RMSProp
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
@@ -55,10 +55,9 @@ def recipe(variant: str = "b0") -> Recipe:
         optim=OptimConfig(
             learning_rate_per_256=0.016,
             warmup_epochs=5.0,
-            exponential_decay=ExponentialDecayConfig(factor=0.97, every_epochs=2.4),
-            momentum=0.9,
-            rmsprop=RMSPropConfig(decay=0.9, eps=1e-3),
+            method=RMSProp(decay=0.9, eps=1e-3, momentum=0.9),
             clipping=None,
+            schedule=ExponentialDecay(factor=0.97, every_epochs=2.4),
             weight_decay=1e-5,
             weight_decay_groups=(ParamGroup("*norm.*", 0.0), ParamGroup("*", 1.0)),
             ema_decay=0.9999,

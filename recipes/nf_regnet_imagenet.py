@@ -19,7 +19,7 @@ from nfnet_flax.data.mixing_config import MixingConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig
+from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
@@ -51,10 +51,10 @@ def recipe(variant: str = "b0") -> Recipe:
         ),
         optim=OptimConfig(
             learning_rate_per_256=0.1,  # 0.4 at this batch size
-            final_learning_rate=0.001,
             warmup_epochs=5.0,
-            momentum=0.9,
+            method=SGD(momentum=0.9, nesterov=True),
             clipping=None,
+            schedule=Cosine(final_learning_rate=0.001),
             weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
             ema_decay=0.99999,
         ),

@@ -7,7 +7,7 @@ Command: nfnet train recipes/nf_resnet_imagenet.py:variant=101 --workdir runs/nf
 Published top-1: in the paper's tables; none is repeated here, as none was checked or reached here.
 
 recipes/resnet_imagenet.py is the same with BatchNorm. At batches larger than this one NF-ResNets want clipping:
---optim.clipping 0.01 (arXiv 2102.06171).
+--optim.clipping AGC (arXiv 2102.06171).
 """
 
 from nfnet_flax.config import require
@@ -16,7 +16,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig
+from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 VARIANTS = ("50", "101", "152", "200", "288", "600")
@@ -50,8 +50,9 @@ def recipe(variant: str = "50") -> Recipe:
         optim=OptimConfig(
             learning_rate_per_256=0.1,
             warmup_epochs=5.0,
-            momentum=0.9,
+            method=SGD(momentum=0.9, nesterov=True),
             clipping=None,
+            schedule=Cosine(),
             weight_decay=1e-4,
             ema_decay=0.9999,
         ),

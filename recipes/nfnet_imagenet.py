@@ -24,7 +24,7 @@ from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, SAMConfig
+from nfnet_flax.optim import AGC, SGD, Cosine, OptimConfig, SAMConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 15, "f7": 15}
@@ -59,8 +59,9 @@ def recipe(variant: str = "f0") -> Recipe:
         optim=OptimConfig(
             learning_rate_per_256=0.1,
             warmup_epochs=5.0,
-            momentum=0.9,
-            clipping=0.01,
+            method=SGD(momentum=0.9, nesterov=True),
+            clipping=AGC(ratio=0.01),
+            schedule=Cosine(),
             weight_decay=2e-5,
             ema_decay=0.99999,
             sam=SAMConfig(rho=0.05, fraction=0.2) if level == "f6" else None,

@@ -17,7 +17,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig
+from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 NAMES = {
@@ -56,8 +56,9 @@ def recipe(variant: str = "50") -> Recipe:
         optim=OptimConfig(
             learning_rate_per_256=0.1,
             warmup_epochs=5.0,
-            momentum=0.9,
+            method=SGD(momentum=0.9, nesterov=True),
             clipping=None,
+            schedule=Cosine(),
             weight_decay=1e-4,
             ema_decay=0.9999,
         ),

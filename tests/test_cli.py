@@ -30,7 +30,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         ("--optim.learning-rate-per-256", "inf", "OptimConfig.learning_rate_per_256 = inf: must be finite"),
         ("--optim.weight-decay", "nan", "OptimConfig.weight_decay = nan: must be finite"),
-        ("--optim.clipping", "1e39", "OptimConfig.clipping = 1e+39: must be finite, and at most 3.4e+38"),
+        ("--optim.clipping.ratio", "1e39", "AGC.ratio = 1e+39: must be finite, and at most 3.4e+38"),
         ("--optim.warmup-epochs", "1e30", "optim.warmup_epochs = 1e+30: these are 2.25e+31 steps: give at most"),
         ("--data.std", "1 1 inf", "DataConfig.std = inf: must be finite"),
         ("--data.stall-timeout-s", "inf", "DataConfig.stall_timeout_s = inf: must be finite"),
@@ -68,8 +68,8 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     wrong = fails(capsys, "train", RECIPE, "--workdir", workdir, "--data.batch-size", "many")
     assert "batch-size" in wrong
     assert "many" in wrong
-    invalid = fails(capsys, "train", RECIPE, "--workdir", workdir, "--optim.momentum", "1.5")
-    assert "optim.momentum = 1.5" in invalid
+    invalid = fails(capsys, "train", RECIPE, "--workdir", workdir, "--optim.method.momentum", "1.5")
+    assert "optim.method.momentum = 1.5" in invalid
     assert "workdir" in fails(capsys, "train", RECIPE)
     assert "unknown command 'trian'" in fails(capsys, "trian")
     assert "recipe.json does not exist: give the folder of a run" in fails(capsys, "eval", "--workdir", workdir)
@@ -91,8 +91,11 @@ def test_broken_recipes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     typed = complaint("learning_rate_per_256=", "learnin_rate=")
     line = next(n for n, text in enumerate(recipe.read_text().splitlines(), 1) if "learnin_rate=" in text)
     assert f"mine.py', line {line}: TypeError: OptimConfig.__init__() got an unexpected keyword argument" in typed
-    assert "did you mean final_learning_rate or learning_rate_per_256?" in typed
-    assert "Its fields are learning_rate_per_256, warmup_epochs," in typed
+    assert "did you mean learning_rate" in typed
+    assert "Its fields are method, clipping, schedule, learning_rate_per_256," in typed
+    moved = complaint("warmup_epochs=2.0", "momentum=0.9")
+    assert "unexpected keyword argument 'momentum': it is part of method=SGD(...) now" in moved
+    assert "optim.clipping = 0.05: give AGC(ratio=0.05)" in complaint("AGC(ratio=0.05)", "0.05")
     assert "DataConfig.batch_size = '64': expected int" in complaint("batch_size=64", "batch_size='64'")
     assert "no function recipe()" in complaint("def recipe()", "def recipes()")
     syntax = complaint("def recipe()", "def recipe(")
@@ -111,9 +114,9 @@ def test_an_unwritable_or_foreign_workdir_is_refused(capsys: pytest.CaptureFixtu
 
     runs.claimed(tmp_path / "run", load_recipe(RECIPE))
     other = fails(
-        capsys, "train", RECIPE, "--workdir", str(tmp_path / "run"), "--optim.clipping", "0.02", "--seed", "7"
+        capsys, "train", RECIPE, "--workdir", str(tmp_path / "run"), "--optim.clipping.ratio", "0.02", "--seed", "7"
     )
-    assert "optim.clipping: 0.05 -> 0.02" in other
+    assert "optim.clipping.ratio: 0.05 -> 0.02" in other
     assert "seed: 0 -> 7" in other
 
 
@@ -145,7 +148,8 @@ def test_help_lists_every_field_with_its_default(capsys: pytest.CaptureFixture[s
         cli.main(["train", RECIPE, "--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--optim.clipping", "--data.batch-size", "--model.widths", "--checkpoint.keep-last", "--workdir"):
+    options = ("--optim.clipping.ratio", "--optim.method.momentum", "--data.batch-size", "--model.widths")
+    for option in (*options, "--checkpoint.keep-last", "--workdir"):
         assert option in printed
 
 
@@ -157,7 +161,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: Path) -> None:
     assert "Traceback" not in printed
     assert "nfnet: diverged: step " in printed
     assert "learning rate 6.25e+28" in printed
-    assert "optim.clipping 0.05" in printed
+    assert "optim.clipping AGC(ratio=0.05, eps=0.001)" in printed
     bad_step = int(printed.split("nfnet: diverged: step ")[1].split(":")[0])
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert all(step < bad_step for step in saved)

@@ -87,7 +87,7 @@ class Cloud:
             "ZONE": "here",
             "NFS": "10.0.0.2:/shared",
             "POLL_S": "0.1",
-            "OPTIONS": "--optim.clipping 0.02 --name 'two words'",
+            "OPTIONS": "--optim.clipping.ratio 0.02 --name 'two words'",
         }
         words = ["bash", str(LAUNCH / "tpu_vm.sh"), command]
         return subprocess.run(
@@ -111,7 +111,7 @@ def test_a_tpu_run_that_was_stopped_is_started_again_and_ends(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "the run ended: 75" in done.stdout
     words = f"{TRAIN} /mnt/shared/runs/f0 --platform tpu {data_options('/mnt/shared/imagenet')}"
-    assert cloud.starts() == [[f"{words} --optim.clipping 0.02 --name two words"] * 2] * NUM_HOSTS
+    assert cloud.starts() == [[f"{words} --optim.clipping.ratio 0.02 --name two words"] * 2] * NUM_HOSTS
     (create,) = cloud.calls("queued-resources create")
     options = ("--project=mine", "--zone=here", "--accelerator-type=v5litepod-256", "--node-id=nfnet", "--spot")
     assert [option for option in options if option not in create.split()] == []

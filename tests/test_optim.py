@@ -15,13 +15,18 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.models.params import merge
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import (
-    ExponentialDecayConfig,
+    AGC,
+    SGD,
+    Constant,
+    Cosine,
+    ExponentialDecay,
+    Linear,
     OptimConfig,
     ParamGroup,
+    RunLength,
     SAMConfig,
     adaptive_grad_clip,
     assign,
-    learning_rate_schedule,
     make_optimizer,
     make_schedule,
 )
@@ -69,8 +74,8 @@ def test_agc_takes_norms_that_are_known() -> None:
     params = {name: jnp.asarray(rng.standard_normal((3, 3, 4, 6), np.float32)) for name in "ab"}
     gradient = {name: 0.1 * value[::-1] for name, value in params.items()}
     every = (ParamGroup("*", 1.0),)
-    config = OptimConfig(clipping_groups=every, weight_decay_groups=every)
-    tx = make_optimizer(config, lambda step: 1.0, {"a": "a", "b": "b"})
+    config = OptimConfig(clipping=AGC(groups=every), weight_decay_groups=every)
+    tx = make_optimizer(config, lambda step: 1.0, params)
     known = {"a": tuple(jnp.sqrt(jnp.sum(tree["a"] ** 2, (0, 1, 2), keepdims=True)) for tree in (gradient, params))}
     want, _ = tx.update(gradient, tx.init(params), params)
     got, _ = tx.update(gradient, tx.init(params), params, unit_norms={**known, "b": None})
@@ -114,8 +119,8 @@ def test_agc_clips_the_state_of_any_nnx_module() -> None:
 @pytest.mark.parametrize("num_classes", [10, 3])
 def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
     _, params, _, _ = golden.filled(golden.TINY, num_classes)
-    config = OptimConfig(clipping=0.01, weight_decay=0.0, momentum=0.0)
-    tx = make_optimizer(config, lambda step: 1.0, {name: name for name in params})
+    config = OptimConfig(weight_decay=0.0, method=SGD(momentum=0.0))
+    tx = make_optimizer(config, lambda step: 1.0, params)
     gradient = jax.tree.map(lambda weight: jnp.full(weight.shape, 1e3), params)
     updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     unclipped = [name for name, update in updates.items() if np.array_equal(update, -gradient[name])]
@@ -124,7 +129,7 @@ def test_the_heads_kernel_alone_is_exempt(num_classes: int) -> None:
 
 def test_decay_spares_biases_and_gains() -> None:
     _, params, _, _ = golden.filled(golden.TINY, 10)
-    tx = make_optimizer(OptimConfig(weight_decay=0.5, momentum=0.0), lambda step: 1.0, {name: name for name in params})
+    tx = make_optimizer(OptimConfig(weight_decay=0.5, method=SGD(momentum=0.0)), lambda step: 1.0, params)
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decayed = {name for name, update in updates.items() if np.any(np.asarray(update))}
     assert decayed == {name for name in params if name.endswith(".kernel")}
@@ -149,18 +154,16 @@ def test_published_trajectory() -> None:
     weights = rng.random((steps, batch))
 
     graphdef, params, _, _ = golden.filled(golden.TINY, 10)
-    schedule = learning_rate_schedule(
-        want["lr"] * batch / 256, warmup_steps=want["warmup_steps"], num_steps=want["steps"]
-    )
+    length = RunLength(warmup_steps=want["warmup_steps"], num_steps=steps, steps_per_epoch=1.0)
+    schedule = Cosine().learning_rate(want["lr"] * batch / 256, length)
     np.testing.assert_allclose([schedule(i) for i in range(steps)], want["lr_per_step"], rtol=1e-5, atol=1e-9)
     config = OptimConfig(
-        clipping=want["clipping"],
-        clipping_eps=want["eps"],
+        clipping=AGC(ratio=want["clipping"], eps=want["eps"]),
         weight_decay=want["weight_decay"],
-        momentum=want["momentum"],
+        method=SGD(momentum=want["momentum"]),
         ema_decay=want["ema_decay"],
     )
-    tx = make_optimizer(config, schedule, {name: name for name in params})
+    tx = make_optimizer(config, schedule, params)
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def step(i: jax.Array, params: dict, ema: dict, opt_state: optax.OptState, batch: dict) -> tuple:
@@ -193,18 +196,13 @@ def test_published_trajectory() -> None:
 
 
 def test_the_warm_up_does_not_depend_on_the_length_of_the_run() -> None:
-    for decay in (None, ExponentialDecayConfig(factor=0.9, every_epochs=1.0)):
-        config = OptimConfig(warmup_epochs=2.0, exponential_decay=decay)
+    configs = [OptimConfig(warmup_epochs=2.0, schedule=after) for after in (Cosine(), Linear(), Constant())]
+    for config in [*configs, OptimConfig(warmup_epochs=2.0, schedule=ExponentialDecay(factor=0.9, every_epochs=1.0))]:
         schedules = [make_schedule(config, batch_size=64, steps_per_epoch=10.0, num_steps=n) for n in (5, 20, 1000)]
         rates = np.asarray([[schedule(step) for step in range(20)] for schedule in schedules])
         assert np.array_equal(rates[0], rates[1])
         assert np.array_equal(rates[0], rates[2])
         np.testing.assert_allclose(rates[0], 0.1 * 64 / 256 * np.arange(20) / 20, rtol=1e-6)
-
-
-def test_a_rate_that_only_a_cosine_ends_at_is_refused_without_one() -> None:
-    with pytest.raises(ConfigError, match=r"final_learning_rate = 0\.01: only a cosine ends there"):
-        OptimConfig(exponential_decay=ExponentialDecayConfig(), final_learning_rate=0.01)
 
 
 def test_sam_takes_the_gradient_uphill() -> None:

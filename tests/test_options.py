@@ -11,7 +11,7 @@ from nfnet_flax.data.augment_config import AffineAugment
 from nfnet_flax.data.mixing_config import MixingConfig
 from nfnet_flax.data.source_config import ArrayRecordSource, FolderSource
 from nfnet_flax.models import EfficientNetConfig
-from nfnet_flax.optim import SAMConfig
+from nfnet_flax.optim import AGC, AdamW, ClipValue, ExponentialDecay, SAMConfig
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from tests.runs import DIGITS, ROOT
@@ -28,7 +28,7 @@ def test_what_a_recipe_leaves_out_is_turned_on_by_any_of_its_options() -> None:
     assert load_recipe(DIGITS).optim.sam is None
     assert changed("--optim.sam.rho", "0.1", "--seed", "3").optim.sam == SAMConfig(rho=0.1)
     assert changed("--optim.sam", "SAMConfig").optim.sam == SAMConfig()
-    assert changed("--optim.sam.rho=0.1", "--optim.clipping", "0.3").optim.clipping == 0.3
+    assert changed("--optim.sam.rho=0.1", "--optim.clipping.ratio", "0.3").optim.clipping == AGC(ratio=0.3)
     uphill = f"{ROOT / 'recipes' / 'nfnet_imagenet.py'}:variant=f6"
     assert changed(recipe=uphill).optim.sam is not None
     assert changed("--optim.sam", "none", recipe=uphill).optim.sam is None
@@ -43,6 +43,12 @@ def test_a_part_of_a_recipe_may_be_of_another_type() -> None:
     augment = changed("--data.augment", "AffineAugment", "--data.augment.max-shift", "0.2").data.augment
     assert augment == AffineAugment(max_shift=0.2)
     assert changed("--model", "EfficientNetConfig").model == EfficientNetConfig()
+    optim = changed("--optim.method", "AdamW", "--optim.method.b1", "0.8", "--optim.clipping", "none").optim
+    assert (optim.method, optim.clipping) == (AdamW(b1=0.8), None)
+    clipped = ("--optim.clipping=ClipValue", "--optim.clipping.max-abs=0.5", "--optim.schedule", "ExponentialDecay")
+    optim = changed(*clipped, "--optim.learning-rate=0.5", "--optim.learning-rate-per-256=None").optim
+    assert (optim.clipping, optim.schedule) == (ClipValue(max_abs=0.5), ExponentialDecay())
+    assert optim.peak_learning_rate(64) == 0.5
     # The group fits no batch of the recipe's size: only all options together are valid.
     mixed = changed("--data.mixing.group-size", "12", "--data.batch-size", "36").data
     assert (mixed.mixing, mixed.batch_size) == (MixingConfig(group_size=12), 36)
@@ -58,6 +64,21 @@ def test_options_of_unclear_or_unknown_types_are_answered_with_the_known_ones(
     both = fails(capsys, *start, "--optim.sam", "none", "--optim.sam.rho", "1")
     assert "--optim.sam.rho: --optim.sam is none: leave one of the two out" in both
     assert "--optim.sam.rho" in fails(capsys, *start, "--optim.sam.ro", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--optim.clipping 0.02", "a number is the value of a field, such as --optim.clipping.ratio 0.02"),
+        ("--optim.momentum=0.5", "there is no optim.momentum: give --optim.method SGD, and --optim.method.*"),
+        ("--optim.rmsprop.decay 0.9", "there is no optim.rmsprop: give --optim.method RMSProp, and"),
+        ("--optim.final-learning-rate 0", "there is no optim.final_learning_rate: give --optim.schedule Cosine, and"),
+    ],
+)
+def test_an_option_of_earlier_versions_is_answered_with_the_one_of_now(
+    words: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert remedy in fails(capsys, "train", str(DIGITS), "--workdir", "unused", *words.split())
 
 
 def test_a_recipe_that_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:

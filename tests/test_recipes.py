@@ -20,7 +20,7 @@ from nfnet_flax.debug import debug_recipe
 from nfnet_flax.models import EfficientNetConfig, NFNetConfig
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import ExponentialDecayConfig, OptimConfig, RMSPropConfig, make_optimizer, make_schedule
+from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, OptimConfig, RMSProp, make_optimizer, make_schedule
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
 from tests.runs import ROOT
@@ -61,8 +61,9 @@ def test_a_recipe_is_the_published_one(family: str, variant: str, tmp_path: Path
     data = recipe.data
     found = None if data.randaugment is None else (data.randaugment.num_layers, data.randaugment.magnitude)
     assert found == augmentations[variants.index(variant)]
-    assert (data.batch_size, recipe.num_epochs, recipe.optim.clipping) == (batch_size, num_epochs, clipping)
-    assert recipe.optim.learning_rate_per_256 * batch_size / 256 == pytest.approx(peak)
+    assert (data.batch_size, recipe.num_epochs) == (batch_size, num_epochs)
+    assert recipe.optim.clipping == (None if clipping is None else AGC(ratio=clipping))
+    assert recipe.optim.peak_learning_rate(batch_size) == pytest.approx(peak)
     assert (data.mixing is not None) == is_mixed
     assert isinstance(data.source, ArrayRecordSource)
     assert data.augment == CropAugment()
@@ -100,7 +101,7 @@ def test_variants_of_one_network_differ_where_the_papers_say_so() -> None:
     assert (nfnet.drop_rate, nfnet.stochdepth_rate, nfnet.compute_dtype) == (0.4, 0.25, "bfloat16")
     decays = [load("nf_regnet", f"b{level}").optim.weight_decay for level in range(6)]
     assert decays == pytest.approx([5e-5, 6e-5, 7e-5, 8e-5, 9e-5, 1e-4])
-    assert load("nf_regnet", "b0").optim.final_learning_rate == 0.001
+    assert load("nf_regnet", "b0").optim.schedule == Cosine(final_learning_rate=0.001)
     assert load("nf_resnet", "50").model.drop_rate == 0
     assert load_recipe(RECIPES / "nf_regnet_imagenet.py") == load("nf_regnet", "b0")
 
@@ -183,12 +184,12 @@ def test_a_recipe_may_hold_dataclasses_and_import_a_module_beside_it(tmp_path: P
 
 def test_the_published_schedules() -> None:
     # arXiv 2101.08692's code: 5 epochs up to 0.4, half a cosine down to 0.001.
-    config = OptimConfig(learning_rate_per_256=0.1, warmup_epochs=5.0, final_learning_rate=0.001)
+    config = OptimConfig(learning_rate_per_256=0.1, warmup_epochs=5.0, schedule=Cosine(final_learning_rate=0.001))
     schedule = make_schedule(config, batch_size=1024, steps_per_epoch=10.0, num_steps=150)
     assert [float(schedule(step)) for step in (0, 25, 50, 100, 150)] == pytest.approx([0, 0.2, 0.4, 0.2005, 0.001])
     # arXiv 1905.11946's: the falls are counted from the beginning, under the warm-up.
-    decay = ExponentialDecayConfig(factor=0.97, every_epochs=2.4)
-    config = OptimConfig(learning_rate_per_256=0.016, warmup_epochs=5.0, exponential_decay=decay)
+    decay = ExponentialDecay(factor=0.97, every_epochs=2.4)
+    config = OptimConfig(learning_rate_per_256=0.016, warmup_epochs=5.0, schedule=decay)
     schedule = make_schedule(config, batch_size=4096, steps_per_epoch=10.0, num_steps=3500)
     want = [0, 0.128, 0.256 * 0.97**2, 0.256 * 0.97**2, 0.256 * 0.97**3, 0.256 * 0.97**145]
     assert [float(schedule(step)) for step in (0, 25, 50, 71, 72, 3499)] == pytest.approx(want, rel=1e-5)
@@ -197,7 +198,7 @@ def test_the_published_schedules() -> None:
 def test_rmsprop_is_tensorflows() -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((4, 3))
-    config = OptimConfig(clipping=None, weight_decay=0.1, rmsprop=RMSPropConfig(decay=0.8, eps=1e-2))
+    config = OptimConfig(clipping=None, weight_decay=0.1, method=RMSProp(decay=0.8, eps=1e-2))
     rates = [0.5, 0.25, 0.125]
     tx = make_optimizer(
         config, lambda step: jnp.asarray(rates)[step], {name: name for name in ("a.kernel", "a.bias", "a.gain")}
@@ -218,16 +219,16 @@ def test_rmsprop_is_tensorflows() -> None:
 
 
 def test_wrong_settings_of_the_optimizer_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.rmsprop\.decay = 1"):
-        RMSPropConfig(decay=1.0)
-    with pytest.raises(ConfigError, match=r"optim\.rmsprop\.eps = 0"):
-        RMSPropConfig(eps=0.0)
-    with pytest.raises(ConfigError, match=r"optim\.exponential_decay\.factor = 1\.5"):
-        ExponentialDecayConfig(factor=1.5)
-    with pytest.raises(ConfigError, match=r"optim\.exponential_decay\.every_epochs = 0"):
-        ExponentialDecayConfig(every_epochs=0.0)
-    with pytest.raises(ConfigError, match=r"optim\.final_learning_rate = -0\.1"):
-        OptimConfig(final_learning_rate=-0.1)
+    with pytest.raises(ConfigError, match=r"optim\.method\.decay = 1"):
+        RMSProp(decay=1.0)
+    with pytest.raises(ConfigError, match=r"optim\.method\.eps = 0"):
+        RMSProp(eps=0.0)
+    with pytest.raises(ConfigError, match=r"optim\.schedule\.factor = 1\.5"):
+        ExponentialDecay(factor=1.5)
+    with pytest.raises(ConfigError, match=r"optim\.schedule\.every_epochs = 0"):
+        ExponentialDecay(every_epochs=0.0)
+    with pytest.raises(ConfigError, match=r"optim\.schedule\.final_learning_rate = -0\.1"):
+        Cosine(final_learning_rate=-0.1)
 
 
 @pytest.mark.parametrize(("family", "variant"), [(family, row[0][-1]) for family, row in PUBLISHED.items()])
@@ -242,7 +243,7 @@ def test_a_debug_recipe_keeps_everything_but_sizes(family: str, variant: str) ->
     assert isinstance(small.data.source, SyntheticSource)
     assert (small.num_steps, small.data.batch_size) == (4, 16)
     if isinstance(recipe.model, EfficientNetConfig):
-        assert small.optim.rmsprop is not None
+        assert isinstance(small.optim.method, RMSProp)
 
 
 def test_a_debug_run_goes_through_everything(tmp_path: Path) -> None:

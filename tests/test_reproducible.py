@@ -70,7 +70,7 @@ import jax, numpy as np
 from nfnet_flax.programs.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import Cosine, OptimConfig, RunLength, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
@@ -79,7 +79,7 @@ config = NFNetConfig(widths=(8, 16), depths=(1, 1), group_width=4, drop_rate=0.2
 
 def run(num_devices):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
-    schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
+    schedule = Cosine().learning_rate(0.05, RunLength(warmup_steps=2, num_steps=20, steps_per_epoch=1.0))
     optimizer = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices])
     state = create_state(structure, 0, optimizer, mesh)

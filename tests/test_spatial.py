@@ -23,7 +23,7 @@ import sys
 import jax, numpy as np
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import Cosine, OptimConfig, RunLength, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.evaluation import make_eval_step, weights_to_evaluate
 from nfnet_flax.training.state import create_state, model_structure
@@ -33,7 +33,7 @@ config = NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=8, drop_rate=0.
 
 def run(num_devices, fsdp, spatial, reproducible):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2, reproducible=reproducible))
-    schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
+    schedule = Cosine().learning_rate(0.05, RunLength(warmup_steps=2, num_steps=20, steps_per_epoch=1.0))
     tx = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:num_devices], fsdp=fsdp, spatial=spatial)
     state = create_state(structure, 0, tx, mesh)

@@ -13,7 +13,7 @@ import jax, numpy as np
 from nfnet_flax.programs.hlo import collective_bytes, parse
 from nfnet_flax.models import ExecutionConfig, NFNetConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import Cosine, OptimConfig, RunLength, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
@@ -22,7 +22,7 @@ assert jax.device_count() == int(sys.argv[1])
 config = NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
 execution = ExecutionConfig(num_microbatches=int(sys.argv[2]) if len(sys.argv) > 2 else None, reproducible=False)
 structure = model_structure(config, 10, execution)
-schedule = learning_rate_schedule(0.05, warmup_steps=2, num_steps=20)
+schedule = Cosine().learning_rate(0.05, RunLength(warmup_steps=2, num_steps=20, steps_per_epoch=1.0))
 tx = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
 mesh = make_mesh()
 state = create_state(structure, 0, tx, mesh)
@@ -60,12 +60,12 @@ BYTES = """
 import jax
 from nfnet_flax.models import ExecutionConfig, model_config
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from nfnet_flax.optim import OptimConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import abstract_state, model_structure
 
 structure = model_structure(model_config("nfnet_f0"), 1000, ExecutionConfig())
-optimizer = make_optimizer(OptimConfig(), learning_rate_schedule(0.1, warmup_steps=1, num_steps=10), structure.shapes)
+optimizer = make_optimizer(OptimConfig(), lambda step: 0.1, structure.shapes)
 for fsdp in (1, 4):
     state = abstract_state(structure, optimizer, make_mesh(fsdp=fsdp))
     compiled = jax.jit(lambda state: state, donate_argnums=0).lower(state).compile()

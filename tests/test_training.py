@@ -27,7 +27,7 @@ MODELS = {
 }
 NUM_STEPS = 90
 OPTIONS = [
-    *("--num-steps", str(NUM_STEPS), "--optim.clipping", "0.2"),
+    *("--num-steps", str(NUM_STEPS), "--optim.clipping.ratio", "0.2"),
     *("--log-every-steps", "1", "--eval-every-steps", "40", "--checkpoint.every-steps", "40"),
     *("--data.image-size", "16", "--data.eval-image-size", "16"),
 ]

@@ -130,10 +130,26 @@ def _chosen(choice: Choice, name: str | None, fields: list[str], prog: str) -> A
     else:
         known = {kind.__name__: kind for kind in choice.kinds}
         if name not in known:
-            raise unknown_name(f"value of {choice.option}", name, choice.names)
+            hint = f"; a number is the value of a field, such as {_first_option(choice)} {name}"
+            error = unknown_name(f"value of {choice.option}", name, choice.names)
+            raise ConfigError(f"{error}{hint}") if _is_number(name) else error
         kind = known[name]
     default = choice.value if type(choice.value) is kind else dataclasses.MISSING
     return tyro.cli(_holder(choice, kind, default), args=fields, prog=prog).value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_option(choice: Choice) -> str:
+    """The option of the first field, of what the recipe holds or of the first type."""
+    kind = choice.kinds[0] if choice.value is None else type(choice.value)
+    return ".".join([choice.option, *(field.name.replace("_", "-") for field in dataclasses.fields(kind)[:1])])
 
 
 def _holder(choice: Choice, kind: type, default: Any = dataclasses.MISSING) -> Any:

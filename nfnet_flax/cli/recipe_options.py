@@ -53,12 +53,22 @@ def read_changes(prog: str, options: list[str], config: Config) -> Given[Config]
     """Takes from options what names the type of a part of a configuration, or turns a part on.
 
     Raises:
-      ConfigError: options name none of the types of a part.
+      ConfigError: options name none of the types of a part, or are of earlier versions.
     """
     if _wants_help(options):
         return Given(prog, ["--help"], config)
+    _refuse_moved(options)
     config, options = alternatives.choose(config, options, prog)
     return Given(prog, options, config)
+
+
+def _refuse_moved(options: list[str]) -> None:
+    """Raises `ConfigError` for an option of earlier versions, with the one that takes its place."""
+    for word in options:
+        name = word.removeprefix("--optim.").partition("=")[0].partition(".")[0].replace("-", "_")
+        if word.startswith("--optim.") and name in OptimConfig.moved_fields:
+            field, kind = OptimConfig.moved_fields[name]
+            raise ConfigError(f"{word}: there is no optim.{name}: give --optim.{field} {kind}, and --optim.{field}.*")
 
 
 def parse(kind: type[T], given: Given[Config], description: str) -> T:

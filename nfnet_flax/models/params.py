@@ -3,7 +3,7 @@
 The training state, parameter groups, converters and checkpoints all speak these names.
 """
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -83,10 +83,34 @@ UnitNorms = dict[str, tuple[jax.Array, jax.Array] | None]
 kept); None for all that is not a kernel."""
 
 
+def differentiated(trained: Collection[str], names: Container[str]) -> frozenset[str]:
+    """Names of the prepared parameters whose gradient `pull_back` needs for that of the `trained` ones.
+
+    A gain's gradient comes out of that of its standardized kernel, be the kernel trained or not.
+
+    Args:
+      trained: names whose gradient is wanted.
+      names: of all parameters of the network.
+    """
+    kernels = (f"{name.removesuffix('.gain')}.kernel" for name in trained if name.endswith(".gain"))
+    return frozenset(trained) | {name for name in kernels if is_standardized(name, names)}
+
+
 def pull_back(
-    gradient: Params, params: Params, facts: KernelFacts, form: StandardizationName
+    gradient: Params,
+    params: Params,
+    facts: KernelFacts,
+    form: StandardizationName,
+    frozen: Container[str] = (),
 ) -> tuple[Params, UnitNorms]:
     """Takes a gradient with respect to prepared parameters back through `prepare`.
+
+    Args:
+      gradient: of all prepared parameters, or of those that `differentiated` names.
+      params: of the network, all of them.
+      facts: of `prepare`.
+      form: of the weight standardization.
+      frozen: names of parameters to leave out.
 
     Returns:
       The gradient with respect to `params`, and the kernels' norms: where a kernel was standardized they come out of
@@ -95,6 +119,8 @@ def pull_back(
     result = dict(gradient)
     norms: UnitNorms = dict.fromkeys(gradient)
     for name, norm in facts.norms.items():
+        if name not in gradient:
+            continue
         if name in facts.statistics:
             kernel, gain, statistics = params[name], params[_gain_of(name)], facts.statistics[name]
             sums = standardization.gradient_sums(gradient[name], kernel, statistics)
@@ -103,7 +129,8 @@ def pull_back(
             norms[name] = (jnp.sqrt(back.squared_norm), norm)
         else:
             norms[name] = (_unit_norms(gradient[name]), norm)
-    return result, norms
+    trained = [name for name in result if name not in frozen]
+    return {name: result[name] for name in trained}, {name: norms.get(name) for name in trained}
 
 
 def _unit_norms(kernel: jax.Array) -> jax.Array:
@@ -113,7 +140,7 @@ def _unit_norms(kernel: jax.Array) -> jax.Array:
 
 
 def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
-    """L2 norm over all parameters, from the kernels' norms."""
+    """L2 norm over all of a gradient, from the kernels' norms."""
     parts = [value if (known := norms[name]) is None else known[0] for name, value in gradient.items()]
     return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 

@@ -1,75 +1,53 @@
-"""The published optimizer: AGC, weight decay, Nesterov momentum, warm-up and cosine; and the parameters' EMA.
+"""The optimizer of a run: clipping, a method, parameter groups and a learning rate; and the parameters' EMA.
 
-EfficientNet's, RMSProp with a learning rate that falls in steps, is here for the baselines.
+The defaults are those published for NFNets: AGC, weight decay, Nesterov momentum, warm-up and cosine.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nfnet_flax.config import MAX_COUNT, check_types, require
-from nfnet_flax.optim.agc import adaptive_grad_clip
-from nfnet_flax.optim.param_groups import ParamGroup, assign
+from nfnet_flax.config import MAX_COUNT, ConfigError, check_types, require
+from nfnet_flax.optim.clipping import AGC, ClippingConfig
+from nfnet_flax.optim.methods import SGD, MethodConfig
+from nfnet_flax.optim.param_groups import ParamGroup, assign, layer_decay
 from nfnet_flax.optim.sam import SAMConfig
+from nfnet_flax.optim.schedules import Cosine, RunLength, ScheduleConfig
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RMSPropConfig:
-    """RMSProp as TensorFlow computes it (arXiv 1905.11946, section 5.2)."""
-
-    decay: float = 0.9
-    """Of the average of squared gradients, which starts at 1."""
-    eps: float = 1e-3
-    """Added to that average, under the root."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(0 <= self.decay < 1, "optim.rmsprop.decay", self.decay, "must lie in [0, 1)")
-        require(self.eps > 0, "optim.rmsprop.eps", self.eps, "must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExponentialDecayConfig:
-    """A learning rate that falls in equal ratios (arXiv 1905.11946, section 5.2)."""
-
-    factor: float = 0.97
-    """Ratio of one fall."""
-    every_epochs: float = 2.4
-    """Epochs between falls, counted from the beginning of the run."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(0 < self.factor <= 1, "optim.exponential_decay.factor", self.factor, "must lie in (0, 1]")
-        require(self.every_epochs > 0, "optim.exponential_decay.every_epochs", self.every_epochs, "must be positive")
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Numbers of the optimizer (arXiv 2102.06171, section 4 and appendix A)."""
+    """What makes an update of a gradient. The defaults are published (arXiv 2102.06171, section 4 and appendix A)."""
 
-    learning_rate_per_256: float = 0.1
-    """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
+    method: MethodConfig = dataclasses.field(default_factory=SGD)
+    """How a step is made of a gradient."""
+    clipping: ClippingConfig | None = dataclasses.field(default_factory=AGC)
+    """How gradients are clipped before that; None: not at all."""
+    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
+    """How the learning rate goes on after the warm-up."""
+    learning_rate_per_256: float | None = 0.1
+    """Peak learning rate for a batch of 256; it grows linearly with the batch size. None where `learning_rate` is
+    given: one of the two counts."""
+    learning_rate: float | None = None
+    """Peak learning rate whatever the batch size."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up from 0, whatever the length of the run."""
-    final_learning_rate: float = 0.0
-    """Where the cosine ends, whatever the batch size; without meaning, and so 0, with `exponential_decay`."""
-    exponential_decay: ExponentialDecayConfig | None = None
-    """In place of the cosine; None: cosine."""
-    momentum: float = 0.9
-    """Nesterov momentum; with `rmsprop`, plain momentum of the steps."""
-    rmsprop: RMSPropConfig | None = None
-    """Divides gradients by their running root mean square; None: momentum alone."""
-    clipping: float | None = 0.01
-    """AGC's lambda; None turns AGC off. The published 0.01 is for batch 4096: smaller batches want a larger one."""
-    clipping_eps: float = 1e-3
-    """Lower bound of a unit's parameter norm in AGC; not used where AGC is off."""
-    clipping_groups: tuple[ParamGroup, ...] = (ParamGroup("head.kernel", 0.0), ParamGroup("*", 1.0))
-    """1 clips a parameter, 0 exempts it; the first pattern that matches counts. Not used where AGC is off."""
+    learning_rate_groups: tuple[ParamGroup, ...] = (ParamGroup("*", 1.0),)
+    """Factor on the learning rate; the first pattern that matches counts. 0 freezes a parameter: it stays as it is,
+    without decay, gradient and momentum."""
+    layer_decay: float = 1.0
+    """Further factor on the learning rate for each block between a parameter and the head, such as 0.75 to fine-tune
+    (`nfnet_flax.optim.layer_decay`)."""
     weight_decay: float = 2e-5
-    """Coefficient of `weight_decay * parameter`, added after clipping."""
+    """Coefficient of `weight_decay * parameter`. With SGD and RMSProp it is added to the gradient after clipping; with
+    the other methods it is decoupled: multiplied by the learning rate alone."""
     weight_decay_groups: tuple[ParamGroup, ...] = (
         ParamGroup("*.bias", 0.0),
         ParamGroup("*gain", 0.0),
@@ -81,47 +59,48 @@ class OptimConfig:
     sam: SAMConfig | None = None
     """Sharpness-aware minimization, as the published F6 was trained with; None: off."""
 
+    moved_fields = MappingProxyType(
+        {
+            "momentum": ("method", "SGD"),
+            "rmsprop": ("method", "RMSProp"),
+            "clipping_eps": ("clipping", "AGC"),
+            "clipping_groups": ("clipping", "AGC"),
+            "final_learning_rate": ("schedule", "Cosine"),
+            "exponential_decay": ("schedule", "ExponentialDecay"),
+        }
+    )
+    """Fields of earlier versions -> the field, and its type, that says the same now. For messages."""
+
     def __post_init__(self) -> None:
+        _refuse_number(self.clipping)
         check_types(self)
-        for name in ("learning_rate_per_256", "clipping_eps"):
-            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
-        for name in ("warmup_epochs", "final_learning_rate", "weight_decay"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
-        for name in ("momentum", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        if self.clipping is not None:
-            require(self.clipping > 0, "optim.clipping", self.clipping, "must be positive; None turns AGC off")
-        require(
-            self.exponential_decay is None or self.final_learning_rate == 0,
-            "optim.final_learning_rate",
-            self.final_learning_rate,
-            "only a cosine ends there: give 0, or optim.exponential_decay = None",
-        )
-        for group in self.clipping_groups:
-            require(group.value in (0, 1), "optim.clipping_groups", group, "use 1 (clip) or 0 (exempt)")
+        for name, value in (
+            ("learning_rate_per_256", self.learning_rate_per_256),
+            ("learning_rate", self.learning_rate),
+        ):
+            require(value is None or value > 0, f"optim.{name}", value, "must be positive, or None")
+        remedy = "give optim.learning_rate_per_256 or this, and None for the other"
+        is_one = (self.learning_rate is None) != (self.learning_rate_per_256 is None)
+        require(is_one, "optim.learning_rate", self.learning_rate, remedy)
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "must not be negative")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie in [0, 1)")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must lie in (0, 1]")
+        for group in self.learning_rate_groups:
+            require(group.value >= 0, "optim.learning_rate_groups", group, "must not be negative; 0 freezes")
+
+    def peak_learning_rate(self, batch_size: int) -> float:
+        """What the warm-up leads to."""
+        if self.learning_rate_per_256 is None:
+            assert self.learning_rate is not None
+            return self.learning_rate
+        return self.learning_rate_per_256 * batch_size / 256
 
 
-def learning_rate_schedule(peak: float, *, warmup_steps: int, num_steps: int, final: float = 0.0) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to `final` at `num_steps`; steps count from 0."""
-
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < warmup_steps, peak * (step / max(warmup_steps, 1)), final + (peak - final) * cosine)
-
-    return schedule
-
-
-def exponential_schedule(peak: float, *, warmup_steps: int, steps_per_fall: float, factor: float) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`; from then on `peak * factor ** floor(step / steps_per_fall)`."""
-
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        falls = jnp.floor(step / steps_per_fall)
-        return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), factor**falls)
-
-    return schedule
+def _refuse_number(clipping: object) -> None:
+    """Raises `ConfigError` for the clipping of earlier versions, a number."""
+    if isinstance(clipping, int | float):
+        raise ConfigError(f"optim.clipping = {clipping!r}: give AGC(ratio={clipping!r})")
 
 
 def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: float, num_steps: int) -> optax.Schedule:
@@ -132,22 +111,19 @@ def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: floa
     Raises:
       ConfigError: the warm-up has more steps than can be counted.
     """
-    peak = config.learning_rate_per_256 * batch_size / 256
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     remedy = f"these are {warmup_steps:.3g} steps: give at most {MAX_COUNT:,} steps"
     require(warmup_steps <= MAX_COUNT, "optim.warmup_epochs", config.warmup_epochs, remedy)
-    if config.exponential_decay is not None:
-        decay = config.exponential_decay
-        steps_per_fall = decay.every_epochs * steps_per_epoch
-        return exponential_schedule(peak, warmup_steps=warmup_steps, steps_per_fall=steps_per_fall, factor=decay.factor)
-    return learning_rate_schedule(
-        peak, warmup_steps=warmup_steps, num_steps=num_steps, final=config.final_learning_rate
-    )
+    run = RunLength(warmup_steps=warmup_steps, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    return config.schedule.learning_rate(config.peak_learning_rate(batch_size), run)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """All that makes an update of a gradient. `init` and `update` are those of an Optax transformation."""
+    """All that makes an update of a gradient. `init` and `update` are those of an Optax transformation.
+
+    They take `{name: array}` and leave the frozen parameters out: those have no state and no update.
+    """
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateExtraArgsFn
@@ -157,27 +133,41 @@ class Optimizer:
     """Decay of the moving average of the parameters."""
     sam: SAMConfig | None
     """Sharpness-aware minimization; None: off."""
+    frozen: frozenset[str]
+    """Names of the parameters that stay as they are."""
+    metrics: Callable[[optax.OptState], dict[str, jax.Array]]
+    """What the metrics show of the state after an update."""
+
+
+def learning_rate_factors(config: OptimConfig, names: Iterable[str]) -> dict[str, float]:
+    """Factor on the learning rate of each parameter; 0: frozen.
+
+    Raises:
+      ConfigError: a group matches no parameter or leaves one out, or all are frozen.
+    """
+    names = list(names)
+    factors = assign("optim.learning_rate_groups", config.learning_rate_groups, names)
+    if config.layer_decay != 1:
+        layers = assign("optim.layer_decay", layer_decay(config.layer_decay, names), names)
+        factors = {name: factor * layers[name] for name, factor in factors.items()}
+    remedy = "freezes every parameter of the network: leave some to train"
+    require(any(factors.values()), "optim.learning_rate_groups", config.learning_rate_groups, remedy)
+    return factors
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]) -> Optimizer:
-    """Clip, decay, Nesterov momentum, learning rate: in this order, as published.
-
-    With RMSProp, the last two change places, as in TensorFlow: clip, decay, RMSProp, learning rate, momentum.
+    """Clipping, then the method, which has weight decay and learning rate in it, then the factors of the groups.
 
     Args:
-      config: the numbers.
+      config: the choices and their numbers.
       schedule: learning rate of a step counted from 0.
       names: of the network's parameters.
 
     Raises:
-      ConfigError: a group of the configuration matches no parameter or leaves one out.
+      ConfigError: a group of the configuration matches no parameter or leaves one out, or all parameters are frozen.
     """
     names = list(names)
-    parts: list[optax.GradientTransformation] = []
-    if config.clipping is not None:
-        clipped = assign("optim.clipping_groups", config.clipping_groups, names)
-        mask = {name: value == 1 for name, value in clipped.items()}
-        parts.append(adaptive_grad_clip(config.clipping, eps=config.clipping_eps, mask=mask))
+    factors = learning_rate_factors(config, names)
     decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
 
     def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
@@ -186,28 +176,57 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterabl
             for name, gradient in updates.items()
         }
 
-    parts.append(optax.stateless(add_decay))
-    if config.rmsprop is None:
-        parts += [optax.trace(decay=config.momentum, nesterov=True), optax.scale_by_learning_rate(schedule)]
-    else:
-        root_mean_square = optax.scale_by_rms(
-            config.rmsprop.decay, config.rmsprop.eps, initial_scale=1.0, eps_in_sqrt=True
-        )
-        parts += [root_mean_square, optax.scale_by_learning_rate(schedule), optax.trace(decay=config.momentum)]
-    init, update = optax.with_extra_args_support(optax.chain(*parts))  # without AGC, too, `unit_norms` may be given
-    return Optimizer(init, update, schedule, config.ema_decay, config.sam)
+    def scale_by_group(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        del params
+        return {name: update * factors[name] if factors[name] != 1 else update for name, update in updates.items()}
+
+    clip = optax.identity() if config.clipping is None else config.clipping.transformation(names)
+    move = config.method.transformation(schedule, optax.stateless(add_decay), names)
+    whole = optax.with_extra_args_support(optax.chain(clip, move, optax.stateless(scale_by_group)))
+
+    def trained(values: dict[str, Value]) -> dict[str, Value]:
+        return {name: value for name, value in values.items() if factors[name]}
+
+    def init(params: optax.Params) -> optax.OptState:
+        return whole.init(trained(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return whole.update(trained(updates), state, trained(params), **extra_args)
+
+    def metrics(state: optax.OptState) -> dict[str, jax.Array]:
+        return {} if config.clipping is None else config.clipping.metrics(state[0])
+
+    return Optimizer(
+        init=init,
+        update=update,
+        schedule=schedule,
+        ema_decay=config.ema_decay,
+        sam=config.sam,
+        frozen=frozenset(name for name, factor in factors.items() if factor == 0),
+        metrics=metrics,
+    )
 
 
 def update_ema(
-    ema: dict[str, jax.Array], params: dict[str, jax.Array], step: jax.Array, decay: float
+    ema: dict[str, jax.Array],
+    params: dict[str, jax.Array],
+    step: jax.Array,
+    decay: float,
+    frozen: Container[str] = (),
 ) -> dict[str, jax.Array]:
     """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay.
 
-    Whole numbers (BatchNorm's counts) are copied.
+    Whole numbers (BatchNorm's counts) are copied. The average of what is frozen stays as it is: it was equal at the
+    start, and a weighted mean of equal numbers may be off by a rounding.
     """
     count = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
-    return {
-        name: rate * ema[name] + (1.0 - rate) * value if jnp.issubdtype(value.dtype, jnp.floating) else value
-        for name, value in params.items()
-    }
+
+    def moved(name: str, value: jax.Array) -> jax.Array:
+        if name in frozen:
+            return ema[name]
+        return rate * ema[name] + (1.0 - rate) * value if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    return {name: moved(name, value) for name, value in params.items()}

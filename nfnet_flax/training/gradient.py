@@ -5,7 +5,7 @@ batch onto every device for each grouped convolution (openxla issue 47945).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -76,6 +76,7 @@ def make_gradient(
     *,
     seed: int,
     fraction: float = 1.0,
+    wanted: Container[str] | None = None,
 ) -> Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]:
     """Builds `gradient(prepared, batch_stats, step, batch, arrays)`: of the mean loss over the global batch.
 
@@ -85,6 +86,8 @@ def make_gradient(
       mesh: over whose devices the rows of the batch are divided.
       seed: of dropout and stochastic depth.
       fraction: share of each microbatch that is used, from its first rows on.
+      wanted: names of the parameters that the gradient is with respect to: nothing is computed for the others, and no
+        layer below the first of them is passed through backwards. None: all.
 
     Returns:
       A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the step's number
@@ -103,11 +106,12 @@ def make_gradient(
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
     mean, std = structure.normalization.mean, structure.normalization.std
+    fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
 
     def loss_of(
-        weights: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
+        weights: Params, others: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
     ) -> tuple[jax.Array, tuple[BatchStats, Parts]]:
-        model = merge(structure.prepared, weights, batch_stats)
+        model = merge(structure.prepared, weights | others, batch_stats)
         images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
         with convolution.for_platform(platform):
             logits = model(images, keys)
@@ -118,7 +122,9 @@ def make_gradient(
         return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
 
     def part(batch_stats: BatchStats, arrays: Arrays, weights: Params, keys: jax.Array, batch: Batch) -> Parts:
-        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(weights, batch_stats, arrays, keys, batch)
+        others = {name: value for name, value in weights.items() if name in fixed}
+        moving = {name: value for name, value in weights.items() if name not in fixed}
+        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(moving, others, batch_stats, arrays, keys, batch)
         # Whole numbers are BatchNorm's counts, the same in all parts.
         shares = {
             name: Part(value / num_parts) if is_float(value) else Part(value, "same") for name, value in moved.items()
@@ -147,18 +153,19 @@ def make_gradient(
         axes |= dict.fromkeys(found.keys() - axes.keys())
         total = sum_over_devices(found, axes, batch_shape(mesh), reproducible=execution.reproducible)
         return (
-            {name: total[name].astype(value.dtype) for name, value in prepared.items()},
+            {name: total[name].astype(value.dtype) for name, value in prepared.items() if name not in fixed},
             {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},
             {name: value for name, value in total.items() if name.startswith("train/")},
         )
 
     of_params = {name: partition_spec(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
+    of_gradient = {name: spec for name, spec in of_params.items() if name not in fixed}
     return jax.shard_map(
         local_gradient,
         mesh=mesh,
         axis_names=set(BATCH_AXES),  # the height of images is left to the partitioner, which exchanges borders
         in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
-        out_specs=(of_params, PartitionSpec(), PartitionSpec()),
+        out_specs=(of_gradient, PartitionSpec(), PartitionSpec()),
         check_vma=False,
     )
 

@@ -17,6 +17,7 @@ from nfnet_flax.data.prefetch import Batches
 from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.messages import warn
+from nfnet_flax.optim import groups_table
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
@@ -140,6 +141,7 @@ def train(
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
         report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics)
         if report.is_shown:
+            print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
             _print_start([*times_s, time.perf_counter()])
         return _run(setup, workdir, start, saver, stop, watchdog, report)
 

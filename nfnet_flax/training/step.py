@@ -1,4 +1,4 @@
-"""One update: gradient, AGC, decay, momentum, EMA and metrics in a single donated `jit`."""
+"""One update: gradient, optimizer, EMA and metrics in a single donated `jit`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from nfnet_flax.models.params import BatchStats, Params, global_norm, prepare, pull_back
+from nfnet_flax.models.params import BatchStats, Params, differentiated, global_norm, prepare, pull_back
 from nfnet_flax.objectives import Arrays, Batch, Objective
 from nfnet_flax.optim import Optimizer, SAMConfig
 from nfnet_flax.optim.optimizer import update_ema
@@ -34,12 +34,13 @@ def make_train_step(
       ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
         decides what is computed: with BatchNorm, and with SAM on a fraction of each part.
     """
-    form, sam = structure.standardization, optimizer.sam
-    gradient_of = make_gradient(structure, objective, mesh, seed=seed)
+    form, sam, frozen = structure.standardization, optimizer.sam, optimizer.frozen
+    wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
+    gradient_of = make_gradient(structure, objective, mesh, seed=seed, wanted=wanted)
     fraction = 1.0 if sam is None else sam.fraction
     uphill_of = gradient_of
     if fraction < 1.0:
-        uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction)
+        uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction, wanted=wanted)
 
     def uphill(state: TrainState, batch: Batch, arrays: Arrays, sam: SAMConfig) -> Params:
         """SAM's point, at which the gradient is taken."""
@@ -47,7 +48,7 @@ def make_train_step(
         gradient, _, metrics = uphill_of(prepared, state.batch_stats, state.step, batch, arrays)
 
         def move(params: Params, gradient: Params) -> Params:
-            gradient, unit_norms = pull_back(gradient, params, facts, form)
+            gradient, unit_norms = pull_back(gradient, params, facts, form, frozen)
             return ascend(params, gradient, global_norm(gradient, unit_norms), rho=sam.rho)
 
         return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
@@ -62,18 +63,21 @@ def make_train_step(
         gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
 
         def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-            gradient, norms = pull_back(gradient, point, facts, form)
+            gradient, norms = pull_back(gradient, point, facts, form, frozen)
             norm = global_norm(gradient, norms)
             # AGC compares with the parameters themselves, not with SAM's point.
             known = norms if sam is None else None
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, unit_norms=known)
-            params: Params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.params, unit_norms=known, global_norm=norm
+            )
+            trained = {name: state.params[name] for name in gradient}
+            params: Params = state.params | optax.apply_updates(trained, updates)
             updated = TrainState(
                 step=state.step + 1,
                 params=params,
                 batch_stats=batch_stats,
                 opt_state=opt_state,
-                ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay),
+                ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay, frozen),
                 ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
             )
             # The norm is finite if every gradient is; a choice per element costs no pass.
@@ -90,10 +94,7 @@ def make_train_step(
         state, metrics["train/grad_norm"] = lax.cond(
             jnp.isfinite(metrics["train/loss"]), update, keep, state, gradient, batch_stats
         )
-        clipped_fraction = optax.tree.get(state.opt_state, "clipped_fraction")
-        if clipped_fraction is not None:
-            metrics["agc/clipped_fraction"] = clipped_fraction
-        return state, metrics
+        return state, metrics | optimizer.metrics(state.opt_state)
 
     # Else the state could come out divided otherwise than it went in, and the second step would be compiled, too.
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))

@@ -59,7 +59,7 @@ class Window:
                 raise TrainingDiverged(
                     f"step {done}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}, "
                     f"learning rate {metrics['train/learning_rate']:.3g}, optim.clipping {recipe.optim.clipping}. "
-                    "Nothing of this step was saved; lower optim.learning_rate_per_256 or optim.clipping "
+                    "Nothing of this step was saved; lower the learning rate or clip more, "
                     "and start in a new workdir"
                 )
             if done % recipe.log_every_steps == 0:

@@ -1,0 +1,155 @@
+"""How gradients are clipped before a method sees them: one frozen configuration for each way.
+
+Clipping of one's own is a frozen dataclass that derives from `Clipping`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnet_flax.config import check_types, require
+from nfnet_flax.optim.agc import AdaptiveGradClipState, adaptive_grad_clip
+from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
+
+
+class Clipping(abc.ABC):
+    """What a recipe's `optim.clipping` must offer."""
+
+    @abc.abstractmethod
+    def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+        """An Optax transformation of gradients, `{name: array}`, which may ask for what the step knows already.
+
+        Its update takes, by keyword and optionally: `unit_norms`, see `adaptive_grad_clip`; and `global_norm`, the L2
+        norm over all gradients that it is given.
+
+        Args:
+          names: of all parameters of the network. Those that are not trained never get to the transformation.
+
+        Raises:
+          ConfigError: the numbers do not fit the network.
+        """
+
+    def clipped(self, names: Sequence[str]) -> frozenset[str]:
+        """Names of the parameters whose gradient may be clipped, of `names`, those of the network."""
+        return frozenset(names)
+
+    def metrics(self, state: Any) -> dict[str, jax.Array]:
+        """What the metrics show of the transformation's state after an update, by name: scalars."""
+        del state
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AGC(Clipping):
+    """Adaptive gradient clipping: by the norm of the unit's own parameters (arXiv 2102.06171, equation 3).
+
+    The metric `agc/clipped_fraction` is the share of units whose gradient was scaled down.
+    """
+
+    ratio: float = 0.01
+    """Largest norm of a unit's gradient, as a share of that of its parameters: lambda in the paper. The published 0.01
+    is for batch 4096: smaller batches want a larger one."""
+    eps: float = 1e-3
+    """Lower bound of the norm of a unit's parameters, which lets units that start at zero move."""
+    groups: tuple[ParamGroup, ...] = dataclasses.field(
+        default=(ParamGroup("head.kernel", 0.0), ParamGroup("*", 1.0)), repr=False
+    )
+    """1 clips a parameter, 0 exempts it; the first pattern that matches counts."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.ratio > 0, "optim.clipping.ratio", self.ratio, "must be positive; clipping None turns it off")
+        require(self.eps > 0, "optim.clipping.eps", self.eps, "must be positive")
+        require_flags("optim.clipping.groups", self.groups, "use 1 (clip) or 0 (exempt)")
+
+    def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+        clipped = self.clipped(names)
+        return adaptive_grad_clip(
+            self.ratio, eps=self.eps, mask=lambda params: {name: name in clipped for name in params}
+        )
+
+    def clipped(self, names: Sequence[str]) -> frozenset[str]:
+        flags = assign("optim.clipping.groups", self.groups, names)
+        return frozenset(name for name, flag in flags.items() if flag)
+
+    def metrics(self, state: AdaptiveGradClipState) -> dict[str, jax.Array]:
+        return {"agc/clipped_fraction": state.clipped_fraction}
+
+
+class GlobalNormState(NamedTuple):
+    """What the last update saw; it does not influence the next one."""
+
+    was_clipped: jax.Array
+    """float32: 1 if the gradient was scaled down, else 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlobalNorm(Clipping):
+    """The gradient as a whole is scaled down to a largest norm (arXiv 1211.5063).
+
+    The metric `global_norm/clipped` is 1 where it was, else 0. With `execution.fsdp` the norm is a sum over devices:
+    the same up to rounding on any number of them.
+    """
+
+    max_norm: float = 1.0
+    """Largest L2 norm over the gradients of all parameters that are trained."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.max_norm > 0, "optim.clipping.max_norm", self.max_norm, "must be positive; clipping None turns it off"
+        )
+
+    def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+        # Not `optax.clip_by_global_norm`, which takes a pass over all gradients for the norm that the step knows.
+        del names
+
+        def init(params: optax.Params) -> GlobalNormState:
+            del params
+            return GlobalNormState(jnp.zeros((), jnp.float32))
+
+        def update(
+            updates: optax.Updates,
+            state: GlobalNormState,
+            params: optax.Params | None = None,
+            *,
+            global_norm: jax.Array | None = None,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, GlobalNormState]:
+            del state, params, extra_args  # the last is of other links of a chain
+            norm = optax.tree.norm(updates) if global_norm is None else global_norm
+            is_too_large = norm > self.max_norm
+            factor = jnp.where(is_too_large, self.max_norm / norm, 1.0)
+            scaled = jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), updates)
+            return scaled, GlobalNormState(is_too_large.astype(jnp.float32))
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def metrics(self, state: GlobalNormState) -> dict[str, jax.Array]:
+        return {"global_norm/clipped": state.was_clipped}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipValue(Clipping):
+    """Every element of the gradient is brought into [-max_abs, max_abs] by itself."""
+
+    max_abs: float = 0.01
+    """Largest size of an element."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.max_abs > 0, "optim.clipping.max_abs", self.max_abs, "must be positive; clipping None turns it off"
+        )
+
+    def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
+        del names
+        return optax.with_extra_args_support(optax.clip(self.max_abs))
+
+
+ClippingConfig: TypeAlias = AGC | GlobalNorm | ClipValue

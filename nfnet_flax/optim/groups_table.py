@@ -1,0 +1,65 @@
+"""What the parameter groups of a recipe come to for a network: a table for the start of a run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+
+from nfnet_flax.optim.optimizer import OptimConfig, learning_rate_factors
+from nfnet_flax.optim.param_groups import assign
+
+_HEADINGS = ("learning rate", "weight decay", "clipped", "arrays", "parameters", "such as")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Treatment:
+    """How a parameter is updated."""
+
+    learning_rate: float
+    """Factor on the learning rate; 0: frozen."""
+    weight_decay: float
+    is_clipped: bool
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """As the table shows it."""
+        if self.learning_rate == 0:
+            return "frozen", "-", "-"
+        return f"x {self.learning_rate:.3g}", f"{self.weight_decay:.3g}", "yes" if self.is_clipped else "no"
+
+
+def groups_table(config: OptimConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """A line for each way in which parameters are updated, in the order of the network; one line if there is but one.
+
+    Args:
+      config: of the run.
+      shapes: of the network's parameters, by name.
+
+    Raises:
+      ConfigError: a group of the configuration matches no parameter or leaves one out, or all parameters are frozen.
+    """
+    names = list(shapes)
+    factors = learning_rate_factors(config, names)
+    decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
+    clipped = frozenset() if config.clipping is None else config.clipping.clipped(names)
+    members: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        treatment = _Treatment(factors[name], config.weight_decay * decay[name], name in clipped)
+        members.setdefault(treatment.words, []).append(name)
+
+    def count(group: list[str]) -> int:
+        return sum(math.prod(shapes[name].shape) for name in group)
+
+    if len(members) == 1:
+        ((rate, weight_decay, is_clipped),) = members
+        arrays = f"{len(names)} arrays, {count(names):,} parameters"
+        return f"all {arrays}: learning rate {rate}, weight decay {weight_decay}, clipped: {is_clipped}"
+    rows = [_HEADINGS]
+    rows += [(*words, str(len(group)), f"{count(group):,}", group[0]) for words, group in members.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    lines = ["parameters, by how they are updated:"]
+    for row in rows:
+        *numbers, example = (word.rjust(width) for word, width in zip(row, widths, strict=True))
+        lines.append("  ".join(["", *numbers, example.strip()]))
+    return "\n".join(lines)
