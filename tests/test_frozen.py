@@ -21,11 +21,11 @@ from nfnet_flax.training.state import abstract_state, create_state, model_struct
 from nfnet_flax.training.step import make_train_step
 
 RATE, MOMENTUM = 0.5, 0.9
-MODEL = NFNetConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), group_width=4, expansion=0.5, drop_rate=0.1)
+MODEL = NFNetConfig(widths=(8, 8), depths=(1, 1), group_width=4, expansion=0.5, drop_rate=0.1)
 STRUCTURE = model_structure(MODEL, 3, ExecutionConfig(num_microbatches=None, reproducible=False))
 MESH = make_mesh(jax.devices()[:1])
 # A gain without its kernel and a kernel without its gain, below the head.
-TRAINED = ("head.kernel", "head.bias", "stages.3.0.conv0.gain", "stages.2.0.conv1.kernel")
+TRAINED = ("head.kernel", "head.bias", "stages.1.0.conv0.gain", "stages.0.0.conv1.kernel")
 GROUPS = (*(ParamGroup(name, 1.0) for name in TRAINED), ParamGroup("*", 0.0))
 
 
