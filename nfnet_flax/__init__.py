@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from nfnet_flax import weights as weights
     from nfnet_flax.config import ConfigError as ConfigError
     from nfnet_flax.data.config import DataConfig as DataConfig
+    from nfnet_flax.data.random_access import ArraySource as ArraySource
+    from nfnet_flax.data.random_access import SourceConfig as SourceConfig
     from nfnet_flax.data.transforms import preprocess as preprocess
+    from nfnet_flax.models import Classifier as Classifier
     from nfnet_flax.models import ExecutionConfig as ExecutionConfig
+    from nfnet_flax.models import ModelConfig as ModelConfig
     from nfnet_flax.models import list_models as list_models
     from nfnet_flax.models import model_config as model_config
     from nfnet_flax.models.folding import fold as fold
+    from nfnet_flax.objectives import Metric as Metric
+    from nfnet_flax.objectives import Objective as Objective
     from nfnet_flax.optim import OptimConfig as OptimConfig
+    from nfnet_flax.own_code import load_code as load_code
     from nfnet_flax.recipe import CheckpointConfig as CheckpointConfig
     from nfnet_flax.recipe import Recipe as Recipe
     from nfnet_flax.recipe_file import load_recipe as load_recipe
@@ -37,19 +44,26 @@ IMPORTED_AT_S = time.perf_counter()
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _MODULE_OF = {
+    "ArraySource": "nfnet_flax.data.random_access",
     "CheckpointConfig": "nfnet_flax.recipe",
+    "Classifier": "nfnet_flax.models",
     "ConfigError": "nfnet_flax.config",
     "DataConfig": "nfnet_flax.data.config",
     "ExecutionConfig": "nfnet_flax.models",
+    "Metric": "nfnet_flax.objectives",
+    "ModelConfig": "nfnet_flax.models",
+    "Objective": "nfnet_flax.objectives",
     "OptimConfig": "nfnet_flax.optim",
     "Recipe": "nfnet_flax.recipe",
     "Run": "nfnet_flax.training.reading",
+    "SourceConfig": "nfnet_flax.data.random_access",
     "TrainResult": "nfnet_flax.training.loop",
     "create_model": "nfnet_flax.weights",
     "evaluate": "nfnet_flax.training.reading",
     "export_weights": "nfnet_flax.training.reading",
     "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
+    "load_code": "nfnet_flax.own_code",
     "load_model": "nfnet_flax.weights",
     "load_recipe": "nfnet_flax.recipe_file",
     "model_config": "nfnet_flax.models",
@@ -58,13 +72,19 @@ _MODULE_OF = {
 }
 _MODULES = ("data", "models", "objectives", "optim", "recipe", "runtime", "weights")
 __all__ = [
+    "ArraySource",
     "CheckpointConfig",
+    "Classifier",
     "ConfigError",
     "DataConfig",
     "ExecutionConfig",
+    "Metric",
+    "ModelConfig",
+    "Objective",
     "OptimConfig",
     "Recipe",
     "Run",
+    "SourceConfig",
     "TrainResult",
     "create_model",
     "data",
@@ -72,6 +92,7 @@ __all__ = [
     "export_weights",
     "fold",
     "list_models",
+    "load_code",
     "load_model",
     "load_recipe",
     "model_config",

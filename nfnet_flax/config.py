@@ -1,4 +1,4 @@
-"""Typed, frozen configuration: checks where a value is made, and a lossless JSON form.
+"""Typed, frozen configuration, checked where a value is made. `config_json.py` has its JSON form.
 
 Every configuration class of the package is a frozen dataclass whose `__post_init__` calls `check_types` first and then
 its own `require`s, so a wrong value never travels further than the line that wrote it.
@@ -72,12 +72,18 @@ def _matches(value: object, hint: Any) -> bool:
 def check_types(config: Any) -> None:
     """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type, or no number.
 
-    Every number is finite, and not beyond what computes with it: no infinity stands for "off", which is None.
+    Every number is finite, and not beyond what computes with it: no infinity stands for "off", which is None. Several
+    values are a tuple: lists, sets and dicts can be changed, and have no hash.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in field_hints(type(config)).items():
         value = getattr(config, name)
+        if any((typing.get_origin(part) or part) in (list, set, dict) for part in members_of(hint)):
+            raise ConfigError(
+                f"{type(config).__name__}.{name}: is annotated as {text_of(hint)}: give a tuple, such as "
+                "tuple[int, ...], as a configuration must not change"
+            )
         if not _matches(value, hint):
-            raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {_text_of(hint)}")
+            raise ConfigError(f"{type(config).__name__}.{name} = {value!r}: expected {text_of(hint)}")
         for number in value if isinstance(value, tuple) else (value,):
             _check_number(f"{type(config).__name__}.{name}", number)
 
@@ -91,57 +97,32 @@ def _check_number(field: str, value: object) -> None:
         require(abs(value) <= _MAX_INT, field, value, "is beyond 64 bits: give a smaller number")
 
 
-def _text_of(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def to_json(config: Any) -> Any:
-    """A dataclass as plain dicts, lists and scalars; each dataclass carries its class name under `"type"`."""
-    if dataclasses.is_dataclass(config):
-        fields = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **fields}
-    return [to_json(item) for item in config] if isinstance(config, tuple) else config
-
-
-def from_json(hint: Any, data: Any, path: str = "") -> Any:
-    """The inverse of `to_json` for a value annotated with `hint`.
+def field_hints(kind: type) -> dict[str, Any]:
+    """Field of a dataclass -> its type, in the order of its JSON form: its own fields, then those of its bases.
 
     Raises:
-      ConfigError: a field is unknown or missing (another version of the package wrote it), or its value is invalid.
+      ConfigError: an annotation names something that is not imported.
     """
-    if isinstance(data, list):
-        arguments = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
-        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
-        item_hints = [arguments[0]] * len(data) if variadic else arguments
-        if len(item_hints) != len(data):
-            raise ConfigError(f"{path or 'recipe'} = {data!r}: expected {_text_of(hint)}")
-        return tuple(from_json(item_hint, item, path) for item_hint, item in zip(item_hints, data, strict=True))
-    if not isinstance(data, dict):
-        return data
-    options: Any = typing.get_args(hint) or (hint,)
-    candidates: dict[str, Any] = {option.__name__: option for option in options if isinstance(option, type)}
-    kind = data.get("type")
-    if not isinstance(kind, str) or kind not in candidates:
-        raise ConfigError(f"{path or 'recipe'}: unknown type {kind!r}: expected one of {sorted(candidates)}")
-    cls = candidates[kind]
-    hints = typing.get_type_hints(cls)
-    given = {name: value for name, value in data.items() if name != "type"}
-    if unequal := hints.keys() ^ given.keys():
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError as error:
         raise ConfigError(
-            f"{path or 'recipe'}: fields {sorted(unequal)} are unknown or missing: "
-            "it was written by another version of nfnet_flax; use that version"
-        )
-    return cls(**{name: from_json(hints[name], value, f"{path}.{name}".lstrip(".")) for name, value in given.items()})
+            f"{kind.__name__}: {error}, by which one of its fields is annotated: import it, not only for type checkers"
+        ) from error
+    mro = kind.__mro__
+
+    def last_owner(field: "dataclasses.Field[Any]") -> int:
+        return max(i for i, base in enumerate(mro) if field.name in vars(base).get("__dataclass_fields__", ()))
+
+    return {field.name: hints[field.name] for field in sorted(dataclasses.fields(kind), key=last_owner)}
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line per field in which two `to_json` trees differ: `optim.clipping: 0.01 -> 0.02`."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
-        names = [*old, *(name for name in new if name not in old)]
-        missing = "(absent)"
-        return [
-            line
-            for name in names
-            for line in differences(old.get(name, missing), new.get(name, missing), f"{path}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type that it is."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def text_of(hint: Any) -> str:
+    """A type as it is written in code."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

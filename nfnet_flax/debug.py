@@ -3,19 +3,9 @@
 import dataclasses
 
 from nfnet_flax.data.source_config import SyntheticSource
-from nfnet_flax.models import (
-    EfficientNetConfig,
-    ModelConfig,
-    NFNetConfig,
-    NFRegNetConfig,
-    NFResNetConfig,
-    ResNetConfig,
-)
-from nfnet_flax.objectives import Distillation, ObjectiveConfig, SoftmaxCrossEntropy
 from nfnet_flax.recipe import Recipe
 
 _TRAIN_PX, _EVAL_PX = 32, 48
-_DEPTHS = (1, 2, 1, 1)
 _BATCH_SIZE = 16
 _NUM_MICROBATCHES = 8
 _NUM_EVAL_EXAMPLES = 20
@@ -32,7 +22,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}_debug",
-        model=_small(recipe.model),
+        model=dataclasses.replace(recipe.model.small(), train_image_size=_TRAIN_PX, test_image_size=_EVAL_PX),
         data=dataclasses.replace(
             data,
             source=SyntheticSource(
@@ -51,7 +41,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
             prefetch_batches=2,
         ),
         execution=dataclasses.replace(recipe.execution, num_microbatches=_NUM_MICROBATCHES),
-        objective=_without_teacher(recipe.objective),
+        objective=recipe.objective.small(),
         init_from=None,  # its weights are of the large network
         init_from_skip=(),
         platform="any",
@@ -60,28 +50,3 @@ def debug_recipe(recipe: Recipe) -> Recipe:
         log_every_steps=1,
         eval_every_steps=2,
     )
-
-
-def _without_teacher(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """A teacher knows the classes of the recipe's images, not those of noise."""
-    if isinstance(objective, Distillation):
-        return SoftmaxCrossEntropy(label_smoothing=objective.label_smoothing)
-    return objective
-
-
-def _small(model: ModelConfig) -> ModelConfig:
-    model = dataclasses.replace(model, train_image_size=_TRAIN_PX, test_image_size=_EVAL_PX)
-    match model:
-        case NFNetConfig():
-            return dataclasses.replace(model, widths=(16, 16, 32, 32), depths=_DEPTHS, group_width=8)
-        case NFResNetConfig():
-            return dataclasses.replace(model, widths=(32, 32, 64, 64), depths=_DEPTHS, stem_width=16)
-        case NFRegNetConfig():
-            return dataclasses.replace(model, widths=(16, 16, 24, 24), depths=_DEPTHS)
-        case ResNetConfig():
-            num_groups = min(model.num_groups, 4)
-            return dataclasses.replace(
-                model, widths=(32, 32, 64, 64), depths=_DEPTHS, stem_width=16, num_groups=num_groups
-            )
-        case EfficientNetConfig():
-            return dataclasses.replace(model, width_multiplier=0.25, depth_multiplier=0.3)

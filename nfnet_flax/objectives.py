@@ -1,18 +1,20 @@
 """What training minimizes, and what an evaluation counts: one frozen configuration per task.
 
-An objective of one's own is a frozen dataclass with the three methods of `Objective`. They see a part of the batch at a
-time and are traced by JAX: no value of an array may decide what Python does.
+An objective of one's own is a frozen dataclass that derives from `Objective`. Its `train` and `evaluate` see a part of
+the batch at a time and are traced by JAX: no value of an array may decide what Python does.
 """
 
+import abc
 import dataclasses
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import require
+from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.paths import check_path
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
@@ -48,17 +50,39 @@ class RunFacts:
     """Per channel, in grey levels: what they are divided by then."""
 
 
-class Objective(Protocol):
-    """What a recipe's `objective` must offer."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(OpenConfig, abc.ABC):
+    """What a recipe's `objective` offers. Files that it reads are named by `place_fields`."""
 
     def arrays(self, facts: RunFacts) -> Arrays:
-        """Arrays that `train` needs besides the batch, such as a teacher's weights; read once, at the start."""
+        """Arrays that `train` needs besides the batch, such as a teacher's weights; read once, at the start. By default
+        none. A run goes on only with the same ones."""
+        del facts
+        return {}
 
+    @abc.abstractmethod
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         """The loss of each example, (N,) float32, and metrics by name; the step minimizes the mean of the loss."""
 
+    @abc.abstractmethod
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         """Values of each example, (N,) float32, by name; their means are reported. `loss` must be among them."""
+
+    def small(self) -> "Objective":
+        """What `nfnet train --debug` minimizes, on noise and without files; by default the same."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Smoothed(Objective):
+    """An objective whose targets can be smoothed."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes; an evaluation takes none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
 
 
 def targets_of(batch: Batch, num_classes: int) -> jax.Array:
@@ -97,19 +121,11 @@ def _top1(logits: jax.Array, batch: Batch) -> dict[str, Metric]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftmaxCrossEntropy:
+class SoftmaxCrossEntropy(_Smoothed):
     """Cross-entropy between a softmax over the classes and the target: each example is of one class."""
 
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes; an evaluation takes none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(0 <= self.label_smoothing < 1, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
-
-    def arrays(self, facts: RunFacts) -> Arrays:
-        del facts
-        return {}
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
@@ -134,19 +150,8 @@ def _require_one_class(batch: Batch) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SigmoidCrossEntropy:
+class SigmoidCrossEntropy(_Smoothed):
     """Binary cross-entropy of every class by itself, summed over the classes: an example may be of several classes."""
-
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes; an evaluation takes none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(0 <= self.label_smoothing < 1, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
-
-    def arrays(self, facts: RunFacts) -> Arrays:
-        del facts
-        return {}
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
@@ -162,19 +167,15 @@ def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Focal:
+class Focal(Objective):
     """Focal loss (arXiv 1708.02002, equation 4) of every class by itself, summed over the classes."""
 
     gamma: float = 2.0
     """Power of the factor that makes examples count less the better they are classified; 0: binary cross-entropy."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(self.gamma >= 0, "objective.gamma", self.gamma, "must not be negative")
-
-    def arrays(self, facts: RunFacts) -> Arrays:
-        del facts
-        return {}
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
@@ -191,12 +192,14 @@ class Focal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation:
+class Distillation(_Smoothed):
     """A softmax that follows the labels and a teacher network (arXiv 1503.02531, section 2).
 
     The loss is `(1 - teacher_share) * cross-entropy + teacher_share * temperature**2 * KL(teacher || student)`, both
     distributions of the latter being softened by the temperature. The teacher sees the same augmented images.
     """
+
+    place_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: str
     """Weight file (`nfnet convert`) of a network that knows the same classes; `~` is the home folder."""
@@ -204,15 +207,12 @@ class Distillation:
     """What the logits of both are divided by before the softmax that is compared."""
     teacher_share: float = 0.5
     """Weight of what the teacher says; the labels have the rest."""
-    label_smoothing: float = 0.0
-    """Share of the labels' target that is spread over all classes."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         check_path("objective.teacher", self.teacher)
         require(self.temperature > 0, "objective.temperature", self.temperature, "must be positive")
         require(0 <= self.teacher_share <= 1, "objective.teacher_share", self.teacher_share, "must lie in [0, 1]")
-        require(0 <= self.label_smoothing < 1, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
 
     def arrays(self, facts: RunFacts) -> Arrays:
         return teacher_arrays(self.teacher, facts.class_names, facts.mean, facts.std)
@@ -230,12 +230,9 @@ class Distillation:
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         return SoftmaxCrossEntropy(label_smoothing=0.0).evaluate(logits, batch)
 
+    def small(self) -> SoftmaxCrossEntropy:
+        # A teacher knows the classes of the recipe's images, not those of noise.
+        return SoftmaxCrossEntropy(label_smoothing=self.label_smoothing)
 
-ObjectiveConfig = SoftmaxCrossEntropy | SigmoidCrossEntropy | Focal | Distillation
 
-
-def with_teacher_of(objective: ObjectiveConfig, other: ObjectiveConfig) -> ObjectiveConfig:
-    """An objective whose teacher's file lies where another one has it: what is in the file is compared by itself."""
-    if isinstance(objective, Distillation) and isinstance(other, Distillation):
-        return dataclasses.replace(objective, teacher=other.teacher)
-    return objective
+declare_kinds(Objective, SoftmaxCrossEntropy, SigmoidCrossEntropy, Focal, Distillation)

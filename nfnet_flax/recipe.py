@@ -1,25 +1,18 @@
 """A recipe: everything that decides a run, in one frozen value. Its JSON form is stored in the run's folder."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
-from nfnet_flax.config import (
-    MAX_COUNT,
-    ConfigError,
-    check_types,
-    differences,
-    from_json,
-    require,
-    require_count,
-    to_json,
-)
+from nfnet_flax.config import MAX_COUNT, ConfigError, check_types, require, require_count
+from nfnet_flax.config_json import ADDED_LATER, CodeNotLoaded, differences, from_json, to_json
 from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.source_config import with_absolute_places
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import ExecutionConfig, ModelConfig
 from nfnet_flax.models.keys import check_seed
-from nfnet_flax.objectives import Distillation, ObjectiveConfig, SoftmaxCrossEntropy, with_teacher_of
+from nfnet_flax.objectives import Objective, SoftmaxCrossEntropy
+from nfnet_flax.open_config import with_absolute_places, with_places_of
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.paths import local_path
@@ -35,8 +28,11 @@ class CheckpointConfig:
     """A checkpoint is written at the first log step after so many minutes without one, too; None: only by steps."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
-    best_metric: Literal["eval/top1", "eval_ema/top1"] = "eval_ema/top1"
-    """The checkpoint with the highest value is kept apart from the newest ones."""
+    best_metric: str = "eval_ema/top1"
+    """The checkpoint that is best by this metric is kept apart from the newest ones: `eval/NAME` of the raw parameters,
+    or `eval_ema/NAME` of their moving average, NAME being what the objective's `evaluate` gives."""
+    best_is: Literal["highest", "lowest"] = dataclasses.field(default="highest", metadata=ADDED_LATER)
+    """Which value of the metric is the best: the highest, as of an accuracy, or the lowest, as of a loss."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -48,6 +44,9 @@ class CheckpointConfig:
             self.every_minutes,
             "must be positive or None",
         )
+        remedy = "give eval/NAME or eval_ema/NAME, such as eval_ema/top1 or eval/loss"
+        is_named = re.fullmatch(r"eval(_ema)?/\S+", self.best_metric) is not None
+        require(is_named, "checkpoint.best_metric", self.best_metric, remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Recipe:
     """Length of the run in passes over the training set; ignored where `num_steps` is given."""
     num_steps: int | None = None
     """Length of the run in updates; None: from `num_epochs`."""
-    objective: ObjectiveConfig = dataclasses.field(default_factory=SoftmaxCrossEntropy)
+    objective: Objective = dataclasses.field(default_factory=SoftmaxCrossEntropy)
     """What is minimized, and what an evaluation counts."""
     log_every_steps: int = 10
     """Metrics of a step are written each time the step is a multiple of this."""
@@ -135,6 +134,7 @@ def read_recipe(path: Path) -> Recipe:
     """Reads what `save_recipe` wrote.
 
     Raises:
+      CodeNotLoaded: it names a class of a user's own code that is not loaded; nothing is loaded by reading.
       ConfigError: the file is missing, damaged, or of another version of the package; the message names it.
       StorageFailed: it cannot be opened or read.
     """
@@ -143,9 +143,12 @@ def read_recipe(path: Path) -> Recipe:
     )
     data = read_json(path, remedy)
     try:
-        return from_json(Recipe, data)
+        recipe: Recipe = from_json(Recipe, data)
+    except CodeNotLoaded as error:
+        raise CodeNotLoaded(f"{path}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return recipe
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
@@ -192,17 +195,17 @@ def length_change(old: Recipe, new: Recipe, *, num_examples: int, step: int) -> 
 def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
     """The fields of `other` that decide no update.
 
-    These are: when and what is saved, logged and evaluated, the run's name, where images, initial weights and a teacher
-    lie, what is done about a corrupt image, how many threads prepare the input, over how many devices parameters and
-    images are divided, and which platform is asked for.
+    These are: when and what is saved, logged and evaluated, the run's name, where images, initial weights, a teacher
+    and the like lie (`OpenConfig.place_fields`), what is done about a corrupt image, how many threads prepare the
+    input, over how many devices parameters and images are divided, and which platform is asked for.
     """
+    recipe = with_places_of(recipe, other)
     return dataclasses.replace(
         recipe,
         name=other.name,
         data=recipe.data.with_resumable_of(other.data),
         execution=dataclasses.replace(recipe.execution, fsdp=other.execution.fsdp, spatial=other.execution.spatial),
         checkpoint=other.checkpoint,
-        objective=with_teacher_of(recipe.objective, other.objective),
         init_from=other.init_from if recipe.init_from is not None and other.init_from is not None else recipe.init_from,
         platform=other.platform,
         log_every_steps=other.log_every_steps,
@@ -217,9 +220,5 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     Raises:
       ConfigError: a path is not one of this machine's file systems.
     """
-    data = dataclasses.replace(recipe.data, source=with_absolute_places(recipe.data.source))
     init_from = None if recipe.init_from is None else str(local_path("init_from", recipe.init_from))
-    objective = recipe.objective
-    if isinstance(objective, Distillation):
-        objective = dataclasses.replace(objective, teacher=str(local_path("objective.teacher", objective.teacher)))
-    return dataclasses.replace(recipe, data=data, init_from=init_from, objective=objective)
+    return dataclasses.replace(with_absolute_places(recipe), init_from=init_from)

@@ -1,23 +1,16 @@
-"""Running a recipe file, and saying where in it something is wrong."""
+"""Running a recipe file, with arguments."""
 
 import contextlib
-import dataclasses
-import importlib.util
 import inspect
-import re
-import sys
-import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.config import ConfigError, nearest
-from nfnet_flax.paths import local_path
+from nfnet_flax.config import ConfigError
+from nfnet_flax.own_code import python_file, run_file, running
 from nfnet_flax.recipe import Recipe
-
-_UNKNOWN_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     int: int,
@@ -30,7 +23,10 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Runs a recipe file and returns what its `recipe()` makes. It may import modules that lie beside it.
+    """Runs a recipe file and returns what its `recipe()` makes.
+
+    It may import modules that lie beside it, and define networks, sources and objectives of its own: it is a module of
+    the name of the file.
 
     Args:
       path: of the file; `recipes/nfnet_imagenet.py:variant=f3` calls `recipe(variant="f3")`. Several arguments are
@@ -42,24 +38,12 @@ def load_recipe(path: str | Path) -> Recipe:
         parameter's type, or a value in it is invalid. The message names the file and the line.
     """
     given, arguments = _split_arguments(str(path))
-    file = local_path("recipe file", given)
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(f"recipe file {str(given)!r} does not exist or is not a .py file: give the path of a recipe")
-    name = f"recipe_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up what their annotations name
-    try:
-        with _importable(file.parent):
-            spec.loader.exec_module(module)
-            function = vars(module).get("recipe")
-            if not callable(function):
-                raise ConfigError("it defines no function recipe() that returns a Recipe")
-            result = function(**_typed(function, arguments))
-    except Exception as error:
-        raise ConfigError(f"recipe file {_location(file, error)}: {_explanation(error)}") from error
+    file = python_file("recipe file", given)
+    with running("recipe file", file):
+        function = vars(run_file(file)).get("recipe")
+        if not callable(function):
+            raise ConfigError("it defines no function recipe() that returns a Recipe")
+        result = function(**_typed(function, arguments))
     if not isinstance(result, Recipe):
         raise ConfigError(f"recipe file {str(file)!r}: recipe() returned {type(result).__name__}, not a Recipe")
     return result
@@ -106,52 +90,3 @@ def _value(name: str, text: str, hint: Any) -> Any:
             return _PARSERS[kind](text)
     named = " or ".join("none" if kind is types.NoneType else kind.__name__ for kind in kinds)
     raise ConfigError(f"its recipe() takes {name} = {text!r}: expected {named}")
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets modules of a folder be imported, as those beside a script are."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the recipe has removed it
-            sys.path.remove(str(folder))
-
-
-def _location(file: Path, error: Exception) -> str:
-    """The innermost line of the recipe, or of a module beside it, that led to an error."""
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        return f"{error.filename!r}, line {error.lineno}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if Path(frame.filename).parent == file.parent and frame.filename != __file__:
-            return f"{frame.filename!r}, line {frame.lineno}"
-    return repr(str(file))
-
-
-def _explanation(error: Exception) -> str:
-    if isinstance(error, ConfigError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
-    unknown = _UNKNOWN_FIELD.search(str(error))
-    kind = _imported(unknown.group(1)) if isinstance(error, TypeError) and unknown is not None else None
-    if unknown is not None and kind is not None:
-        moved = vars(kind).get("moved_fields", {})
-        if unknown.group(2) in moved:
-            field, part = moved[unknown.group(2)]
-            return f"{text}: it is part of {field}={part}(...) now"
-        fields = [field.name for field in dataclasses.fields(kind)]
-        near = nearest(unknown.group(2), fields)
-        question = f"; did you mean {' or '.join(near)}?" if near else ""
-        return f"{text}{question or '.'} Its fields are {', '.join(fields)}"
-    return text
-
-
-def _imported(class_name: str) -> type | None:
-    """A configuration class that a recipe has imported."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("nfnet_flax.", "recipe_")):
-            found = vars(module).get(class_name)
-            if isinstance(found, type) and dataclasses.is_dataclass(found):
-                return found
-    return None

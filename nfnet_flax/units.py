@@ -31,3 +31,12 @@ def shown(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+_RATES = {"top1": "top-1", "top5": "top-5"}
+"""Metrics that are shown as percentages, with their headings."""
+
+
+def metric_text(name: str, value: float) -> tuple[str, str]:
+    """Heading and value of a metric of an evaluation, such as `top-1` and `98.06%`."""
+    return (_RATES[name], f"{value:.2%}") if name in _RATES else (name, f"{value:.4f}")

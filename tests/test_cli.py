@@ -71,6 +71,14 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     invalid = fails(capsys, "train", RECIPE, "--workdir", workdir, "--optim.method.momentum", "1.5")
     assert "optim.method.momentum = 1.5" in invalid
     assert "workdir" in fails(capsys, "train", RECIPE)
+    for name, message in (
+        ("top1", "checkpoint.best_metric = 'top1': give eval/NAME or eval_ema/NAME"),
+        (
+            "eval/hits",
+            "SoftmaxCrossEntropy does not give it: give one of eval/loss, eval/top1, eval/top5, eval_ema/loss",
+        ),
+    ):
+        assert message in fails(capsys, "train", RECIPE, "--workdir", workdir, "--checkpoint.best-metric", name)
     assert "unknown command 'trian'" in fails(capsys, "trian")
     assert "recipe.json does not exist: give the folder of a run" in fails(capsys, "eval", "--workdir", workdir)
     assert not (tmp_path / "run").exists()

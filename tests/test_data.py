@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfnet_flax.config import ConfigError, differences
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import differences
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.decode import CorruptImageError
+from nfnet_flax.data.digits import digits
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.prefetch import InputFailed, Rows
-from nfnet_flax.data.random_access import Source
+from nfnet_flax.data.random_access import ArraySource, Source
 from nfnet_flax.data.source_config import DigitsSource, FolderSource
-from nfnet_flax.data.sources import ArraySource, digits
 
 DIGITS = DataConfig(source=DigitsSource(), image_size=8, eval_image_size=8, batch_size=24, eval_batch_size=8)
 NUM_FILES = 60

@@ -19,8 +19,10 @@ from flax import nnx
 
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.cli.usage import USAGE
+from nfnet_flax.config import field_hints, members_of
 from nfnet_flax.models import build_model, model_config
 from nfnet_flax.models.params import merge, split
+from nfnet_flax.open_config import kinds_of
 from nfnet_flax.parallel.processes import DistributedConfig
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.watchdog import WatchdogConfig
@@ -177,7 +179,11 @@ def test_the_map_names_every_file() -> None:
     for folder, patterns in named.items():
         if folder == Path("tests"):
             continue  # their names say what they test
-        files = {path.name for path in (ROOT / folder).iterdir() if path.is_file()} - {"__init__.py", "__main__.py"}
+        files = {path.name for path in (ROOT / folder).iterdir() if path.is_file()} - {
+            "__init__.py",
+            "__main__.py",
+            "py.typed",
+        }
         for pattern in patterns:
             assert fnmatch.filter(files, pattern), f"the map names {folder / pattern}, which is not there"
         missing = {name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
@@ -205,8 +211,8 @@ def _has_field(hint: typing.Any, names: list[str]) -> bool:
     """Whether a configuration, or one of several, has a field at this path."""
     if not names:
         return True
-    kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
-    hints = [typing.get_type_hints(kind) for kind in kinds]
+    members = [kind for kind in members_of(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    hints = [field_hints(kind) for member in members for kind in kinds_of(member).values()]
     return any(_has_field(fields[names[0]], names[1:]) for fields in hints if names[0] in fields)
 
 

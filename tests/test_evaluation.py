@@ -10,7 +10,7 @@ import pytest
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data import pipeline
 from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.sources import ArraySource
+from nfnet_flax.data.random_access import ArraySource
 from nfnet_flax.models import NFNetConfig
 from nfnet_flax.models.params import merge
 from nfnet_flax.objectives import SoftmaxCrossEntropy

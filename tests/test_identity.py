@@ -196,9 +196,11 @@ def best_step(workdir: Path) -> int | None:
     return next(iter(layout.steps_in(workdir / "best")), None)
 
 
-def evaluate_at(workdir: Path, resume_step: int, *scores: tuple[int, float]) -> None:
+def evaluate_at(
+    workdir: Path, resume_step: int, *scores: tuple[int, float], config: CheckpointConfig | None = None
+) -> None:
     """A life of a run that goes on from a step and is evaluated at others."""
-    with saving(workdir, CheckpointConfig(), None, log_every_steps=1) as saver:
+    with saving(workdir, config or CheckpointConfig(), None, log_every_steps=1) as saver:
         saver.resume_at(resume_step)
         for step, score in scores:
             saver.save_if_best(make_state(step), step, {"eval_ema/top1": score}, NoMetrics())
@@ -214,6 +216,11 @@ def test_the_best_of_steps_that_are_done_again_does_not_outlive_them(tmp_path: P
         assert checkpoint.read_newest_notes(manager) == (20, {"evaluated": True, "metrics": {"eval_ema/top1": 0.7}})
     evaluate_at(tmp_path, 30, (40, 0.65), (50, 0.8))
     assert best_step(tmp_path) == 50
+
+
+def test_the_best_may_be_the_lowest(tmp_path: Path) -> None:
+    evaluate_at(tmp_path, 0, (10, 0.5), (20, 0.3), (30, 0.4), config=CheckpointConfig(best_is="lowest"))
+    assert best_step(tmp_path) == 20
 
 
 def test_what_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:

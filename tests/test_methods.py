@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from nfnet_flax.config import ConfigError, from_json, to_json
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import from_json, to_json
 from nfnet_flax.models import ExecutionConfig
 from nfnet_flax.optim import (
     AGC,

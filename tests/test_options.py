@@ -115,7 +115,7 @@ def test_help_shows_every_field_of_every_type(words: list[str], capsys: pytest.C
     printed = printed_help(capsys, *words)
     for choice in alternatives.choices(load_recipe(DIGITS)):
         assert f"{choice.option} {{{','.join(choice.names)}}}" in printed
-        for kind in choice.kinds:
+        for kind in choice.known.values():
             for field in dataclasses.fields(kind):
                 assert f"{choice.option}.{field.name}".replace("_", "-") in printed
     assert ("--topology" in printed) == (words == ["plan"])

@@ -1,11 +1,19 @@
 """What a plan says, whatever its size; the compiler itself needs libtpu."""
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import pytest
 
-from nfnet_flax.programs.plan import Plan, describe
+from nfnet_flax.objectives import Distillation
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.programs.plan import Plan, describe, lower_step
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.units import duration, scaled
+from tests import runs
+from tests.networks import SMALL
+from tests.test_objectives import NUM_CLASSES, teacher_file
 
 DIGITS = Plan(
     topology="v5e:1x1",
@@ -63,3 +71,19 @@ def test_numbers_have_three_digits_and_a_prefix(number: float, text: str) -> Non
 
 def test_a_duration_has_the_unit_that_shows_it() -> None:
     assert (duration(1.0333), duration(0.02061), duration(56e-6)) == ("1033.3 ms", "20.6 ms", "56.0 µs")
+
+
+def test_a_step_with_a_teacher_is_planned_without_images(tmp_path: Path) -> None:
+    recipe = load_recipe(runs.DIGITS)
+    taught = dataclasses.replace(
+        recipe,
+        model=SMALL["nf_regnet"],
+        num_classes=NUM_CLASSES,
+        data=dataclasses.replace(recipe.data, batch_size=8),
+        objective=Distillation(teacher=str(teacher_file("resnet", tmp_path))),
+    )
+    state, lowered = lower_step(taught, make_mesh(jax.devices()[:1]))
+    (of_state, of_batch, of_teacher), _ = lowered.args_info
+    assert jax.tree.map(lambda leaf: leaf.shape, of_state) == jax.tree.map(lambda leaf: leaf.shape, state)
+    assert of_batch["image"].shape == (8, 32, 32, 3)
+    assert of_teacher["head.kernel"].shape == (32, NUM_CLASSES)

@@ -198,11 +198,17 @@ def test_evaluation_finds_what_training_found(made: Made, capsys: pytest.Capture
     assert "preprocessing: stored -> asked for: mean (123.675, 116.28, 103.53) -> (0.0, 0.0, 0.0): " in said
 
 
+def root_of(made: Made) -> str:
+    """The folder of the images of a run."""
+    assert isinstance(made.data.source, FolderSource)
+    return made.data.source.root
+
+
 def test_labels_mean_names_and_what_is_left_out_is_said(
     made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "images"
-    shutil.copytree(made.data.source.root, root)  # type: ignore[union-attr]
+    shutil.copytree(root_of(made), root)
     data = dataclasses.replace(made.data, source=FolderSource(root=str(root)))
     shutil.rmtree(root / "train")  # of no use to an evaluation
     shutil.rmtree(root / "val" / CLASSES[0])
@@ -242,7 +248,7 @@ def test_labels_mean_names_and_what_is_left_out_is_said(
 def test_the_command_refuses_what_the_run_trained_on(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(shutil.copytree(made.data.source.root, tmp_path / "images"))  # type: ignore[union-attr]
+    root = Path(shutil.copytree(root_of(made), tmp_path / "images"))
     options = ["eval", "--workdir", str(made.workdir), "--data.source.root", str(root)]
     assert cli.main([*options, "--data.num-held-out", "3"]) == EXIT_BAD_INPUT
     assert "data.num_held_out = 3: must be None, as in the run" in capsys.readouterr().err

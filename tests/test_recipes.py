@@ -17,7 +17,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.source_config import ArrayRecordSource, SyntheticSource
 from nfnet_flax.debug import debug_recipe
-from nfnet_flax.models import EfficientNetConfig, NFNetConfig
+from nfnet_flax.models import EfficientNetConfig, NFNetConfig, NFResNetConfig
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, OptimConfig, RMSProp, make_optimizer, make_schedule
@@ -102,7 +102,9 @@ def test_variants_of_one_network_differ_where_the_papers_say_so() -> None:
     decays = [load("nf_regnet", f"b{level}").optim.weight_decay for level in range(6)]
     assert decays == pytest.approx([5e-5, 6e-5, 7e-5, 8e-5, 9e-5, 1e-4])
     assert load("nf_regnet", "b0").optim.schedule == Cosine(final_learning_rate=0.001)
-    assert load("nf_resnet", "50").model.drop_rate == 0
+    nf_resnet = load("nf_resnet", "50").model
+    assert isinstance(nf_resnet, NFResNetConfig)
+    assert nf_resnet.drop_rate == 0
     assert load_recipe(RECIPES / "nf_regnet_imagenet.py") == load("nf_regnet", "b0")
 
 
@@ -179,7 +181,7 @@ def test_a_recipe_may_hold_dataclasses_and_import_a_module_beside_it(tmp_path: P
     before = list(sys.path)
     recipe = load_recipe(tmp_path / "mine.py")
     assert (recipe.name, recipe.seed, recipe.num_classes) == ("late", 5, 10)
-    assert sys.path == before
+    assert sys.path == [*before, str(tmp_path)]  # last, for what is imported when code of the file is called
 
 
 def test_the_published_schedules() -> None:

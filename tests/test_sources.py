@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from nfnet_flax import cli, exit_codes
-from nfnet_flax.config import ConfigError, from_json, to_json
-from nfnet_flax.data.random_access import Split
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import from_json, to_json
+from nfnet_flax.data.random_access import CorruptRecordError, Source, Split, split_off
 from nfnet_flax.data.source_config import (
     ArrayRecordSource,
     FolderSource,
@@ -25,7 +26,7 @@ from nfnet_flax.data.source_config import (
     SyntheticSource,
     TfdsSource,
 )
-from nfnet_flax.data.sources import CorruptRecordError, Source, open_source, split_off
+from nfnet_flax.data.sources import open_source
 from tests import runs
 from tests.image_sets import CLASSES, WITHOUT_TENSORFLOW, config_of, copied, image_file, make_folder
 

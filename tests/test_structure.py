@@ -9,13 +9,30 @@ import nfnet_flax
 
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
-BASE = {"config", "exit_codes", "json_files", "messages", "output", "paths", "run_clock", "runtime", "streams", "units"}
+BASE = {
+    "config",
+    "config_json",
+    "exit_codes",
+    "json_files",
+    "messages",
+    "open_config",
+    "output",
+    "own_code",
+    "paths",
+    "run_clock",
+    "runtime",
+    "streams",
+    "units",
+}
 ALLOWED = {
     "config": set[str](),
+    "config_json": {"config", "open_config"},
     "exit_codes": set[str](),
     "json_files": {"config"},
     "messages": set[str](),
+    "open_config": {"config", "own_code"},
     "output": set[str](),
+    "own_code": {"config", "paths"},
     "paths": {"config"},
     "run_clock": set[str](),
     "runtime": {"config", "messages"},

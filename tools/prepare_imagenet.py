@@ -33,14 +33,14 @@ from typing import Any
 import tyro
 
 from nfnet_flax import streams
-from nfnet_flax.config import ConfigError, require, to_json
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config_json import to_json
 from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_path, read_manifest, shard_name
 from nfnet_flax.data.listing import Listing, list_folder, list_tars
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
 from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
 from nfnet_flax.data.source_config import FolderSource
-from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.output import guarded_output
@@ -251,7 +251,7 @@ def run(options: Options) -> None:
     options = options.with_resolved_paths()
     listings: dict[str, Listing] = {}
     if options.folder is not None:
-        check_outside(FolderSource(root=str(options.folder)), "--out", options.out)
+        FolderSource(root=str(options.folder)).check_outside("--out", options.out)
         listings = list_folder(options.folder)
     elif options.train_tar is not None and options.val_tar is not None:
         print(f"looking through {options.train_tar} ...", flush=True)

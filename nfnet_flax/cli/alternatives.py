@@ -9,13 +9,13 @@ import dataclasses
 import io
 import textwrap
 import types
-import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from nfnet_flax.config import ConfigError, unknown_name
+from nfnet_flax.config import ConfigError, field_hints, members_of, unknown_name
+from nfnet_flax.open_config import kinds_of, type_name
 
 T = TypeVar("T")
 _NONE = "none"
@@ -27,8 +27,8 @@ class Choice:
 
     path: tuple[str, ...]
     """Names of fields, from the recipe's own."""
-    kinds: tuple[type, ...]
-    """Classes of the configurations."""
+    known: dict[str, type]
+    """Classes of the configurations, by the names that the option takes."""
     is_optional: bool
     """Whether None is a value, too."""
     value: Any
@@ -42,19 +42,34 @@ class Choice:
     @property
     def names(self) -> list[str]:
         """What the option may be."""
-        return [kind.__name__ for kind in self.kinds] + [_NONE] * self.is_optional
+        return [*self.known, *([_NONE] if self.is_optional else [])]
+
+    def name_of(self, value: object) -> str:
+        """What the option calls a value."""
+        return next((name for name, kind in self.known.items() if kind is type(value)), type(value).__name__)
 
 
 def choices(config: Any, path: tuple[str, ...] = ()) -> Iterator[Choice]:
     """All of a recipe, at any depth."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in field_hints(type(config)).items():
         value = getattr(config, name)
-        members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
-        kinds = tuple(kind for kind in members if isinstance(kind, type) and dataclasses.is_dataclass(kind))
-        if kinds and len(members) > 1:
-            yield Choice((*path, name), kinds, types.NoneType in members, value)
+        members = members_of(hint)
+        known = _by_name(
+            [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+        )
+        is_optional = types.NoneType in members
+        if known and len(known) + is_optional > 1:
+            yield Choice((*path, name), known, is_optional, value)
         if dataclasses.is_dataclass(value):
             yield from choices(value, (*path, name))
+
+
+def _by_name(hints: list[type]) -> dict[str, type]:
+    """The classes that a field may hold: by their short names, or with their modules where a name is another's, too."""
+    known: dict[str, type] = {}
+    for stored, kind in (item for hint in hints for item in kinds_of(hint).items()):
+        known[stored if kind.__name__ in known else kind.__name__] = kind
+    return known
 
 
 def choose(config: T, options: list[str], prog: str) -> tuple[T, list[str]]:
@@ -84,11 +99,11 @@ def describe(config: object) -> str:
     """Help on all types but those that a configuration holds, whose options tyro shows."""
     parts = []
     for choice in choices(config):
-        held = _NONE if choice.value is None else type(choice.value).__name__
+        held = _NONE if choice.value is None else choice.name_of(choice.value)
         parts.append(f"{choice.option} {{{','.join(choice.names)}}}  (here: {held})")
-        for kind in choice.kinds:
+        for name, kind in choice.known.items():
             if kind is not type(choice.value):
-                parts.append(f"  {choice.option} {kind.__name__}: then also")
+                parts.append(f"  {choice.option} {name}: then also")
                 parts.append(textwrap.indent(_help(choice, kind), "  "))
     heading = (
         "Parts of another type, or that the recipe leaves out. A part of one type is turned on by any of its options."
@@ -117,23 +132,23 @@ def _taken(option: str, options: list[str]) -> tuple[str | None, list[str], list
 
 def _chosen(choice: Choice, name: str | None, fields: list[str], prog: str) -> Any:
     if name is None:
-        if len(choice.kinds) > 1:
+        if len(choice.known) > 1:
             names = " or ".join(choice.names)
             raise ConfigError(
                 f"{fields[0]}: {choice.option} is {_NONE} in this recipe: give {choice.option} {names}, too"
             )
-        kind = choice.kinds[0]
+        (kind,) = choice.known.values()
     elif name.lower() == _NONE and choice.is_optional:
         if fields:
             raise ConfigError(f"{fields[0]}: {choice.option} is {name}: leave one of the two out")
         return None
     else:
-        known = {kind.__name__: kind for kind in choice.kinds}
-        if name not in known:
+        named = choice.known | {type_name(kind): kind for kind in choice.known.values()}
+        if name not in named:
             hint = f"; a number is the value of a field, such as {_first_option(choice)} {name}"
             error = unknown_name(f"value of {choice.option}", name, choice.names)
             raise ConfigError(f"{error}{hint}") if _is_number(name) else error
-        kind = known[name]
+        kind = named[name]
     default = choice.value if type(choice.value) is kind else dataclasses.MISSING
     return tyro.cli(_holder(choice, kind, default), args=fields, prog=prog).value
 
@@ -148,7 +163,7 @@ def _is_number(text: str) -> bool:
 
 def _first_option(choice: Choice) -> str:
     """The option of the first field, of what the recipe holds or of the first type."""
-    kind = choice.kinds[0] if choice.value is None else type(choice.value)
+    kind = next(iter(choice.known.values())) if choice.value is None else type(choice.value)
     return ".".join([choice.option, *(field.name.replace("_", "-") for field in dataclasses.fields(kind)[:1])])
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 
@@ -59,6 +60,7 @@ class Run:
     """The newest or the best good one, or that of a step."""
     overwrite: bool = False
     """Replace a file that is there."""
+    code: Code = ()
 
 
 _KINDS: dict[str, type[Haiku | Timm | Run]] = {"haiku": Haiku, "timm": Timm, "run": Run}
@@ -100,6 +102,7 @@ def run(argv: list[str]) -> int:
         case Run():
             from nfnet_flax.training.reading import export_weights
 
+            load_given_code(argv)
             path = export_weights(
                 options.workdir,
                 options.out,

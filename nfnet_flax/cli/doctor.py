@@ -4,6 +4,7 @@ import dataclasses
 
 import tyro
 
+from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.config import require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.paths import run_folder
@@ -22,10 +23,12 @@ def run(argv: list[str]) -> int:
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
         timeout_s: float = 60.0
         """Longest wait for a disk or a device that does not answer."""
+        code: Code = ()
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
     remedy = f"must be positive and at most {_MAX_TIMEOUT_S:,}"
     require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
+    load_given_code(argv)
     workdir = None if options.workdir is None else run_folder("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nfnet_flax.cli.accuracy import print_accuracy
+from nfnet_flax.cli.ahead import Code, load_given_code, values_of
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.paths import run_folder
@@ -23,6 +24,7 @@ def run(argv: list[str]) -> int:
     from nfnet_flax.cli import recipe_options
     from nfnet_flax.training.reading import evaluate
 
+    load_given_code(argv)
     given = recipe_options.read_changes("nfnet eval", argv, Changeable(data=_data_of_run(argv)))
 
     @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ def run(argv: list[str]) -> int:
         """Folder of the run."""
         checkpoint: Literal["newest", "best"] | int = "newest"
         """The newest or the best good one, or that of a step."""
+        code: Code = ()
         data: Annotated[tyro.conf.AvoidSubcommands[DataConfig], tyro.conf.arg(name="data")] = given.config.data
 
     options = recipe_options.parse(EvalOptions, given, "Evaluate a checkpoint of a run on its held-out set.")
@@ -45,8 +48,6 @@ def _data_of_run(argv: list[str]) -> DataConfig:
     from nfnet_flax.cli import recipe_options
     from nfnet_flax.training.reading import Run
 
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == "--workdir":
-            return Run(value if equals else following).recipe.data
+    for workdir in values_of("--workdir", argv):
+        return Run(workdir).recipe.data
     return recipe_options.example().data

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from nfnet_flax.cli.ahead import Code
 from nfnet_flax.exit_codes import EXIT_DONE
 
 
@@ -26,6 +27,7 @@ def run(argv: list[str]) -> int:
         """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
         debug: bool = "--debug" in argv
         """Plan the small network of `nfnet train --debug`."""
+        code: Code = ()
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(PlanOptions, given, "Compile the step of a recipe for a TPU, and say what it takes.")

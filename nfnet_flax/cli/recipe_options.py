@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 import tyro
 
 from nfnet_flax.cli import alternatives
+from nfnet_flax.cli.ahead import load_given_code
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import SyntheticSource
@@ -32,11 +33,12 @@ class Given(Generic[Config]):
 
 
 def read(command: str, argv: list[str]) -> Given[Recipe]:
-    """Loads the recipe, ahead of its options, so that its own errors come first.
+    """Loads the recipe, ahead of its options, so that its own errors come first; before it, what `--code` names.
 
     Raises:
-      ConfigError: there is no recipe, it cannot be loaded, or options name none of the types of a part of it.
+      ConfigError: there is no recipe, it or other code cannot be loaded, or options name none of the types of a part.
     """
+    load_given_code(argv)
     if argv and not argv[0].startswith("-"):
         prog, options, recipe = f"nfnet {command} {argv[0]}", argv[1:], load_recipe(argv[0])
     elif _wants_help(argv):

@@ -9,6 +9,7 @@ import tyro
 
 from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
+from nfnet_flax.cli.ahead import Code
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.paths import run_folder
@@ -36,6 +37,7 @@ def run(argv: list[str]) -> int:
         """The processes of the run."""
         watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
         """How long nothing may move."""
+        code: Code = ()
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")

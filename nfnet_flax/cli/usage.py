@@ -6,6 +6,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py:variant=f3 --workdir DIR            the same, with an argument of the recipe
   nfnet train RECIPE.py --debug --workdir DIR               four steps of it on a laptop: small network, no data needed
   nfnet train RECIPE.py --help                              every field of the recipe
+  nfnet COMMAND ... --code FILE.py                          with networks, sources or objectives of one's own
   nfnet eval --workdir DIR [--checkpoint best|STEP]         evaluate a checkpoint of a run; by default the newest
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        compile the step for a TPU: memory, cost; needs no TPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              what is wrong with machine, data, run? (code 1: something)

@@ -1,14 +1,17 @@
 """A set of images in ArrayRecord files as a source of examples."""
 
 import bisect
+import contextlib
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.array_records import (
     Manifest,
     Shard,
@@ -22,13 +25,63 @@ from nfnet_flax.data.array_records import (
     read_manifest,
     split_of,
 )
-from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, Unused, check_index, digest
-from nfnet_flax.data.record_files import open_records, read_record
-from nfnet_flax.data.source_config import ArrayRecordSource
+from nfnet_flax.data.random_access import (
+    CorruptRecordError,
+    Record,
+    SourceConfig,
+    Split,
+    Unused,
+    check_index,
+    digest,
+)
+from nfnet_flax.paths import check_path
 
 # Reading the ends of a file is waiting for the disk or the network.
 _NUM_OPEN_THREADS = 16
 _Found = list[tuple[Path, Shard]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecordSource(SourceConfig):
+    """ArrayRecord files written by `tools/prepare_imagenet.py`, with their `train.json` or `eval.json` beside them."""
+
+    place_fields: ClassVar[tuple[str, ...]] = ("train", "eval")
+
+    train: tuple[str, ...]
+    """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
+    the order of their sorted paths. A pattern must find every shard of the set that it describes, and both splits
+    together all shards of that set; files that are named one by one may be a part of it, which is said. `~` is the home
+    folder; a folder whose name holds `[`, `]`, `*` or `?` is found by its plain name."""
+    eval: tuple[str, ...]
+    """Files or patterns of the held-out split."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("train", self.train), ("eval", self.eval)):
+            require(bool(value), f"source.{name}", value, "give at least one file or pattern")
+            for pattern in value:
+                check_path(f"source.{name}", pattern)
+
+    def open(self, split: Split, image_size: int) -> "ArrayRecords":
+        del image_size  # encoded files of any size
+        return ArrayRecords(self, split)
+
+    def training_classes(self, image_size: int) -> tuple[str, ...]:
+        del image_size
+        return _listed(self, "train")[0]
+
+    def with_training_of(self, trained: SourceConfig) -> Self:
+        if not isinstance(trained, ArrayRecordSource):
+            return self
+        return dataclasses.replace(self, train=trained.train)
+
+    def check_apart(self) -> None:
+        _check_apart(self)
+
+    def num_open_files(self) -> int:
+        with contextlib.suppress(ConfigError):  # for whoever opens them
+            return len(find_shards(self.train, "source.train")) + len(find_shards(self.eval, "source.eval"))
+        return 0
 
 
 class ArrayRecords:
@@ -46,6 +99,8 @@ class ArrayRecords:
             manifest or in their classes; or shards of a held-out set are to be trained on.
           OSError: a file cannot be read.
         """
+        from nfnet_flax.data.record_files import open_records  # a library, which a recipe does not need
+
         self.class_names, found = _listed(config, split)
         self.unused = _left_out(config, split, [path for path, _ in found])
         with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
@@ -59,6 +114,8 @@ class ArrayRecords:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
+        from nfnet_flax.data.record_files import read_record
+
         path, _ = self._place(index)
         try:
             example = decode_record(read_record(self._records, index, path), check=False)
@@ -87,16 +144,7 @@ class ArrayRecords:
         return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
 
 
-def listed_classes(config: ArrayRecordSource, split: Split) -> tuple[str, ...]:
-    """The class names of a split, from its manifest.
-
-    Raises:
-      ConfigError: as `ArrayRecords`.
-    """
-    return _listed(config, split)[0]
-
-
-def check_apart(config: ArrayRecordSource) -> None:
+def _check_apart(config: ArrayRecordSource) -> None:
     """Raises ConfigError if both splits hold the same shard, under whatever name; says nothing of a missing split."""
     patterns: dict[Split, Sequence[str]] = {"train": config.train, "eval": config.eval}
     found: dict[Split, dict[str, Path]] = {}

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nfnet_flax.config import ConfigError, check_types, from_json
+from nfnet_flax.config import ConfigError, check_types
+from nfnet_flax.config_json import from_json
 from nfnet_flax.data.random_access import CorruptRecordError
 from nfnet_flax.json_files import read_json
 from nfnet_flax.paths import local_path

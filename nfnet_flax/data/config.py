@@ -6,7 +6,8 @@ from typing import Literal
 from nfnet_flax.config import MAX_IMAGE_PX, check_types, require, require_count
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
-from nfnet_flax.data.source_config import DigitsSource, SourceConfig, SyntheticSource, with_places_of
+from nfnet_flax.data.source_config import DigitsSource, SourceConfig
+from nfnet_flax.open_config import with_places_of
 
 EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_timeout_s")
 """Fields of `DataConfig` that decide how batches are made and change no byte of them."""
@@ -86,9 +87,7 @@ class DataConfig:
 
     def chosen_augment(self) -> AffineAugment | CropAugment:
         """`augment`, or what suits the source where that is None."""
-        if self.augment is not None:
-            return self.augment
-        return AffineAugment() if isinstance(self.source, DigitsSource | SyntheticSource) else CropAugment()
+        return self.source.default_augment() if self.augment is None else self.augment
 
     def _check_fit(self) -> None:
         """Checks fields against one another."""
@@ -108,12 +107,12 @@ class DataConfig:
         return dataclasses.replace(self, **{name: getattr(other, name) for name in EXECUTION_FIELDS})
 
     def with_places_of(self, other: "DataConfig") -> "DataConfig":
-        """These settings with the images where `other` has them (`PLACE_FIELDS`)."""
+        """These settings with the images where `other` has them (`SourceConfig.place_fields`)."""
         return dataclasses.replace(self, source=with_places_of(self.source, other.source))
 
     def with_resumable_of(self, other: "DataConfig") -> "DataConfig":
         """These settings with what may change at a resume taken from `other`: `RESUMABLE_FIELDS`, and where the images
-        lie (`PLACE_FIELDS`)."""
+        lie (`SourceConfig.place_fields`)."""
         return dataclasses.replace(
             self.with_places_of(other), **{name: getattr(other, name) for name in RESUMABLE_FIELDS}
         )

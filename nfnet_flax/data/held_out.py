@@ -12,8 +12,6 @@ from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import open_split, reading, source_record
 from nfnet_flax.data.random_access import Source, split_off
-from nfnet_flax.data.source_config import with_training_of
-from nfnet_flax.data.sources import check_apart
 
 _OTHERS = "name other images by --data.num-held-out None --data.source.eval FOLDER"
 
@@ -57,8 +55,8 @@ def open_held_out(config: DataConfig, class_names: Sequence[str], *, trained: Da
     """
     if config.num_held_out is None:
         with reading("eval"):
-            check_apart(config.source)
-            check_apart(with_training_of(config.source, trained.source))
+            config.source.check_apart()
+            config.source.with_training_of(trained.source).check_apart()
         source = open_split(config, "eval", class_names)
         check_distinct(record["source"], trained.num_held_out, source)
         return source

@@ -1,18 +1,27 @@
 """Image files in one folder per class."""
 
+import dataclasses
 import errno
 import os
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name
-from nfnet_flax.data.random_access import Record, Unused, check_index, digest, fixed_order
+from nfnet_flax.data.random_access import (
+    Record,
+    SourceConfig,
+    Split,
+    Unused,
+    check_index,
+    digest,
+    fixed_order,
+)
+from nfnet_flax.paths import check_path, local_path
 
 _LAYOUT = "expected are image files in one folder per class, such as train/n01440764/n01440764_18.JPEG"
 # Listing a folder is waiting for the disk or the network.
@@ -21,13 +30,76 @@ _NUM_SCAN_THREADS = 16
 # Why something that lies in a split is not used.
 _HIDDEN = "hidden files or folders"
 _BESIDE = "files beside the class folders"
-_OTHER_NAME = f"files whose names end in none of {' '.join(IMAGE_SUFFIXES)}"
+_OTHER_NAME = "files whose names end in none of {}"
 _NESTED = "files in sub-folders of a class folder (only what lies directly in it is read)"
 _DANGLING = "links to files that are not there"
 _SPECIAL = "things that are neither files nor folders"
 
 _Counts = dict[str, tuple[int, str]]
 """By reason: how many, and one of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderSource(SourceConfig):
+    """Plain image files, `root/train/class_name/*` and `root/val/class_name/*`; classes are sorted by name."""
+
+    place_fields: ClassVar[tuple[str, ...]] = ("root", "train", "eval")
+
+    root: str
+    """Folder of both splits; `~` is the home folder."""
+    train: str = "train"
+    """Folder of the training split within `root`. Its class folders number the labels of both splits."""
+    eval: str = "val"
+    """Folder of the held-out split within `root`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("root", "train", "eval"):
+            check_path(f"source.{name}", getattr(self, name))
+
+    def open(self, split: Split, image_size: int) -> "ImageFolder":
+        del image_size  # files of any size
+        folder = self.folder(split)
+        if split == "eval" and not folder.exists():
+            raise ConfigError(
+                f"image folder {str(folder)!r} does not exist: give that of the held-out images by "
+                "--data.source.eval; a run that has not begun can hold out training images by "
+                "--data.num-held-out 1000"
+            )
+        return ImageFolder(folder)
+
+    def folder(self, split: Split) -> Path:
+        """Where the images of a split lie."""
+        name = self.train if split == "train" else self.eval
+        return local_path(f"source.{split}", local_path("source.root", self.root) / name)
+
+    def training_classes(self, image_size: int) -> tuple[str, ...]:
+        del image_size
+        return class_folders(self.folder("train"))
+
+    def with_absolute_places(self) -> Self:
+        return dataclasses.replace(self, root=os.path.abspath(os.path.expanduser(self.root)))
+
+    def with_training_of(self, trained: SourceConfig) -> Self:
+        if not isinstance(trained, FolderSource):
+            return self
+        return dataclasses.replace(self, train=os.path.join(trained.root, trained.train))
+
+    def check_apart(self) -> None:
+        if self.folder("train") == self.folder("eval"):
+            raise ConfigError(
+                f"source.train = {self.train!r} and source.eval = {self.eval!r} are one folder: an evaluation "
+                "on what is trained on says nothing; give another folder of images, or hold images out from the "
+                "beginning of a run by --data.num-held-out"
+            )
+
+    def check_outside(self, field: str, place: Path) -> None:
+        for folder in (self.folder("train"), self.folder("eval")):
+            if place.is_relative_to(folder):
+                raise ConfigError(
+                    f"{field} = {str(place)!r}: lies in the image folder {str(folder)!r}, in which every folder is a "
+                    "class: give one outside"
+                )
 
 
 class Scan(NamedTuple):
@@ -119,6 +191,8 @@ def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Counts]:
     Raises:
       ConfigError: the folder may not be read, or has no image in it.
     """
+    from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name  # libraries, which a recipe does not need
+
     images, unused = [], []
     try:
         with os.scandir(folder) as entries:
@@ -134,7 +208,7 @@ def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Counts]:
                 elif not stat.S_ISREG(info.st_mode):
                     unused.append((_SPECIAL, entry.path))
                 elif not is_image_name(entry.name):
-                    unused.append((_OTHER_NAME, entry.path))
+                    unused.append((_OTHER_NAME.format(" ".join(IMAGE_SUFFIXES)), entry.path))
                 else:
                     images.append((os.fsencode(entry.name), info.st_size))
     except PermissionError as error:

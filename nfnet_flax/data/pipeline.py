@@ -13,14 +13,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from nfnet_flax.config import differences, require, to_json
+from nfnet_flax.config import require
+from nfnet_flax.config_json import differences, to_json
 from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
 from nfnet_flax.data.prefetch import Batches, InputFailed, Lane, Rows, ThreadLane
 from nfnet_flax.data.random_access import Source, Split, check_memory, split_off
-from nfnet_flax.data.source_config import PLACE_FIELDS
-from nfnet_flax.data.sources import check_apart, open_source
+from nfnet_flax.data.sources import open_source
 from nfnet_flax.data.workers import WorkerProcess
 from nfnet_flax.messages import warn
 
@@ -66,7 +66,7 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
     image_size = config.image_size if split == "train" else config.eval_image_size
     if config.num_held_out is None:
         if split == "train":
-            check_apart(config.source)
+            config.source.check_apart()
         return open_source(config.source, split, image_size, class_names)
     whole = open_source(config.source, "train", image_size, class_names)
     remedy = f"must be below the {len(whole)} training examples"
@@ -158,10 +158,9 @@ def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_
 
     Where the images lie is left out: their fingerprints say what they are.
     """
-    settings = {name: value for name, value in to_json(config).items() if name not in RESUMABLE_FIELDS}
+    described = to_json(config, places=False)
+    settings = {name: value for name, value in described.items() if name not in RESUMABLE_FIELDS}
     settings["augment"] = to_json(config.chosen_augment())
-    for name in PLACE_FIELDS.get(type(config.source).__name__, ()):
-        del settings["source"][name]
     sources = {"source": source_record(train_source), "eval_source": source_record(eval_source)}
     return {"format": INPUT_FORMAT, "seed": seed, **sources, "data": settings}
 

@@ -1,15 +1,23 @@
-"""What every set of labelled images offers, and the parts that all of them share."""
+"""What every set of labelled images offers, its configuration, and the parts that all of them share.
 
+A source of one's own is a frozen dataclass that derives from `SourceConfig`, and whose `open` gives a `Source`: an
+`ArraySource` where all images fit into memory, or an object of a class of one's own.
+"""
+
+import abc
 import dataclasses
 import hashlib
 import operator
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from nfnet_flax.config import require
+from nfnet_flax.data.augment_config import AffineAugment, CropAugment
+from nfnet_flax.open_config import OpenConfig
 from nfnet_flax.units import human_size
 
 Split = Literal["train", "eval"]
@@ -30,6 +38,7 @@ class CorruptRecordError(ValueError):
     """The stored bytes of one example cannot be read or fail their checksum. The message names file and record."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A set of examples with random access. It is picklable: files are opened in the process that reads them."""
 
@@ -78,6 +87,60 @@ class Source(Protocol):
 
     def describe(self, index: int) -> str:
         """Names the file, or the shard and record, of an example."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(OpenConfig, abc.ABC):
+    """Where labelled images come from.
+
+    `place_fields` are the fields that say where the images lie: what they are is compared by `Source.fingerprint`. A
+    recipe is read without the images, so what reads them is best imported in the methods that need it.
+    """
+
+    @abc.abstractmethod
+    def open(self, split: Split, image_size: int) -> Source:
+        """The examples of a split, with the classes that it has. Callers use `open_source`, which puts the labels of
+        both splits in the order of the run's classes.
+
+        Args:
+          split: which of the two.
+          image_size: of the network, height and width in pixels. Images may have any size; where they are made, as
+            noise is, they can be made of this one.
+
+        Raises:
+          ConfigError: the images are missing or incomplete; the message says how to get them.
+          OSError: the disk or the network failed.
+        """
+
+    def training_classes(self, image_size: int) -> Sequence[str]:
+        """Names of the classes of the training split. By default it is opened for that; errors as for `open`."""
+        return self.open("train", image_size).class_names
+
+    def default_augment(self) -> AffineAugment | CropAugment:
+        """What is done to each training image where `data.augment` is None; by default what suits photos."""
+        return CropAugment()
+
+    def with_training_of(self, trained: "SourceConfig") -> Self:
+        """This source with the training split that a run has trained on, as far as it can name that: by default it
+        cannot."""
+        del trained
+        return self
+
+    def check_apart(self) -> None:
+        """Raises ConfigError where the held-out split holds examples of the training split, as far as that can be seen
+        without reading them. (Whether both splits are the same is seen in any case, by their fingerprints.)"""
+
+    def check_outside(self, field: str, place: Path) -> None:
+        """Raises ConfigError where a folder that is to be written lies in a split, as a part of which it would be read.
+
+        Args:
+          field: names the folder in the message.
+          place: the folder, as `local_path` gives it.
+        """
+
+    def num_open_files(self) -> int:
+        """Files that stay open while examples are read, of both splits together; by default 0, for a few."""
+        return 0
 
 
 def check_index(index: int, length: int) -> int:
@@ -132,6 +195,40 @@ def fixed_order(class_names: Sequence[str], file_names: np.ndarray, labels: np.n
         for label, name in zip(labels[by_name].tolist(), file_names[by_name].tolist(), strict=True)
     )
     return by_name[np.argsort(np.frombuffer(hashes, ">u8"), kind="stable")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images and labels held in memory; the classes are named by their numbers, unless names are given."""
+
+    images: np.ndarray
+    """(N, H, W, 3) uint8."""
+    labels: np.ndarray
+    """(N,) int32."""
+    names: tuple[str, ...] = ()
+    """Of the classes, in the order of the labels; empty: "0", "1" and so on."""
+    unused: tuple[Unused, ...] = ()
+    """Nothing is left out."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.names or tuple(map(str, range(self.labels.max() + 1)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Record:
+        index = check_index(index, len(self))
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def fingerprint(self) -> str:
+        return digest("arrays", *self.names, str(self.images.shape), self.images.tobytes(), self.labels.tobytes())
+
+    def contents(self) -> str:
+        return ""
+
+    def describe(self, index: int) -> str:
+        return f"image {check_index(index, len(self))} of {len(self)} in memory"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,68 @@
 """Sets prepared by TensorFlow Datasets as `array_record`, read without TensorFlow and with images left encoded."""
 
 import bisect
+import dataclasses
 import itertools
 import os
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError
-from nfnet_flax.data.random_access import CorruptRecordError, Record, Split, Unused, check_index, digest
-from nfnet_flax.data.record_files import read_record
-from nfnet_flax.data.source_config import TfdsSource
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.data.random_access import (
+    CorruptRecordError,
+    Record,
+    SourceConfig,
+    Split,
+    Unused,
+    check_index,
+    digest,
+)
 from nfnet_flax.paths import check_path, local_path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSource(SourceConfig):
+    """A classification set that TensorFlow Datasets has prepared as `array_record`. TensorFlow is not needed."""
+
+    place_fields: ClassVar[tuple[str, ...]] = ("data_dir",)
+
+    name: str
+    """`name`, `name/config` or `name/config:1.0.0`, as in `tfds.builder`."""
+    train_split: str = "train"
+    """Training split in TFDS's syntax, such as `train`, `train[:90%]` or `train[10000:]`."""
+    eval_split: str = "validation"
+    """Held-out split in TFDS's syntax."""
+    data_dir: str | None = None
+    """Folder of prepared sets, `~` being the home folder; None: TFDS's own default (`TFDS_DATA_DIR`, or
+    `~/tensorflow_datasets`)."""
+    image_key: str = "image"
+    """Feature that holds the image."""
+    label_key: str = "label"
+    """Feature that holds the class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("name", "train_split", "eval_split", "image_key", "label_key"):
+            require(bool(getattr(self, name)), f"source.{name}", getattr(self, name), "must not be empty")
+        if self.data_dir is not None:
+            check_path("source.data_dir", self.data_dir)
+
+    def open(self, split: Split, image_size: int) -> "TfdsRecords":
+        del image_size  # encoded files of any size
+        return TfdsRecords(self, split)
+
+    def training_classes(self, image_size: int) -> tuple[str, ...]:
+        del image_size
+        return _check_features(self, dict(_open_builder(self).info.features.items()))
+
+    def with_training_of(self, trained: SourceConfig) -> Self:
+        if not isinstance(trained, TfdsSource) or self.name != trained.name:
+            return self
+        return dataclasses.replace(self, train_split=trained.train_split)
+
+    def check_apart(self) -> None:
+        _check_apart(self)
 
 
 def _how_to_prepare(config: TfdsSource) -> str:
@@ -81,7 +132,7 @@ def _pieces(builder: Any, config: TfdsSource, split: Split) -> list[Any]:
         ) from error
 
 
-def check_apart(config: TfdsSource) -> None:
+def _check_apart(config: TfdsSource) -> None:
     """Raises ConfigError if both splits hold the same record; says nothing of a missing split."""
     builder = _open_builder(config)
     try:
@@ -150,6 +201,8 @@ class TfdsRecords:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
+        from nfnet_flax.data.record_files import read_record
+
         path, _ = self._place(index)
         try:
             record = read_record(self._records, index, path)

@@ -7,6 +7,7 @@ the signals that stop a run are blocked in them from their first instruction on.
 
 import contextlib
 import faulthandler
+import io
 import os
 import pickle
 import queue
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed, Rows, explain
+from nfnet_flax.own_code import find_modules_in, loaded_files
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What may tell the main process to stop: a scheduler, Ctrl-C, Slurm, a terminal that is lost. They are often sent to
@@ -77,12 +80,13 @@ class WorkerProcess:
         """The batch of a step.
 
         Raises:
-          ConfigError: raised by the worker, such as for an image that cannot be decoded.
+          ConfigError: raised by the worker, such as for an image that cannot be decoded; or what makes the batches is
+            defined in the program itself, where no worker can find it.
           InputFailed: the worker ended or raised.
         """
         try:
             if not self._is_ready:  # here, not at the start: it waits until the worker listens
-                _send(self._stream, pickle.dumps(self._make_batches))
+                _send(self._stream, (loaded_files(), _pickled(self._make_batches)))
                 self._is_ready = True
             _send(self._stream, step)
             answer = pickle.load(self._stream)
@@ -130,6 +134,22 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
 
 
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> None:
+        """Refuses what a worker would look for in its own program."""
+        if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
+            raise ConfigError(
+                f"data.num_workers: {value.__qualname__} is defined in the program that runs, where worker processes "
+                "cannot import it: move it to a file of its own, or give data.num_workers = 0"
+            )
+
+
+def _pickled(value: Any) -> bytes:
+    written = io.BytesIO()
+    _Pickler(written).dump(value)
+    return written.getvalue()
+
+
 def _send(stream: Any, message: Any) -> None:
     pickle.dump(message, stream)
     stream.flush()
@@ -145,8 +165,9 @@ def _receive_array(stream: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarra
 def serve(descriptor: int) -> None:
     """The worker's program: answers requests on a socket until it is closed.
 
-    The first message is a pickled function that makes the batches, every other one is a step. The answer is a dict of
-    (dtype, shape) followed by the arrays' bytes, or (class, text) of an error, after which the worker ends.
+    The first message is the files of users' code that the main process has loaded, by the names of the modules, and a
+    pickled function that makes the batches; every other one is a step. The answer is a dict of (dtype, shape) followed
+    by the arrays' bytes, or (class, text) of an error, after which the worker ends.
     """
     faulthandler.register(_DUMP_SIGNAL, all_threads=True)
     stream = socket.socket(fileno=descriptor).makefile("rwb")
@@ -163,7 +184,9 @@ def serve(descriptor: int) -> None:
     threading.Thread(target=listen, name="requests", daemon=True).start()
     with contextlib.suppress(ConnectionError):  # the main process is gone, and this one about to be
         try:
-            batches = pickle.loads(requests.get())()
+            files, make_batches = requests.get()
+            find_modules_in(files)
+            batches = pickle.loads(make_batches)()
         except Exception as error:
             _send(stream, _as_answer(error))
             return

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nfnet_flax.config import ConfigError, differences
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import differences
 from nfnet_flax.doctor.findings import Finding, seen, wrong
 from nfnet_flax.json_files import read_json
 from nfnet_flax.parallel.mesh import LayoutProblem, layout_problems

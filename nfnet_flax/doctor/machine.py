@@ -1,6 +1,5 @@
 """Versions, processors, limits and disks."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nfnet_flax
-from nfnet_flax.config import ConfigError
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training.layout import CHECKPOINT_KINDS
 from nfnet_flax.units import human_size
@@ -53,25 +51,13 @@ def check_machine(recipe: "Recipe | None") -> list[Finding]:
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     findings = [seen(f"{num_cpus} CPUs, {platform.system()} {platform.machine()}, at most {limit} open files")]
-    wanted = _MIN_OPEN_FILES + (0 if recipe is None else _num_shards(recipe))
+    wanted = _MIN_OPEN_FILES + (0 if recipe is None else recipe.data.source.num_open_files())
     if limit != resource.RLIM_INFINITY and limit < wanted:
         findings.append(wrong(f"at most {limit} open files", f"ulimit -n {wanted} (the hard limit is {hard_limit})"))
     if recipe is not None and recipe.data.num_workers > 0:
         shared = f"{human_size(shutil.disk_usage('/dev/shm').total)}" if Path("/dev/shm").is_dir() else "none"
         findings.append(seen(f"/dev/shm: {shared}; the input's worker processes do not use it"))
     return findings
-
-
-def _num_shards(recipe: "Recipe") -> int:
-    from nfnet_flax.data.array_records import find_shards
-    from nfnet_flax.data.source_config import ArrayRecordSource
-
-    source = recipe.data.source
-    if not isinstance(source, ArrayRecordSource):
-        return 0
-    with contextlib.suppress(ConfigError):  # for `check_data` to say
-        return len(find_shards(source.train, "source.train")) + len(find_shards(source.eval, "source.eval"))
-    return 0
 
 
 def check_disks(workdir: Path | None) -> list[Finding]:

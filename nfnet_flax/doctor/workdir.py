@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import CodeNotLoaded
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
@@ -142,12 +143,31 @@ def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
         return [*findings, wrong(f"{stored} is missing", remedy) if has_begun else seen("no run has begun here")]
     try:
         own = read_recipe(stored)
+    except CodeNotLoaded as error:  # nothing says that the run is not as it should be
+        return [*findings, seen(str(error))]
     except ConfigError as error:  # its message says what to do
         return [*findings, Finding(text=str(error), is_wrong=True)]
+    findings += _check_code(workdir, own)
     changed = [] if recipe is None else recipe_differences(own, recipe)
     if not has_trained(workdir):
         return findings + [seen(f"another recipe than of a start that trained nothing ({line})") for line in changed]
     return findings + [wrong(f"the run has another recipe ({line})", "give its values back") for line in changed]
+
+
+def _check_code(workdir: Path, recipe: "Recipe") -> list[Finding]:
+    """Whether the user's own code that is loaded is that which the run began with."""
+    from nfnet_flax.training.kept_code import changed_files, code_of, describe
+    from nfnet_flax.training.record import has_trained
+
+    code, folder = code_of(recipe), workdir / layout.CODE
+    changes = changed_files(workdir, code)
+    if changes and has_trained(workdir):
+        return [wrong(f"the run began with other code ({describe(changes)})", f"give it back; copies are in {folder}")]
+    if changes:
+        return [seen(f"other code than of a start that trained nothing ({describe(changes)})")]
+    if code.files and folder.exists():
+        return [seen(f"code: {', '.join(code.files)} as on record in {folder}")]
+    return []
 
 
 def _check_metrics(workdir: Path) -> list[Finding]:

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, check_types, require, require_count
+from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
+from nfnet_flax.models.config import ModelConfig
 from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
 from nfnet_flax.models.stages import Rematerialization, run_stage
@@ -87,7 +88,10 @@ class Classifier(nnx.Module):
     """
 
     stages: nnx.List
-    config: Any
+    config: ModelConfig
+    is_foldable: ClassVar[bool] = False
+    """Whether `fold` can make an inference form of it: of what is made of `NFBlock`s, and in which every activation
+    outside of them is scaled where `is_folded` is not set (`convolutions_after_activations`)."""
 
     def _add_blocks(
         self,
@@ -215,32 +219,3 @@ def check_images(images: jax.Array) -> None:
     require(is_batch, "images.shape", images.shape, f"{remedy}{hint}")
     remedy = "grey levels must be normalised first, to floats: (images - mean) / std, with those of the recipe's data"
     require(jnp.issubdtype(images.dtype, jnp.floating), "images.dtype", str(images.dtype), remedy)
-
-
-def check_resolutions(config: Any) -> None:
-    """Raises `ConfigError` unless the published resolutions of a network are sizes of images."""
-    for name in ("train_image_size", "test_image_size"):
-        require_count(f"model.{name}", getattr(config, name), most=MAX_IMAGE_PX)
-
-
-def check_network(config: Any) -> None:
-    """Checks the types of a network's configuration, and the fields that several families have.
-
-    Raises:
-      ConfigError: a value is invalid; names the field, the value and the remedy.
-    """
-    check_types(config)
-    num_stages = len(config.widths)
-    for name in ("widths", "depths"):
-        values = getattr(config, name)
-        remedy = "give one number for each stage, of which the published networks have 4 and none may have more"
-        require(1 <= len(values) <= 4 and len(values) == num_stages, f"model.{name}", values, remedy)
-        remedy = f"every stage needs at least one, and at most {MAX_COUNT:,}"
-        require(min(values) >= 1 and max(values) <= MAX_COUNT, f"model.{name}", values, remedy)
-    for name in ("drop_rate", "stochdepth_rate"):
-        rate = getattr(config, name, 0.0)
-        require(0 <= rate < 1, f"model.{name}", rate, "must lie in [0, 1)")
-    check_resolutions(config)
-    for name in ("expansion", "se_ratio", "group_width"):
-        value = getattr(config, name, None)
-        require(value is None or value > 0, f"model.{name}", value, "must be positive")

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import math
+from typing import Self
 
 import jax
 from flax import nnx
 
-from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan, Classifier, check_resolutions, plan_blocks
-from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
+from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
+from nfnet_flax.models.config import ModelConfig, check_positive, check_rates
+from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
 # Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
 _STAGES = (
@@ -31,7 +32,7 @@ _HEAD_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EfficientNetConfig:
+class EfficientNetConfig(ModelConfig):
     """Shape and regularization of one EfficientNet, as multiples of B0."""
 
     width_multiplier: float = 1.0
@@ -48,20 +49,14 @@ class EfficientNetConfig:
     """Of the running statistics."""
     batch_norm_epsilon: float = 1e-3
     """Added to a variance."""
-    compute_dtype: ComputeDtype = "float32"
-    """Of activations and kernels; parameters and statistics are float32."""
-    train_image_size: int = 224
-    """Published training resolution, in pixels."""
-    test_image_size: int = 224
-    """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("drop_rate", "stochdepth_rate", "batch_norm_decay"):
-            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")
-        for name in ("width_multiplier", "depth_multiplier", "se_ratio", "batch_norm_epsilon"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        check_resolutions(self)
+        super().__post_init__()
+        check_rates(
+            drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate, batch_norm_decay=self.batch_norm_decay
+        )
+        check_positive(width_multiplier=self.width_multiplier, depth_multiplier=self.depth_multiplier)
+        check_positive(se_ratio=self.se_ratio, batch_norm_epsilon=self.batch_norm_epsilon)
 
     def channels(self, base: int) -> int:
         """Channels for `base` channels of B0: the nearest multiple of 8 that is at least 90% of the product."""
@@ -72,6 +67,16 @@ class EfficientNetConfig:
     def depth(self, base: int) -> int:
         """Blocks for `base` blocks of B0."""
         return math.ceil(base * self.depth_multiplier)
+
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "EfficientNet":
+        return EfficientNet(self, num_classes=num_classes, rngs=rngs)
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, width_multiplier=0.25, depth_multiplier=0.3)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depth(repeats) for *_, repeats in _STAGES)
 
 
 class EfficientNetBlock(nnx.Module):

@@ -8,7 +8,6 @@ from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.layers import WSConv
-from nfnet_flax.models.nf_block import NFBlock
 from nfnet_flax.models.standardization import standardize
 
 
@@ -20,17 +19,16 @@ def fold(model: Classifier) -> Classifier:
     rounding; there is nothing left to train.
 
     Raises:
-      ConfigError: it is no network, has BatchNorm, or is folded already.
+      ConfigError: it is no network, of a family without this form, or folded already.
     """
     require(isinstance(model, Classifier), "model", model, "give a network, such as nfnet_flax.create_model makes")
-    blocks = [block for stage in model.stages for block in stage]
-    if not all(isinstance(block, NFBlock) for block in blocks):
-        raise ConfigError(f"fold: {type(model).__name__} has BatchNorm; only normalizer-free networks have this form")
+    if not model.is_foldable:
+        raise ConfigError(f"fold: {type(model).__name__} has no such form; NFNet, NF-ResNet and NF-RegNet have")
     if model.is_folded:
         raise ConfigError("fold: the network is folded already; give it as create_model makes it")
     folded: Classifier = nnx.clone(model)
     folded.eval()
-    _, gamma = layers.ACTIVATIONS[model.config.activation]
+    _, gamma = layers.ACTIVATIONS[model.stages[0][0].activation]
     factors: dict[int, float] = {}
     for stage, plans in zip(folded.stages, folded.plans, strict=True):
         for block, plan in zip(stage, plans, strict=True):

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import Classifier, check_network, plan_blocks
-from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.classifier import Classifier, plan_blocks
+from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
+from nfnet_flax.models.layers import ActivationName, AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFRegNetConfig:
+class NFRegNetConfig(ModelConfig):
     """Shape and regularization of one NF-RegNet."""
 
     widths: tuple[int, ...]
@@ -36,15 +38,14 @@ class NFRegNetConfig:
     """Dropout before the head."""
     stochdepth_rate: float = 0.1
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
-    compute_dtype: ComputeDtype = "float32"
-    """Of activations and standardized kernels; parameters are float32."""
     train_image_size: int = 192
     """Published training resolution, in pixels."""
-    test_image_size: int = 224
-    """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
-        check_network(self)
+        super().__post_init__()
+        check_stages(self.widths, self.depths)
+        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
+        check_positive(expansion=self.expansion, se_ratio=self.se_ratio, group_width=self.group_width)
         require(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "must be positive")
         require(
             min(self.channels) * min(1.0, self.expansion) >= self.group_width,
@@ -57,6 +58,16 @@ class NFRegNetConfig:
     def channels(self) -> tuple[int, ...]:
         """Output channels of each stage."""
         return tuple(int(width * self.width_multiplier) for width in self.widths)
+
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "NFRegNet":
+        return NFRegNet(self, num_classes=num_classes, rngs=rngs)
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, widths=(16, 16, 24, 24), depths=(1, 2, 1, 1))
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
 
 
 class NFRegNetBlock(NFBlock):
@@ -98,6 +109,9 @@ class NFRegNetBlock(NFBlock):
 
 class NFRegNet(Classifier):
     """The network: 3x3 convolution, up to four stages, a final 1x1 convolution, mean pool, dropout, head."""
+
+    config: NFRegNetConfig
+    is_foldable = True
 
     def __init__(self, config: NFRegNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network, plan_blocks
-from nfnet_flax.models.layers import ActivationName, AnyRngs, ComputeDtype, InitRngs, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
+from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
+from nfnet_flax.models.layers import ActivationName, AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFResNetConfig:
+class NFResNetConfig(ModelConfig):
     """Shape and regularization of one NF-ResNet."""
 
     depths: tuple[int, ...]
@@ -37,17 +39,24 @@ class NFResNetConfig:
     """Dropout before the head."""
     stochdepth_rate: float = 0.1
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
-    compute_dtype: ComputeDtype = "float32"
-    """Of activations and standardized kernels; parameters are float32."""
-    train_image_size: int = 224
-    """Published training resolution, in pixels."""
-    test_image_size: int = 224
-    """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
-        check_network(self)
+        super().__post_init__()
+        check_stages(self.widths, self.depths)
+        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
+        check_positive(expansion=self.expansion, se_ratio=self.se_ratio)
         require(self.stem_width >= 1, "model.stem_width", self.stem_width, "must be at least 1")
         require(int(min(self.widths) * self.expansion) >= 1, "model.widths", self.widths, "a bottleneck has no channel")
+
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "NFResNet":
+        return NFResNet(self, num_classes=num_classes, rngs=rngs)
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, widths=(32, 32, 64, 64), depths=(1, 2, 1, 1), stem_width=16)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
 
 
 class NFResNetBlock(NFBlock):
@@ -82,6 +91,9 @@ class NFResNetBlock(NFBlock):
 
 class NFResNet(Classifier):
     """The network: 7x7 convolution, maximum pool, up to four stages, activation, mean pool, dropout, head."""
+
+    config: NFResNetConfig
+    is_foldable = True
 
     def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

@@ -6,16 +6,17 @@ unit variance, and the two constants of a residual block `x + alpha * f(x / expe
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, check_network, plan_blocks
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
+from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
 from nfnet_flax.models.layers import (
     ActivationName,
     AnyRngs,
-    ComputeDtype,
     InitRngs,
     SqueezeExcite,
     WSConv,
@@ -30,7 +31,7 @@ _STEM_STRIDES = (2, 1, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFNetConfig:
+class NFNetConfig(ModelConfig):
     """Shape and regularization of one NFNet."""
 
     widths: tuple[int, ...]
@@ -53,15 +54,16 @@ class NFNetConfig:
     """Dropout before the head."""
     stochdepth_rate: float = 0.25
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
-    compute_dtype: ComputeDtype = "float32"
-    """Of activations and standardized kernels; parameters are float32."""
     train_image_size: int = 192
     """Published training resolution, in pixels."""
     test_image_size: int = 256
     """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
-        check_network(self)
+        super().__post_init__()
+        check_stages(self.widths, self.depths)
+        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
+        check_positive(expansion=self.expansion, se_ratio=self.se_ratio)
         require(self.group_width >= 1, "model.group_width", self.group_width, "must be at least 1")
         for width in self.widths:
             require(
@@ -70,6 +72,16 @@ class NFNetConfig:
                 self.widths,
                 f"width {width} times expansion {self.expansion} is less than one group of {self.group_width} channels",
             )
+
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "NFNet":
+        return NFNet(self, num_classes=num_classes, rngs=rngs)
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), group_width=8)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
 
 
 class NFNetBlock(NFBlock):
@@ -104,6 +116,9 @@ class NFNetBlock(NFBlock):
 
 class NFNet(Classifier):
     """The network: a stem of four 3x3 convolutions, up to four stages, a final 1x1 convolution, pool, dropout, head."""
+
+    config: NFNetConfig
+    is_foldable = True
 
     def __init__(self, config: NFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)

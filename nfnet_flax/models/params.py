@@ -1,6 +1,20 @@
 """A network as a pure function of a flat `{"stages.0.1.conv0.kernel": array}` dict.
 
-The training state, parameter groups, converters and checkpoints all speak these names.
+The training state, parameter groups, converters and checkpoints all speak these names. A name is the path of attributes
+and positions in lists that leads from the network to an `nnx.Param`, or to an `nnx.BatchStat` for running statistics.
+What the step, the optimizer and the shardings take from it, and every family has to keep to (`check_names`):
+
+- There are no other variables. In particular, layers hold no random state: what is drawn at random is drawn from the
+  keys of the examples that a call is given (`layers.dropout`, `layers.drop_path`).
+- Parameters are float32, whatever the network computes in.
+- `X.kernel` is a matrix (I, O) or a window HWIO. Its last axis are the output units: adaptive gradient clipping takes
+  the norm of each over all other axes, and `fsdp` divides it. It is cast to the type of the computation once per step.
+- `X.gain` beside `X.kernel` says that the kernel is standardized, once per step and outside of the network: X is a
+  `layers.WSConv`, which then takes the kernel as it is. A gain by itself (BatchNorm) says nothing.
+- `X.bias` beside `X.kernel` is cast with it.
+- `head` holds the last layer: the last axis of its parameters are the classes, in the order of the labels.
+- Anything else is a parameter like any other: a vector is one unit for clipping, and stays whole under `fsdp`. The
+  groups of `OptimConfig` go by name, too: by default `*.bias` and `*gain` are not decayed.
 """
 
 from collections.abc import Collection, Container
@@ -10,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models import standardization
+from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.layers import WSConv
 from nfnet_flax.models.standardization import KernelStatistics, StandardizationName
 
@@ -165,22 +180,47 @@ def cast(params: Params, compute_dtype: jnp.dtype) -> Params:
 
 
 def mark_prepared(model: nnx.Module) -> None:
-    """Tells a network's convolutions that their kernels are standardized already.
+    """Tells a network's convolutions that their kernels are standardized already."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, WSConv):
+            module.is_prepared = True
+
+
+def check_names(model: Classifier) -> None:
+    """Checks that the arrays of a network are what their names say (see above), before anything relies on it.
 
     Raises:
-      ConfigError: `prepare` would standardize the kernel of a module that does not standardize it itself, or the other
-        way round.
+      ConfigError: one is not; the message names it.
     """
-    _, params, _ = split(model)
+    of = f"of {type(model).__name__}"
+    shapes = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        if any(isinstance(part, str) and (not part or "." in part or part.isdigit()) for part in path):
+            raise ConfigError(f"{name} {of}: a part of a name is an attribute, or the position in an nnx.List")
+        if not isinstance(variable, nnx.Param | nnx.BatchStat):
+            raise ConfigError(
+                f"{name} {of} is an nnx.{type(variable).__name__}: a network holds nnx.Param and nnx.BatchStat alone; "
+                "draw what is random from the keys that a call is given (nfnet_flax.models.layers.dropout)"
+            )
+        value = variable.get_value()
+        if isinstance(variable, nnx.Param):
+            shapes[name] = value.shape
+            require(value.dtype == jnp.float32, f"{name} {of}", str(value.dtype), "parameters must be float32")
+    for name, shape in shapes.items():
+        if name.endswith(".kernel"):
+            remedy = "a kernel is (I, O) or HWIO; give another parameter another name"
+            require(len(shape) in (2, 4), f"{name} {of}", shape, remedy)
+        if name.startswith("head."):
+            remedy = f"the last axis of the head's parameters must be the {model.num_classes} classes"
+            require(shape[-1:] == (model.num_classes,), f"{name} {of}", shape, remedy)
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, (*path, "kernel")))
-        if is_standardized(name, params) != isinstance(module, WSConv):
+        if is_standardized(name, shapes) != isinstance(module, WSConv):
             raise ConfigError(
                 f"{name} of {type(module).__name__}: a kernel is standardized if a gain lies beside it; so a WSConv "
                 "needs a gain, and any other module must give its kernel or its gain another name"
             )
-        if isinstance(module, WSConv):
-            module.is_prepared = True
 
 
 def _flat(state: Any) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Names of networks: one table over all families, and the functions that read it."""
+"""Names of networks: one table over all families; and the one function that builds a network."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,20 +11,16 @@ from flax import nnx
 from nfnet_flax.config import ConfigError, require, unknown_name
 from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet
 from nfnet_flax.models.classifier import Classifier
-from nfnet_flax.models.efficientnet import EfficientNet, EfficientNetConfig
-from nfnet_flax.models.nf_regnet import NFRegNet, NFRegNetConfig
-from nfnet_flax.models.nf_resnet import NFResNet, NFResNetConfig
-from nfnet_flax.models.nfnet import NFNet, NFNetConfig
-from nfnet_flax.models.resnet import ResNet, ResNetConfig
+from nfnet_flax.models.config import ModelConfig
+from nfnet_flax.models.efficientnet import EfficientNetConfig
+from nfnet_flax.models.nf_regnet import NFRegNetConfig
+from nfnet_flax.models.nf_resnet import NFResNetConfig
+from nfnet_flax.models.nfnet import NFNetConfig
+from nfnet_flax.models.params import check_names
+from nfnet_flax.models.resnet import ResNetConfig
+from nfnet_flax.open_config import declare_kinds
 
-ModelConfig = NFNetConfig | NFResNetConfig | NFRegNetConfig | ResNetConfig | EfficientNetConfig
-_FAMILIES: Mapping[type, type[Classifier]] = {
-    NFNetConfig: NFNet,
-    NFResNetConfig: NFResNet,
-    NFRegNetConfig: NFRegNet,
-    ResNetConfig: ResNet,
-    EfficientNetConfig: EfficientNet,
-}
+declare_kinds(ModelConfig, NFNetConfig, NFResNetConfig, NFRegNetConfig, ResNetConfig, EfficientNetConfig)
 VARIANTS: Mapping[str, ModelConfig] = {
     **nfnet.VARIANTS,
     **nf_resnet.VARIANTS,
@@ -81,19 +77,48 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Cla
     """The network of a configuration, with random parameters, in training mode.
 
     Args:
-      config: of any family.
+      config: of any family, also of one's own.
       num_classes: outputs of the head.
       rngs: source of the initial parameters.
 
     Raises:
-      ConfigError: a value is invalid.
+      ConfigError: a value is invalid, or a family of one's own does not make what the package can train.
     """
     is_count = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
     require(is_count and num_classes >= 1, "num_classes", num_classes, "must be an integer and at least 1")
     require(isinstance(rngs, nnx.Rngs), "rngs", rngs, "give a source of random numbers, such as flax.nnx.Rngs(0)")
-    require(type(config) in _FAMILIES, "config", config, "give a network's configuration; model_config(name) makes one")
+    remedy = "give a network's configuration; model_config(name) makes one"
+    require(isinstance(config, ModelConfig), "config", config, remedy)
     if config.compute_dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError("model.compute_dtype = 'float64': call jax.enable_x64(True) first, or use float32")
-    family: Any = _FAMILIES[type(config)]
-    model: Classifier = family(config, num_classes=num_classes, rngs=rngs)
+    model = config.build(num_classes, rngs)
+    _check_built(config, num_classes, model)
+    check_names(model)
     return model
+
+
+def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
+    """Raises `ConfigError` unless what a configuration has built is a whole network."""
+    made_by = f"{type(config).__name__}.build"
+    if not isinstance(model, Classifier):
+        remedy = "return a network that derives from Classifier (nfnet_flax.models)"
+        raise ConfigError(f"{made_by} returned {type(model).__name__}: {remedy}")
+    calls = {"config": "set self.config", "stages": "call self._add_blocks", "head": "call self._add_head"}
+    if missing := [call for name, call in calls.items() if name not in vars(model)]:
+        raise ConfigError(f"{made_by}: {type(model).__name__}.__init__ must {' and '.join(missing)}")
+    require(model.config == config, f"{made_by}: config", model.config, "must be the configuration itself")
+    require(model.num_classes == num_classes, f"{made_by}: num_classes", model.num_classes, f"must be {num_classes}")
+    if not _has_blocks(model):
+        raise ConfigError(
+            f"{made_by}: {type(model).__name__}.stages must be lists of blocks (nnx.Module), one for each plan: "
+            "self._add_blocks makes them"
+        )
+
+
+def _has_blocks(model: Classifier) -> bool:
+    """Whether there is a list of blocks for each row of plans, with as many blocks."""
+    stages = model.stages
+    if not isinstance(stages, nnx.List) or not all(isinstance(stage, nnx.List) for stage in stages):
+        return False
+    is_whole = [len(stage) for stage in stages] == [len(row) for row in model.plans]
+    return is_whole and all(isinstance(block, nnx.Module) for stage in stages for block in stage)

@@ -6,21 +6,23 @@ shortcut; ResNeXt groups the 3x3 convolutions; squeeze-excite (Hu et al. 2018) g
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan, Classifier, check_network, plan_blocks
+from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
+from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
 from nfnet_flax.models.convolution import avg_pool_2x2
-from nfnet_flax.models.layers import AnyRngs, BatchNorm, ComputeDtype, Conv, InitRngs, SqueezeExcite
+from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(ModelConfig):
     """Shape of one ResNet."""
 
     depths: tuple[int, ...]
@@ -43,18 +45,13 @@ class ResNetConfig:
     """Of the running statistics."""
     batch_norm_epsilon: float = 1e-5
     """Added to a variance."""
-    compute_dtype: ComputeDtype = "float32"
-    """Of activations and kernels; parameters and statistics are float32."""
-    train_image_size: int = 224
-    """Published training resolution, in pixels."""
-    test_image_size: int = 224
-    """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
-        check_network(self)
+        super().__post_init__()
+        check_stages(self.widths, self.depths)
+        check_rates(drop_rate=self.drop_rate, batch_norm_decay=self.batch_norm_decay)
+        check_positive(expansion=self.expansion, se_ratio=self.se_ratio, batch_norm_epsilon=self.batch_norm_epsilon)
         require(self.stem_width >= 2, "model.stem_width", self.stem_width, "must be at least 2")
-        require(0 <= self.batch_norm_decay < 1, "model.batch_norm_decay", self.batch_norm_decay, "must lie in [0, 1)")
-        require(self.batch_norm_epsilon > 0, "model.batch_norm_epsilon", self.batch_norm_epsilon, "must be positive")
         require(self.num_groups >= 1, "model.num_groups", self.num_groups, "must be at least 1")
         for width in self.widths:
             bottleneck = int(width * self.expansion)
@@ -64,6 +61,17 @@ class ResNetConfig:
                 self.widths,
                 f"a bottleneck of {bottleneck} channels does not divide into {self.num_groups} groups",
             )
+
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "ResNet":
+        return ResNet(self, num_classes=num_classes, rngs=rngs)
+
+    def small(self) -> Self:
+        groups = min(self.num_groups, 4)
+        return dataclasses.replace(self, widths=(32, 32, 64, 64), depths=(1, 2, 1, 1), stem_width=16, num_groups=groups)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
 
 
 class ResNetBlock(nnx.Module):

@@ -8,12 +8,18 @@ import collections
 import dataclasses
 import os
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.units import duration, human_size, scaled
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from nfnet_flax.training.state import TrainState
 
 # Of each device that JAX sees: HBM in GiB, and the clock in GHz where the published peak tells it.
 _DEVICES: dict[str, tuple[float, float | None]] = {
@@ -88,15 +94,35 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
       ConfigError: libtpu is missing or does not know the topology, or the batch does not divide over it.
     """
     import jax
+
+    from nfnet_flax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
+    started = time.perf_counter()
+    try:
+        state, lowered = lower_step(recipe, mesh)
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
+    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)
+
+
+def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lowered]":
+    """The training step of a recipe on a mesh, ready to be compiled, and the shapes of its state. Allocates nothing on
+    the devices, and opens no images.
+
+    Raises:
+      ConfigError: the batch does not divide over the mesh, or the objective's arrays (a teacher) cannot be read.
+    """
+    import jax
     import jax.numpy as jnp
 
     from nfnet_flax.objectives import RunFacts
-    from nfnet_flax.parallel.mesh import batch_sharding, make_mesh
+    from nfnet_flax.parallel.mesh import batch_sharding, replicated
     from nfnet_flax.training.build import build_optimizer, build_structure
     from nfnet_flax.training.state import abstract_state
     from nfnet_flax.training.step import make_train_step
 
-    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     batch_size, size = recipe.data.batch_size, recipe.data.image_size
     structure = build_structure(recipe, mesh)
     optimizer = build_optimizer(recipe, structure, _NUM_EXAMPLES)
@@ -107,15 +133,11 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
     }
     facts = RunFacts(class_names=(), mean=recipe.data.mean, std=recipe.data.std)
     arrays = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in recipe.objective.arrays(facts).items()
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(mesh))
+        for name, value in recipe.objective.arrays(facts).items()
     }
     step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed)
-    started = time.perf_counter()
-    try:
-        compiled = step.lower(state, batch, arrays).compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
-    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)
+    return state, step.lower(state, batch, arrays)
 
 
 def _report(

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.messages import warn
 from nfnet_flax.models import convolution
@@ -27,12 +27,37 @@ _MAX_BATCHES_IN_FLIGHT = 2
 EvalStep = Callable[[Weights, Batch], Arrays]
 
 
+def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
+    """Names of what an objective's `evaluate` gives; computes nothing.
+
+    Raises:
+      ConfigError: `loss` is not among them, or a value is not one number for each example.
+    """
+    rows = 2
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, 8, 8, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    found = jax.eval_shape(objective.evaluate, jax.ShapeDtypeStruct((rows, num_classes), jnp.float32), batch)
+    called = f"{type(objective).__name__}.evaluate"
+    require("loss" in found, called, sorted(found), "must give loss, too: the loss of each example")
+    require("mask" not in found, called, sorted(found), "mask says which examples count: give it another name")
+    for name, value in found.items():
+        require(value.shape == (rows,), f"{called}: {name}", f"of shape {value.shape}", "must be (N,): of each example")
+    return tuple(found)
+
+
 def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> EvalStep:
     """Builds `step(weights, batch) -> per example`: what `objective.evaluate` gives, whole on every device.
 
     Rows are computed in as many parts as the training batch has, so that the number of devices does not decide how
     anything is rounded.
+
+    Raises:
+      ConfigError: as `evaluated_names`.
     """
+    evaluated_names(objective, structure.num_classes)
     config, execution = structure.config, structure.execution
     mean, std = structure.normalization.mean, structure.normalization.std
     platform = mesh.devices.flat[0].platform

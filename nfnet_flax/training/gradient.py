@@ -116,6 +116,10 @@ def make_gradient(
         with convolution.for_platform(platform):
             logits = model(images, keys)
             losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
+        made_by, num_rows = f"{type(objective).__name__}.train", batch["label"].shape[0]
+        require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
+        for name, metric in metrics.items():
+            require(isinstance(metric, Metric), f"{made_by}: {name}", type(metric).__name__, "must be a Metric")
         # A share of the mean over all parts: what the parts give need only be added.
         share = jnp.mean(losses) / num_parts
         found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}

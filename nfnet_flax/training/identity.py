@@ -1,21 +1,22 @@
 """Which run a folder belongs to: what decides its updates, on record there, and compared at every start.
 
 The processes of a run compare these things with one another, and a start compares them with those that the run began
-with. Recipe, input and class names have to be the same. Of the environment (versions, processor, settings of JAX) it is
-said what differs, as only the last bits depend on it. What decides no update is free.
+with. Recipe, input, class names and the user's own code have to be the same. Of the environment (versions, processor,
+settings of JAX) it is said what differs, as only the last bits depend on it. What decides no update is free.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from nfnet_flax import runtime
-from nfnet_flax.config import ConfigError, differences, require, to_json
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config_json import CodeNotLoaded, differences, to_json
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import input_changes
-from nfnet_flax.data.source_config import PLACE_FIELDS
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import (
@@ -27,6 +28,7 @@ from nfnet_flax.recipe import (
     save_recipe,
 )
 from nfnet_flax.training import checkpoint, layout
+from nfnet_flax.training.kept_code import OwnCode, changed_files, check_code, code_of, keep
 from nfnet_flax.training.record import has_trained, stored_class_names, stored_initial, stored_input
 from nfnet_flax.units import shown
 
@@ -35,8 +37,8 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
     """Checks that all processes are about to run the same; before any of them computes.
 
     Raises:
-      ConfigError: recipe, workdir, versions, kind of device or processor, settings of JAX or the number of devices
-        differ, or a process did not say in time.
+      ConfigError: recipe, the user's own code that it uses, workdir, versions, kind of device or processor, settings of
+        JAX or the number of devices differ, or a process did not say in time.
     """
     if processes.count == 1:
         return
@@ -47,17 +49,15 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
         return {name: text for key, value in data.items() for name, text in fields(value, f"{path}.{key}").items()}
 
     shared = dataclasses.replace(recipe, data=recipe.data.with_execution_of(DataConfig(prefetch_batches=2)))
-    settings = to_json(shared)
     # Each host may hold images, initial weights and a teacher in a place of its own: what is in them is compared.
-    for name in PLACE_FIELDS.get(type(recipe.data.source).__name__, ()):
-        del settings["data"]["source"][name]
+    settings = to_json(shared, places=False)
     del settings["init_from"]
-    settings["objective"].pop("teacher", None)
     facts = {
         **runtime.environment(),
         "devices of each process": str(jax.local_device_count()),
         "workdir": str(workdir),
         **fields(settings, "recipe"),
+        **{f"code {path}": digest for path, digest in code_of(recipe).digests().items()},
     }
     check_agreement(processes, "run", facts, timeout_s)
 
@@ -73,6 +73,8 @@ class Identity:
     """In the order of the labels."""
     environment: dict[str, str]
     """What decides the last bits (`runtime.environment`)."""
+    code: OwnCode
+    """The user's own code that the recipe uses."""
     initial: dict[str, str] | None = None
     """Which weights it starts from (`initial.InitialWeights`); None: random ones, or a checkpoint."""
 
@@ -84,8 +86,8 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
       Lines for the user: what differs from before without deciding an update, and what the differences mean.
 
     Raises:
-      ConfigError: the folder cannot be written, belongs to another recipe, input or classes or to other initial
-        weights, or is not the same folder in all processes.
+      ConfigError: the folder cannot be written, belongs to another recipe, input or classes, to other code or other
+        initial weights, or is not the same folder in all processes.
     """
     lines = []
     if processes.is_first:
@@ -110,6 +112,7 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lines = _take_off_record(workdir, identity)
+        lines += _claim_code(workdir, identity.code)
         if not (workdir / layout.RECIPE).exists():
             save_recipe(identity.recipe, workdir / layout.RECIPE)
         before = read_recipe(workdir / layout.RECIPE)
@@ -145,9 +148,12 @@ def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
     one is another run; returns what to say. Called by the owner of the folder."""
     if has_trained(workdir):
         return []
-    changed: list[str] = []
-    if (workdir / layout.RECIPE).exists():
-        changed += recipe_differences(read_recipe(workdir / layout.RECIPE), identity.recipe)
+    changed = [f"code of {path}" for path in changed_files(workdir, identity.code)]
+    if (workdir / layout.RECIPE).exists() and not changed:  # other code may not be able to read it
+        try:
+            changed += recipe_differences(read_recipe(workdir / layout.RECIPE), identity.recipe)
+        except CodeNotLoaded as error:
+            changed.append(f"{error}")
     if (workdir / layout.INPUT).exists():
         changed += input_changes(stored_input(workdir), identity.input)[0]
     names = stored_class_names(workdir)
@@ -160,7 +166,27 @@ def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
         return []
     for name in (layout.RECIPE, layout.INPUT, layout.CLASSES, layout.INITIAL):
         (workdir / name).unlink(missing_ok=True)
+    if (workdir / layout.CODE).exists():
+        shutil.rmtree(workdir / layout.CODE)
     return [f"another run than at the last start, which trained nothing here: {'; '.join(dict.fromkeys(changed))}"]
+
+
+def _claim_code(workdir: Path, code: OwnCode) -> list[str]:
+    """Records the user's own code, or checks that it is as on record; returns what to say.
+
+    Raises:
+      ConfigError: it changed.
+    """
+    check_code(workdir, code)
+    lines = [
+        f"the code of {name} is in no file, so that none is kept with the run and a change of it goes unnoticed: "
+        "define it in a file"
+        for name in code.without_source
+    ]
+    if code.files and not (workdir / layout.CODE).exists() and has_trained(workdir):
+        lines.append(f"the run's own code was not on record; from now on it is: {', '.join(code.files)}")
+    keep(workdir, code)
+    return lines
 
 
 def _check_initial(workdir: Path, before: Recipe, identity: Identity, step: int | None) -> tuple[Recipe, list[str]]:

@@ -5,6 +5,7 @@
     classes.json       class names in the order of the labels
     initial.json       which weights `init_from` gave
     environment.json   versions, device and settings that decide the last bits
+    code/              copies of the user's own code that defines parts of the recipe, if any does
     owner/             which process writes here
     checkpoints/STEP   the newest checkpoints
     best/STEP          the best one
@@ -39,6 +40,7 @@ INPUT = "input.json"
 CLASSES = "classes.json"
 INITIAL = "initial.json"
 ENVIRONMENT = "environment.json"
+CODE = "code"
 OWNER = "owner"
 CHECKPOINTS = "checkpoints"
 BEST = "best"

@@ -14,7 +14,6 @@ from nfnet_flax.config import require
 from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.pipeline import say_unused, train_batches
 from nfnet_flax.data.prefetch import Batches
-from nfnet_flax.data.sources import check_outside
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.messages import warn
 from nfnet_flax.optim import groups_table
@@ -42,6 +41,7 @@ from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
 from nfnet_flax.training.window import Window
+from nfnet_flax.units import metric_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def train(
     prepare(reproducible=recipe.execution.reproducible)
     workdir = run_folder("workdir", workdir)
     recipe = with_absolute_paths(recipe)
-    check_outside(recipe.data.source, "workdir", workdir)
+    recipe.data.source.check_outside("workdir", workdir)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     processes = current()
     check_same_run(processes, recipe, workdir, start_timeout_s)
@@ -270,7 +270,9 @@ def _evaluate(
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
-    progress.say(
-        f"step {step}: top-1 {metrics['eval/top1']:.2%} raw, {metrics['eval_ema/top1']:.2%} EMA "
-        f"on {metrics['eval/num_examples']:.0f} held-out examples"
-    )
+    found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
+    shown = []
+    for name in ["top1"] if "top1" in found else found:
+        (heading, raw), (_, ema) = (metric_text(name, metrics[f"{prefix}/{name}"]) for prefix in ("eval", "eval_ema"))
+        shown.append(f"{heading} {raw} raw, {ema} EMA")
+    progress.say(f"step {step}: {'; '.join(shown)} on {metrics['eval/num_examples']:.0f} held-out examples")

@@ -25,6 +25,7 @@ from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
+from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.metrics import Row, read_rows
 from nfnet_flax.training.record import stored_class_names, stored_input
@@ -55,6 +56,8 @@ class Run:
           workdir: folder of the run, which may still be training.
 
         Raises:
+          CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import it first, or give its
+            file to `nfnet_flax.load_code`.
           ConfigError: it is not the folder of a run.
         """
         self.workdir = run_folder("workdir", workdir)
@@ -123,6 +126,7 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
     recipe = run.recipe
+    warn(change_of_code(run.workdir, recipe))
     shapes = _shapes(recipe)
     step, found = _read(run.workdir, shapes, (parameters,), checkpoint)
     arrays = {name: value for part in found[parameters] for name, value in part.items()}
@@ -232,6 +236,7 @@ def evaluate(
     record = stored_input(run.workdir)
     source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
     say_unused(source)
+    warn(change_of_code(run.workdir, recipe))
     warn(spare_outputs(recipe.num_classes, run.class_names))
     warn(_preprocessing(recipe.data).normalisation_change(f"run {recipe.name!r}", data.mean, data.std))
     step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)

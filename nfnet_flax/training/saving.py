@@ -86,7 +86,7 @@ class Saver:
     def save_if_best(
         self, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog | NoMetrics
     ) -> None:
-        """Starts writing the state as the best one, if its metric is higher than that of the best one so far.
+        """Starts writing the state as the best one, if its metric is better than that of the best one so far.
 
         Raises:
           CopiesDiffer: as `checkpoint.save`.
@@ -103,7 +103,8 @@ class Saver:
             is_replaced = self._lost_best == previous_step and step >= previous_step and metrics != previous_metrics
             # Where the metric was not recorded then, or is not a number, nothing can be compared: the new one is taken.
             than = previous_metrics.get(name, math.nan)
-            if not is_replaced and math.isfinite(than) and metrics[name] <= than:
+            sign = 1 if self._config.best_is == "highest" else -1
+            if not is_replaced and math.isfinite(than) and sign * metrics[name] <= sign * than:
                 return
         self._check_lease()
         log.flush()

@@ -18,10 +18,11 @@ from nfnet_flax.optim import Optimizer
 from nfnet_flax.parallel.mesh import check_batch_size, check_image_size, make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.build import build_optimizer, build_structure
-from nfnet_flax.training.evaluation import EvalStep, make_eval_step
+from nfnet_flax.training.evaluation import EvalStep, evaluated_names, make_eval_step
 from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
 from nfnet_flax.training.initial import content_of
+from nfnet_flax.training.kept_code import code_of
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -73,6 +74,7 @@ class Setup:
             input=found,
             class_names=tuple(self.train_source.class_names),
             environment=runtime.environment(),
+            code=code_of(self.recipe),
             initial=initial,
         )
 
@@ -109,6 +111,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         check_distinct(source_record(train_source), None, eval_source)
     remedy = f"must be at least {len(names)}, as the images have so many classes"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
+    _check_best_metric(recipe)
     structure = build_structure(recipe, mesh)
     optimizer = build_optimizer(recipe, structure, len(train_source))
     facts = RunFacts(class_names=tuple(names), mean=data.mean, std=data.std)
@@ -125,3 +128,12 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         train_step=make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed),
         eval_step=make_eval_step(structure, recipe.objective, mesh),
     )
+
+
+def _check_best_metric(recipe: Recipe) -> None:
+    """Raises `ConfigError` unless an evaluation gives the metric by which the best checkpoint is chosen."""
+    names = evaluated_names(recipe.objective, recipe.num_classes)
+    known = ", ".join(f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in names)
+    remedy = f"{type(recipe.objective).__name__} does not give it: give one of {known}"
+    is_known = recipe.checkpoint.best_metric.partition("/")[2] in names
+    require(is_known, "checkpoint.best_metric", recipe.checkpoint.best_metric, remedy)

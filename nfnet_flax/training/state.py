@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nfnet_flax.models import ExecutionConfig, ModelConfig, NFNetConfig, build_model
+from nfnet_flax.models import ExecutionConfig, ModelConfig, build_model
 from nfnet_flax.models.keys import initial_key
 from nfnet_flax.models.params import (
     BatchStats,
@@ -77,7 +77,7 @@ class Structure:
     @property
     def standardization(self) -> StandardizationName:
         """Form of the weight standardization."""
-        return self.config.standardization if isinstance(self.config, NFNetConfig) else "published"
+        return self.config.standardization
 
 
 def model_structure(
@@ -89,7 +89,7 @@ def model_structure(
     """Structure of a network and names of its parameters; allocates nothing.
 
     Raises:
-      ConfigError: a value of the configuration is invalid, or the network is not one that can be prepared.
+      ConfigError: as `build_model`.
     """
     execution = execution or ExecutionConfig()
 

@@ -136,7 +136,7 @@ def _drop_redundant_state(given: dict[str, Any], model: Classifier) -> None:
             if not np.allclose(hidden, expected, rtol=1e-4, atol=1e-6 * float(np.max(np.abs(expected), initial=0))):
                 raise ConfigError(
                     f"{bn}/~/{kind}_ema: hidden is not average * (1 - decay ** counter) for decay "
-                    f"{model.config.batch_norm_decay}: give the decay it was trained with as batch_norm_decay"
+                    f"{_decay(model)}: give the decay it was trained with as batch_norm_decay"
                 )
 
 
@@ -150,4 +150,10 @@ def _add_redundant_state(flat: Arrays, model: Classifier) -> None:
 
 
 def _unbias(model: Classifier, counter: np.ndarray) -> np.ndarray:
-    return 1.0 - np.float64(model.config.batch_norm_decay) ** counter
+    return 1.0 - np.float64(_decay(model)) ** counter
+
+
+def _decay(model: Classifier) -> float:
+    """Of the running statistics of the one family with a published form that has any."""
+    assert isinstance(model.config, ResNetConfig)
+    return model.config.batch_norm_decay

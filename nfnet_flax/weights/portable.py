@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-from nfnet_flax.config import ConfigError, check_types, differences, from_json, require, to_json
-from nfnet_flax.models import Classifier, EfficientNetConfig, ModelConfig
+from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config_json import CodeNotLoaded, differences, from_json, to_json
+from nfnet_flax.models import Classifier, ModelConfig
 from nfnet_flax.models.params import update
 from nfnet_flax.paths import local_path
 from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, skipped
@@ -132,6 +133,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, Arrays]:
     """Reads what `save_weights` wrote.
 
     Raises:
+      CodeNotLoaded: the network is of a family of a user's own, whose code is not loaded.
       ConfigError: the file cannot be read, is damaged, or was written by something else.
     """
     tensors, metadata = read_safetensors(local_path("weights file", path))
@@ -142,11 +144,12 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, Arrays]:
         info = _info(metadata)
     except KeyError as error:
         raise ConfigError(f"{named}: its metadata lack {error}: take the file from where it was written") from error
+    except CodeNotLoaded as error:
+        raise CodeNotLoaded(f"{named}: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:  # of JSON, numbers and our own checks
         raise ConfigError(f"{named}: its metadata are wrong: {error}") from error
     # A network is built from the metadata before its arrays are looked at.
-    if not isinstance(info.model, EfficientNetConfig) and sum(info.model.depths) > len(tensors):
-        num_blocks = sum(info.model.depths)
+    if (num_blocks := info.model.num_blocks) > len(tensors):
         raise ConfigError(f"{named}: its metadata tell of {num_blocks} blocks, but it holds {len(tensors)} arrays")
     return info, tensors
 

@@ -10,7 +10,6 @@ import numpy as np
 
 import nfnet_flax.weights
 from nfnet_flax.models.folding import fold
-from nfnet_flax.models.nf_block import NFBlock
 from nfnet_flax.models.params import GraphDef, merge, split
 from nfnet_flax.paths import local_path
 from nfnet_flax.weights.heads import for_classes
@@ -82,6 +81,6 @@ def _read_once(path: str, version: tuple[int, int] | None) -> _Teacher:
     info, arrays = read_weights(path)
     with jax.ensure_compile_time_eval():  # a step that is being traced may be who asks first
         model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
-        if all(isinstance(block, NFBlock) for stage in model.stages for block in stage):
+        if model.is_foldable:
             model = fold(model)  # standardized once instead of in every step
         return _Teacher(info, *split(model))

@@ -1,0 +1,36 @@
+"""Options that count before all others are read: what a recipe or a run names has to be loaded first."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import tyro
+
+from nfnet_flax.own_code import load_code
+
+Code = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(
+        metavar="FILE.py|MODULE",
+        help="Code that defines networks, sources or objectives of one's own, by which a run or a recipe names them; "
+        "may be given several times. Only what is named here is run.",
+    ),
+]
+"""Annotation of the field `code` of a command's options."""
+
+
+def load_given_code(argv: list[str]) -> None:
+    """Loads what `--code` names.
+
+    Raises:
+      ConfigError: there is no such code, or it cannot be run.
+    """
+    for code in values_of("--code", argv):
+        load_code(code)
+
+
+def values_of(option: str, argv: list[str]) -> Iterator[str]:
+    """What is given for an option, each time that it is."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name == option:
+            yield value if equals else following

@@ -1,0 +1,84 @@
+"""What every network's configuration offers: it says how the network is built.
+
+A family of one's own is a frozen dataclass that derives from `ModelConfig`, and a `Classifier` that its `build` makes.
+The names that parameters must have are in the docstring of `params.py`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from flax import nnx
+
+from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, require, require_count
+from nfnet_flax.models.layers import ComputeDtype
+from nfnet_flax.models.standardization import StandardizationName
+from nfnet_flax.open_config import OpenConfig
+
+if TYPE_CHECKING:
+    from nfnet_flax.models.classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(OpenConfig, abc.ABC):
+    """A network, up to the number of its classes."""
+
+    compute_dtype: ComputeDtype = "float32"
+    """Type of images, activations and kernels in the computation; parameters are float32."""
+    train_image_size: int = 224
+    """Published training resolution, in pixels."""
+    test_image_size: int = 224
+    """Published evaluation resolution, in pixels."""
+
+    def __post_init__(self) -> None:
+        """Checks the types of all fields, and the resolutions."""
+        super().__post_init__()
+        for name, size in (("train_image_size", self.train_image_size), ("test_image_size", self.test_image_size)):
+            require_count(f"model.{name}", size, most=MAX_IMAGE_PX)
+
+    @abc.abstractmethod
+    def build(self, num_classes: int, rngs: nnx.Rngs) -> "Classifier":
+        """The network with random parameters, in training mode. Callers use `build_model`, which checks.
+
+        Args:
+          num_classes: outputs of the head.
+          rngs: source of the initial parameters.
+        """
+
+    def small(self) -> Self:
+        """A network of the same kind that trains a few steps of 32 px in seconds, for `nfnet train --debug`; by default
+        the network itself."""
+        return self
+
+    @property
+    def standardization(self) -> StandardizationName:
+        """Form of the weight standardization of all `WSConv`."""
+        return "published"
+
+    @property
+    def num_blocks(self) -> int:
+        """At most so many residual blocks as the network has: a weight file with fewer arrays is refused before the
+        network is built. By default 0, which refuses none."""
+        return 0
+
+
+def check_stages(widths: Sequence[int], depths: Sequence[int]) -> None:
+    """Raises `ConfigError` unless there are a width and a depth for each of at most four stages."""
+    for name, values in (("widths", widths), ("depths", depths)):
+        remedy = "give one number for each stage, of which the published networks have 4 and none may have more"
+        require(1 <= len(values) <= 4 and len(values) == len(widths), f"model.{name}", values, remedy)
+        remedy = f"every stage needs at least one, and at most {MAX_COUNT:,}"
+        require(min(values) >= 1 and max(values) <= MAX_COUNT, f"model.{name}", values, remedy)
+
+
+def check_rates(**rates: float) -> None:
+    """Raises `ConfigError` unless fields of the model lie in [0, 1)."""
+    for name, rate in rates.items():
+        require(0 <= rate < 1, f"model.{name}", rate, "must lie in [0, 1)")
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Raises `ConfigError` unless fields of the model are positive; None stands for a part that is left out."""
+    for name, value in numbers.items():
+        require(value is None or value > 0, f"model.{name}", value, "must be positive")

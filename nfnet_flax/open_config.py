@@ -1,0 +1,137 @@
+"""Parts of a recipe that users may bring: what their classes derive from, which ones there are, and their names.
+
+A field of a recipe that is annotated with such a base class holds an instance of any class that derives from it. The
+package's own classes stand in a table; those of users are found among the classes that are loaded.
+"""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.own_code import public_name
+
+C = TypeVar("C")
+_PACKAGE = __name__.partition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenConfig:
+    """A part of a recipe that users may bring: a frozen dataclass, whose fields are compared, stored, and options.
+
+    A field is a number, a text, a Literal, None, a tuple of these, or another frozen dataclass.
+    """
+
+    place_fields: ClassVar[tuple[str, ...]] = ()
+    """Names of fields that only say where something lies on this machine: paths, or tuples of paths. They may change at
+    a resume, and are stored as absolute paths; what lies there is compared by its content."""
+
+    def __post_init__(self) -> None:
+        """Checks the types of the fields; a class with checks of its own calls `super().__post_init__()` first."""
+        kind = type(self)
+        if "__annotations__" in vars(kind) and "__dataclass_fields__" not in vars(kind):
+            raise ConfigError(
+                f"{kind.__name__} has fields and is no dataclass: put "
+                "@dataclasses.dataclass(frozen=True, kw_only=True) above it"
+            )
+        check_types(self)
+        names = {field.name for field in dataclasses.fields(self)}
+        for name in self.place_fields:
+            require(name in names, f"{kind.__name__}.place_fields", self.place_fields, f"{name!r} is no field of it")
+
+    def with_absolute_places(self) -> Self:
+        """A copy whose `place_fields` mean the same from every current folder."""
+        return dataclasses.replace(self, **{name: _absolute(getattr(self, name)) for name in self.place_fields})
+
+
+def _absolute(value: object) -> object:
+    # Symbolic links stay: a pattern is no path yet, and a link may be moved to another copy of the same files.
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
+
+
+_TABLES: dict[type, tuple[type, ...]] = {}
+"""Base class -> the package's classes that derive from it."""
+
+
+def declare_kinds(base: type, *kinds: type) -> None:
+    """Names the package's own classes of a base; to be called once, where they are imported together."""
+    _TABLES[base] = kinds
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class is of a user's code, not of the package."""
+    return kind.__module__.partition(".")[0] != _PACKAGE
+
+
+def type_name(kind: type) -> str:
+    """What a class is called where it is stored: its name, and that of its module if it is of a user's code."""
+    return f"{public_name(kind.__module__)}:{kind.__qualname__}" if is_own(kind) else kind.__name__
+
+
+def kinds_of(hint: type) -> dict[str, type]:
+    """Stored name -> each class that a field annotated with `hint` may hold an instance of.
+
+    Of a base class of users' parts these are the package's, in the order of its table, and those of users that are
+    loaded; of classes with one name, as where a file was loaded twice, the newest.
+    """
+    if not issubclass(hint, OpenConfig):
+        return {type_name(hint): hint}
+    own = {type_name(kind): kind for kind in _subclasses(hint) if is_own(kind) and not inspect.isabstract(kind)}
+    known = _TABLES.get(hint, () if inspect.isabstract(hint) else (hint,))
+    return {type_name(kind): kind for kind in known} | own
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    """All that are loaded, older ones first."""
+    subclasses: list[type] = kind.__subclasses__()
+    for found in subclasses:
+        yield found
+        yield from _subclasses(found)
+
+
+def with_places_of(config: C, other: object) -> C:
+    """A configuration with the `place_fields` of another one, at any depth where both have parts of the same type."""
+    mine: Any = config
+    if not _is_config(mine) or type_name(type(mine)) != type_name(type(other)):
+        return config
+    places = mine.place_fields if isinstance(mine, OpenConfig) else ()
+    changes = {}
+    for field in dataclasses.fields(mine):
+        value, theirs = getattr(mine, field.name), getattr(other, field.name)
+        changed = theirs if field.name in places else with_places_of(value, theirs)
+        if changed is not value:
+            changes[field.name] = changed
+    return dataclasses.replace(mine, **changes) if changes else config
+
+
+def with_absolute_places(config: C) -> C:
+    """A configuration whose `place_fields`, at any depth, mean the same from every current folder."""
+    mine: Any = config
+    if not _is_config(mine):
+        return config
+    values = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine)}
+    changed = {name: with_absolute_places(value) for name, value in values.items()}
+    if changes := {name: value for name, value in changed.items() if value is not values[name]}:
+        mine = dataclasses.replace(mine, **changes)
+    if isinstance(mine, OpenConfig) and mine.place_fields:
+        mine = mine.with_absolute_places()
+    return cast(C, mine)
+
+
+def own_classes(config: Any) -> list[type]:
+    """Classes of a user's code that a configuration is made of, at any depth, with those that they derive from."""
+    found: list[type] = []
+    parts = list(config) if isinstance(config, tuple) else []
+    if _is_config(config):
+        found += [kind for kind in type(config).__mro__ if dataclasses.is_dataclass(kind) and is_own(kind)]
+        parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    found += [kind for part in parts for kind in own_classes(part)]
+    return list(dict.fromkeys(found))
+
+
+def _is_config(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
