@@ -244,6 +244,8 @@ class Broken(SourceConfig):
             "list": [1, 2],
             "no examples": ArraySource(images=images[:0], labels=labels[:0], names=("a", "b")),
             "twice": ArraySource(images=images, labels=labels, names=("a", "a")),
+            "floats": ArraySource(images=images / 255, labels=labels, names=("a", "b")),
+            "labels": ArraySource(images=images, labels=labels + 2, names=("a", "b")),
         }[self.what]
 
     def small(self) -> Self:
@@ -256,6 +258,11 @@ class Broken(SourceConfig):
         ("list", "Broken.open returned list: return an ArraySource, or an object with class_names"),
         ("no examples", "Broken.open: returned no examples"),
         ("twice", "Broken.open: class_names = .*: must be texts, each of them once"),
+        (
+            "floats",
+            r"Broken.open: example 0: image = 'ndarray': must be the bytes of an image file, or \(H, W, 3\) uint8",
+        ),
+        ("labels", "Broken.open: example 0: label = .*2.*: must be the number of a class, from 0 to 1"),
     ],
 )
 def test_a_source_that_gives_something_else_is_refused(what: str, message: str) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests import own_files, runs
 STEPS = 200
 
 
-def nfnet(*words: str | Path) -> subprocess.Popen[str]:
+def nfnet(*words: str | Path | int) -> subprocess.Popen[str]:
     """Starts a command in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "nfnet_flax.cli", *map(str, words)],
@@ -200,3 +201,23 @@ def test_debug_takes_the_small_network(own: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (stored["model"]["width"], stored["model"]["train_image_size"]) == (4, 24)
     assert (stored["objective"]["weight"], stored["data"]["source"]["type"]) == (2, "SyntheticSource")
+
+
+def test_processes_with_other_code_do_not_start(own: Path, tmp_path: Path) -> None:
+    folders = [own, Path(shutil.copytree(own, tmp_path / "other"))]
+    own_files.replace(folders[1] / "my_layers.py", "width // 2", "width // 4")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = ["--distributed.coordinator-address", address, "--distributed.num-processes", "2"]
+    processes = [
+        nfnet(
+            "train", folder / "my_recipe.py", "--workdir", tmp_path / "run", *joined, "--distributed.process-id", index
+        )
+        for index, folder in enumerate(folders)
+    ]
+    for process in processes:
+        printed = runs.finish(process)
+        assert process.returncode == EXIT_BAD_INPUT, printed
+        assert "code my_layers.py: " in printed
+        assert "code my_net.py" not in printed

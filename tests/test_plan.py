@@ -11,7 +11,7 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.programs.plan import Plan, describe, lower_step
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.units import duration, scaled
-from tests import runs
+from tests import own_files, runs
 from tests.networks import SMALL
 from tests.test_objectives import NUM_CLASSES, teacher_file
 
@@ -71,6 +71,12 @@ def test_numbers_have_three_digits_and_a_prefix(number: float, text: str) -> Non
 
 def test_a_duration_has_the_unit_that_shows_it() -> None:
     assert (duration(1.0333), duration(0.02061), duration(56e-6)) == ("1033.3 ms", "20.6 ms", "56.0 µs")
+
+
+def test_a_network_of_ones_own_is_planned(tmp_path: Path) -> None:
+    state, lowered = lower_step(load_recipe(own_files.write(tmp_path)), make_mesh(jax.devices()[:1]))
+    assert state.params["stem.kernel"].shape == (3, 3, 3, 8)
+    assert "stem" in lowered.as_text(debug_info=True)
 
 
 def test_a_step_with_a_teacher_is_planned_without_images(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Opening a split of labelled images: `len(source)`, `source[i]` -> `{"image": ..., "label": int32}`."""
 
+import contextlib
 from collections.abc import Sequence
 
-from nfnet_flax.config import ConfigError
+import numpy as np
+
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.classes import with_classes
-from nfnet_flax.data.random_access import Source, SourceConfig, Split
+from nfnet_flax.data.random_access import CorruptRecordError, Source, SourceConfig, Split
+from nfnet_flax.open_config import is_own
 
 
 def open_source(
@@ -45,3 +49,18 @@ def _check_opened(config: SourceConfig, source: object) -> None:
         raise ConfigError(f"{opened_by}: class_names = {names!r}: must be texts, each of them once")
     if len(source) < 1:
         raise ConfigError(f"{opened_by}: returned no examples")
+    if is_own(type(config)):
+        with contextlib.suppress(CorruptRecordError):  # for whoever reads that example
+            _check_example(f"{opened_by}: example 0", source[0], len(names))
+
+
+def _check_example(named: str, record: object, num_classes: int) -> None:
+    """Checks what the package's own sources are known to give."""
+    if not isinstance(record, dict) or not {"image", "label"} <= record.keys():
+        raise ConfigError(f"{named} = {record!r}: must be a dict with image and label")
+    image, label = record["image"], record["label"]
+    is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    remedy = "must be the bytes of an image file, or (H, W, 3) uint8 pixels"
+    require(is_pixels or isinstance(image, bytes), f"{named}: image", type(image).__name__, remedy)
+    is_label = isinstance(label, int | np.integer) and 0 <= label < num_classes
+    require(bool(is_label), f"{named}: label", label, f"must be the number of a class, from 0 to {num_classes - 1}")
