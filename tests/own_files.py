@@ -1,4 +1,4 @@
-"""Code of a user's own, as users write it: a network, a source and an objective outside of the package."""
+"""Code of a user's own, as users write it: a network, a source, an objective and a method outside of the package."""
 
 from pathlib import Path
 
@@ -66,20 +66,21 @@ class MyNet(Classifier):
 '''
 
 MY_RECIPE = '''
-"""My run, with a source and an objective of its own."""
+"""My run, with a source, an objective and a method of its own."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from my_net import MyNetConfig
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.random_access import SourceConfig, check_index, digest
 from nfnet_flax.models import ExecutionConfig
 from nfnet_flax.objectives import Metric, Objective
-from nfnet_flax.optim import AGC, OptimConfig
+from nfnet_flax.optim import AGC, Method, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 
@@ -137,13 +138,23 @@ class Brier(Objective):
         return jnp.sum(jnp.square(jax.nn.softmax(logits) - target), axis=-1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Momentum(Method):
+    share: float = 0.9
+
+    def transformation(self, learning_rate, decay, names):
+        return optax.chain(decay, optax.trace(self.share), optax.scale_by_learning_rate(learning_rate))
+
+
 def recipe(width: int = 8):
     return Recipe(
         name="mine",
         model=MyNetConfig(width=width),
         num_classes=3,
         data=DataConfig(source=Shades(), image_size=16, eval_image_size=16, batch_size=16, eval_batch_size=20),
-        optim=OptimConfig(learning_rate_per_256=1.0, clipping=AGC(ratio=0.5), ema_decay=0.9),
+        optim=OptimConfig(
+            method=Momentum(), learning_rate_per_256=1.0, clipping=AGC(ratio=0.5), ema_decay=0.9
+        ),
         execution=ExecutionConfig(num_microbatches=2),
         checkpoint=CheckpointConfig(every_steps=20, best_metric="eval_ema/loss", best_is="lowest"),
         objective=Brier(),

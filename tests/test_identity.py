@@ -76,10 +76,12 @@ def test_what_decides_no_update_may_change_and_is_said(first: Path, run: Path) -
     )
     assert code == EXIT_DONE, printed
     assert "continuing from step 2" in printed
-    (said,) = [line for line in printed.splitlines() if line.startswith("changed since the last start")]
+    (said,) = [line for line in printed.splitlines() if line.startswith("nfnet: changed since the last start")]
     for change in ("checkpoint.keep_last: 3 -> 1", "log_every_steps: 1 -> 2", "name: 'digits' -> 'mine'", str(moved)):
         assert change in said
-    (environment,) = [line for line in printed.splitlines() if line.startswith("another environment than before")]
+    (environment,) = [
+        line for line in printed.splitlines() if line.startswith("nfnet: another environment than before")
+    ]
     assert "thread_pool_size: '8' -> '9'" in environment
     assert "from step 2 on the last bits will differ" in environment
     kept = run / "environment-until-step-2.json"
@@ -148,7 +150,7 @@ def test_images_may_be_repaired_which_is_said(first: Path, run: Path) -> None:
             file.write(b"\0")  # behind the image
     code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
     assert code == EXIT_DONE, printed
-    (said,) = [line for line in printed.splitlines() if line.startswith("other images than before")]
+    (said,) = [line for line in printed.splitlines() if line.startswith("nfnet: other images than before")]
     assert "eval_source.contents: " in said
     assert " source.contents: " in said
     code, printed = train(run, first / "mine.py", f"--data.source.root={images}")

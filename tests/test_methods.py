@@ -36,10 +36,10 @@ from nfnet_flax.optim import (
     groups_table,
     layer_decay,
     make_optimizer,
+    schedules,
 )
-from nfnet_flax.optim.clipping import ClippingConfig
-from nfnet_flax.optim.methods import MethodConfig
-from nfnet_flax.optim.schedules import ScheduleConfig
+from nfnet_flax.optim.clipping import Clipping
+from nfnet_flax.optim.methods import Method
 from nfnet_flax.training.state import model_structure
 from tests.networks import SMALL
 
@@ -83,7 +83,7 @@ def matrices(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | N
     return {name: convolution if name.endswith("conv.kernel") or name == "stem.kernel" else None for name in params}
 
 
-METHODS: dict[str, tuple[MethodConfig, optax.GradientTransformation]] = {
+METHODS: dict[str, tuple[Method, optax.GradientTransformation]] = {
     "sgd": (SGD(momentum=0.8), optax.chain(DECAYED, optax.sgd(rate, 0.8, nesterov=True))),
     "rmsprop": (
         RMSProp(decay=0.8, eps=1e-2, momentum=0.7),
@@ -109,7 +109,7 @@ METHODS: dict[str, tuple[MethodConfig, optax.GradientTransformation]] = {
         ),
     ),
 }
-CLIPPING: dict[str, tuple[ClippingConfig | None, optax.GradientTransformation]] = {
+CLIPPING: dict[str, tuple[Clipping | None, optax.GradientTransformation]] = {
     "none": (None, optax.identity()),
     "agc": (
         AGC(ratio=RATIO),
@@ -274,7 +274,7 @@ def test_schedules_are_optaxs_behind_a_warm_up() -> None:
         return optax.schedules.join_schedules([warm_up, schedule], [10])
 
     falls = optax.schedules.exponential_decay(0.3, 8, 0.9, transition_begin=0, staircase=True)
-    want: list[tuple[ScheduleConfig, optax.Schedule]] = [
+    want: list[tuple[schedules.Schedule, optax.Schedule]] = [
         (
             Cosine(final_learning_rate=0.02),
             optax.schedules.warmup_cosine_decay_schedule(0.0, 0.3, 10, 60, end_value=0.02),

@@ -77,8 +77,8 @@ def test_a_killed_run_ends_with_the_same_bits(own: Path, tmp_path: Path) -> None
 
 def test_what_is_on_record(own: Path) -> None:
     stored = json.loads((own / "run" / "recipe.json").read_text())
-    parts = (stored["model"], stored["data"]["source"], stored["objective"], stored["optim"])
-    names = ["my_net:MyNetConfig", "my_recipe:Shades", "my_recipe:Brier", "OptimConfig"]
+    parts = (stored["model"], stored["data"]["source"], stored["objective"], stored["optim"]["method"])
+    names = ["my_net:MyNetConfig", "my_recipe:Shades", "my_recipe:Brier", "my_recipe:Momentum"]
     assert [part["type"] for part in parts] == names
     assert stored["checkpoint"]["best_is"] == "lowest"
     kept = own / "run" / "code"

@@ -11,7 +11,7 @@ Code = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="FILE.py|MODULE",
-        help="Code that defines networks, sources or objectives of one's own, by which a run or a recipe names them; "
+        help="Code that defines networks, sources, objectives and the like of one's own, which a run or a recipe names; "
         "may be given several times. Only what is named here is run.",
     ),
 ]

@@ -6,18 +6,20 @@ Clipping of one's own is a frozen dataclass that derives from `Clipping`.
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import require
+from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.optim.agc import AdaptiveGradClipState, adaptive_grad_clip
 from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 
 
-class Clipping(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clipping(OpenConfig, abc.ABC):
     """What a recipe's `optim.clipping` must offer."""
 
     @abc.abstractmethod
@@ -62,7 +64,7 @@ class AGC(Clipping):
     """1 clips a parameter, 0 exempts it; the first pattern that matches counts."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(self.ratio > 0, "optim.clipping.ratio", self.ratio, "must be positive; clipping None turns it off")
         require(self.eps > 0, "optim.clipping.eps", self.eps, "must be positive")
         require_flags("optim.clipping.groups", self.groups, "use 1 (clip) or 0 (exempt)")
@@ -100,7 +102,7 @@ class GlobalNorm(Clipping):
     """Largest L2 norm over the gradients of all parameters that are trained."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(
             self.max_norm > 0, "optim.clipping.max_norm", self.max_norm, "must be positive; clipping None turns it off"
         )
@@ -142,7 +144,7 @@ class ClipValue(Clipping):
     """Largest size of an element."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(
             self.max_abs > 0, "optim.clipping.max_abs", self.max_abs, "must be positive; clipping None turns it off"
         )
@@ -152,4 +154,4 @@ class ClipValue(Clipping):
         return optax.with_extra_args_support(optax.clip(self.max_abs))
 
 
-ClippingConfig: TypeAlias = AGC | GlobalNorm | ClipValue
+declare_kinds(Clipping, AGC, GlobalNorm, ClipValue)

@@ -7,16 +7,17 @@ array: a layer-wise method does the same to a layer whatever the depth of the ne
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import jax
 import optax
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import require
+from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 
 
-class Method(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(OpenConfig, abc.ABC):
     """What a recipe's `optim.method` must offer."""
 
     @abc.abstractmethod
@@ -47,7 +48,7 @@ class SGD(Method):
     """Nesterov's form, which looks one step of the momentum ahead."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_share("momentum", self.momentum)
 
     def transformation(
@@ -74,7 +75,7 @@ class RMSProp(Method):
     """Share of the last step that is repeated."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_share("decay", self.decay)
         _require_share("momentum", self.momentum)
         _require_positive("eps", self.eps)
@@ -103,6 +104,7 @@ class AdamW(Method):
     """Added to the root of that average."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_adam(self)
 
     def transformation(
@@ -125,6 +127,7 @@ class RAdam(Method):
     """Added to the root of that average."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_adam(self)
 
     def transformation(
@@ -150,6 +153,7 @@ class LAMB(Method):
     """Added to the root of that average."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_adam(self)
 
     def transformation(
@@ -170,7 +174,7 @@ class Lion(Method):
     """Share of the last step's momentum that stays."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_share("b1", self.b1)
         _require_share("b2", self.b2)
 
@@ -202,7 +206,7 @@ class Adafactor(Method):
     """Multiply a layer's step by the root mean square of its parameters: the learning rate is relative to it."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_positive("decay_rate", self.decay_rate)
         _require_positive("eps", self.eps)
         _require_positive("min_dim_size_to_factor", self.min_dim_size_to_factor)
@@ -255,7 +259,7 @@ class Muon(Method):
     """1: a matrix for Muon, 0: for Adam; the first pattern that matches counts."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for name, value in (("momentum", self.momentum), ("adam_b1", self.adam_b1), ("adam_b2", self.adam_b2)):
             _require_share(name, value)
         _require_positive("eps", self.eps)
@@ -292,11 +296,10 @@ def _as_matrix(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
     return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(range(last)), output_axis=last)
 
 
-MethodConfig: TypeAlias = SGD | RMSProp | AdamW | RAdam | Lion | LAMB | Adafactor | Muon
+declare_kinds(Method, SGD, RMSProp, AdamW, RAdam, Lion, LAMB, Adafactor, Muon)
 
 
 def _check_adam(method: AdamW | RAdam | LAMB) -> None:
-    check_types(method)
     _require_share("b1", method.b1)
     _require_share("b2", method.b2)
     _require_positive("eps", method.eps)

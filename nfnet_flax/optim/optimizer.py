@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from nfnet_flax.config import MAX_COUNT, ConfigError, check_types, require
-from nfnet_flax.optim.clipping import AGC, ClippingConfig
-from nfnet_flax.optim.methods import SGD, MethodConfig
+from nfnet_flax.optim.clipping import AGC, Clipping
+from nfnet_flax.optim.methods import SGD, Method
 from nfnet_flax.optim.param_groups import ParamGroup, assign, layer_decay
 from nfnet_flax.optim.sam import SAMConfig
-from nfnet_flax.optim.schedules import Cosine, RunLength, ScheduleConfig
+from nfnet_flax.optim.schedules import Cosine, RunLength, Schedule
 
 Value = TypeVar("Value")
 
@@ -26,11 +26,11 @@ Value = TypeVar("Value")
 class OptimConfig:
     """What makes an update of a gradient. The defaults are published (arXiv 2102.06171, section 4 and appendix A)."""
 
-    method: MethodConfig = dataclasses.field(default_factory=SGD)
+    method: Method = dataclasses.field(default_factory=SGD)
     """How a step is made of a gradient."""
-    clipping: ClippingConfig | None = dataclasses.field(default_factory=AGC)
+    clipping: Clipping | None = dataclasses.field(default_factory=AGC)
     """How gradients are clipped before that; None: not at all."""
-    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
+    schedule: Schedule = dataclasses.field(default_factory=Cosine)
     """How the learning rate goes on after the warm-up."""
     learning_rate_per_256: float | None = 0.1
     """Peak learning rate for a batch of 256; it grows linearly with the batch size. None where `learning_rate` is

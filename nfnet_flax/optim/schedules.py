@@ -6,13 +6,13 @@ A schedule of one's own is a frozen dataclass that derives from `Schedule`.
 import abc
 import dataclasses
 import itertools
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nfnet_flax.config import check_types, require
+from nfnet_flax.config import require
+from nfnet_flax.open_config import OpenConfig, declare_kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class RunLength:
     """Of one pass over the training set; no whole number in general."""
 
 
-class Schedule(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(OpenConfig, abc.ABC):
     """What a recipe's `optim.schedule` must offer."""
 
     @abc.abstractmethod
@@ -59,7 +60,7 @@ class Cosine(Schedule):
     """Learning rate at the end of the run, whatever the batch size."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_final(self.final_learning_rate)
 
     def after_warmup(self, peak: float, run: RunLength) -> optax.Schedule:
@@ -89,7 +90,7 @@ class Linear(Schedule):
     """Learning rate at the end of the run, whatever the batch size."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         _require_final(self.final_learning_rate)
 
     def after_warmup(self, peak: float, run: RunLength) -> optax.Schedule:
@@ -107,7 +108,7 @@ class Steps(Schedule):
     """What the learning rate is multiplied by at each of them."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(self.factor >= 0, "optim.schedule.factor", self.factor, "must not be negative")
         is_increasing = all(before < after for before, after in itertools.pairwise((0.0, *self.at_epochs)))
         require(is_increasing, "optim.schedule.at_epochs", self.at_epochs, "must be positive and increase")
@@ -130,7 +131,7 @@ class ExponentialDecay(Schedule):
     """Epochs from one time to the next, counted from the beginning of the run."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(0 < self.factor <= 1, "optim.schedule.factor", self.factor, "must lie in (0, 1]")
         require(self.every_epochs > 0, "optim.schedule.every_epochs", self.every_epochs, "must be positive")
 
@@ -144,7 +145,7 @@ class ExponentialDecay(Schedule):
         return lambda step: peak * relative(step)
 
 
-ScheduleConfig: TypeAlias = Cosine | Constant | Linear | Steps | ExponentialDecay
+declare_kinds(Schedule, Cosine, Constant, Linear, Steps, ExponentialDecay)
 
 
 def _require_final(final_learning_rate: float) -> None:
