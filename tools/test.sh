@@ -33,4 +33,5 @@ export JAX_PLATFORMS=cpu
 ruff format --check .
 ruff check .
 mypy
-pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
+# One more than the cores of a small machine: tests that wait for processes and clocks leave room for others.
+pytest -n 3 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
