@@ -15,6 +15,7 @@ from nfnet_flax.objectives import Objective, SoftmaxCrossEntropy
 from nfnet_flax.open_config import with_absolute_places, with_places_of
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
+from nfnet_flax.parallel.reduce import Reduction
 from nfnet_flax.paths import local_path
 
 
@@ -65,6 +66,9 @@ class Recipe:
     """Optimizer, clipping, learning rate, EMA."""
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     """Memory, speed and compile time of the step."""
+    reduction: Reduction | None = dataclasses.field(default=None, metadata=ADDED_LATER)
+    """How the gradients of the devices are added; None: in a fixed order where the execution is reproducible, else in
+    the fastest."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Checkpoints."""
     init_from: str | None = None
@@ -101,6 +105,9 @@ class Recipe:
             "give init_from, or leave this empty",
         )
         check_seed("seed", self.seed)
+        keeps_promise = self.reduction is None or self.reduction.is_reproducible or not self.execution.reproducible
+        remedy = "gives other bits on another number of devices: say so by execution.reproducible = False"
+        require(keeps_promise, "reduction", self.reduction, remedy)
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         if self.num_steps is not None:
             require_count("num_steps", self.num_steps)

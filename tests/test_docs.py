@@ -42,11 +42,13 @@ REASONS = {
 
 SMALL = {"widths": (8, 8), "depths": (1, 1), "group_width": 4}
 SHORTER_COMMANDS = {
-    "nfnet train": "--model.widths 8 8 --model.depths 1 1 --model.group-width 4 --num-steps 4 --no-tensorboard",
+    "nfnet train recipes/": "--model.widths 8 8 --model.depths 1 1 --model.group-width 4 --num-steps 4 --no-tensorboard",
     "nfnet train recipes/photos.py": "--data.num-held-out 3 --data.batch-size 8 --data.eval-batch-size 8 "
     "--data.image-size 32 --data.eval-image-size 32",
 }
 """What is appended here to commands that begin so: they run as they stand, only shorter."""
+SHORT_COMMANDS = "--num-steps 4"
+"""Of commands that are short as they stand."""
 SHORTER_CODE = {
     '"nfnet_f0", ': '"nfnet_f0", **SMALL, ',
     'load_recipe("recipes/digits.py")': 'Run("runs/mine").recipe',
@@ -118,7 +120,7 @@ def _run_command(command: str) -> int | str | None:
     words = shlex.split(command, comments=True)
     plain = " ".join(words)
     for beginning, options in SHORTER_COMMANDS.items():
-        if beginning in plain:
+        if beginning in plain and SHORT_COMMANDS not in plain:
             words += options.split()
     if words[0] != "nfnet":
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -161,7 +163,7 @@ def _outline(printed: str) -> list[str]:
 
 def test_all_exit_codes_are_listed() -> None:
     codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
-    readme, laptop_to_pod = map(documents.exit_codes, DOCUMENTS)
+    readme, laptop_to_pod = map(documents.exit_codes, DOCUMENTS[:2])
     assert set(readme) == codes
     assert set(laptop_to_pod) >= codes  # those that the shell and JAX give, too
     assert {int(code) for code in re.findall(r"\b\d+\b", USAGE.partition("exit codes:")[2])} == codes
@@ -204,7 +206,7 @@ def test_files_fields_and_options_that_are_named_exist(document: str) -> None:
             if field[1] in configs and names != ["py"]:
                 assert _has_field(configs[field[1]], names), f"{document} names {word}, which is no field"
                 num_checked += 1
-    assert num_checked > 10
+    assert num_checked > (3 if document == "docs/extending.md" else 10)
 
 
 def _has_field(hint: typing.Any, names: list[str]) -> bool:

@@ -6,6 +6,7 @@ microbatches; the devices add theirs along the upper part of the same tree. Addi
 result depends on the parts alone.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.parallel.mesh import DATA_AXIS, FSDP_AXIS
 
 Arrays = dict[str, jax.Array]
@@ -54,6 +56,56 @@ def added(left: Parts, right: Parts) -> Parts:
     return {
         name: Part(left[name].value + part.value) if part.combine == "sum" else part for name, part in right.items()
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reduction(OpenConfig, abc.ABC):
+    """How what every device has found in its part of the batch becomes that of the whole batch."""
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the same parts of a batch give the same bits on any number of devices; by default not."""
+        return False
+
+    @abc.abstractmethod
+    def over_devices(
+        self, parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int]
+    ) -> Arrays:
+        """The sums; called on each device, under `shard_map` over the axes `data` and `fsdp`.
+
+        Args:
+          parts: what this device has, by name: gradients by the names of the parameters, running statistics, metrics.
+          sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets
+            all of it.
+          mesh_shape: number of devices along each mesh axis.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderedSum(Reduction):
+    """A sum in the order of a binary tree over the parts of the batch."""
+
+    @property
+    def is_reproducible(self) -> bool:
+        return True
+
+    def over_devices(
+        self, parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int]
+    ) -> Arrays:
+        return sum_over_devices(parts, sharded_axes, mesh_shape, reproducible=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastSum(Reduction):
+    """A sum in whatever order the devices' library finds fastest."""
+
+    def over_devices(
+        self, parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int]
+    ) -> Arrays:
+        return sum_over_devices(parts, sharded_axes, mesh_shape, reproducible=False)
+
+
+declare_kinds(Reduction, OrderedSum, FastSum)
 
 
 def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, Any], Any], held: Any) -> Any:

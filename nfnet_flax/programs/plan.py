@@ -136,7 +136,7 @@ def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lo
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(mesh))
         for name, value in recipe.objective.arrays(facts).items()
     }
-    step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed)
+    step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction)
     return state, step.lower(state, batch, arrays)
 
 

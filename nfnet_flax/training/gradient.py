@@ -28,13 +28,15 @@ from nfnet_flax.parallel.mesh import (
     sharded_axis,
 )
 from nfnet_flax.parallel.reduce import (
+    FastSum,
+    OrderedSum,
     Part,
     Parts,
+    Reduction,
     added,
     gathered,
     is_float,
     sum_of_turns,
-    sum_over_devices,
     tied,
     used_in_turn,
 )
@@ -75,6 +77,7 @@ def make_gradient(
     mesh: Mesh,
     *,
     seed: int,
+    reduction: Reduction | None = None,
     fraction: float = 1.0,
     wanted: Container[str] | None = None,
 ) -> Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]:
@@ -85,6 +88,7 @@ def make_gradient(
       objective: gives the loss.
       mesh: over whose devices the rows of the batch are divided.
       seed: of dropout and stochastic depth.
+      reduction: adds what the devices have found; None: in a fixed order where the execution is reproducible.
       fraction: share of each microbatch that is used, from its first rows on.
       wanted: names of the parameters that the gradient is with respect to: nothing is computed for the others, and no
         layer below the first of them is passed through backwards. None: all.
@@ -98,6 +102,7 @@ def make_gradient(
         decides what is computed.
     """
     config, execution = structure.config, structure.execution
+    reduction = reduction or (OrderedSum() if execution.reproducible else FastSum())
     platform = mesh.devices.flat[0].platform
     _require_parts(structure, fraction)
     num_turns = count_turns(execution.num_microbatches, mesh)
@@ -155,7 +160,7 @@ def make_gradient(
         order = step if execution.reproducible else None
         found = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
         axes |= dict.fromkeys(found.keys() - axes.keys())
-        total = sum_over_devices(found, axes, batch_shape(mesh), reproducible=execution.reproducible)
+        total = reduction.over_devices(found, axes, batch_shape(mesh))
         return (
             {name: total[name].astype(value.dtype) for name, value in prepared.items() if name not in fixed},
             {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},

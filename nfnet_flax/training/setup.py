@@ -125,7 +125,9 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         train_source=train_source,
         eval_source=eval_source,
         objective_arrays=objective_arrays,
-        train_step=make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed),
+        train_step=make_train_step(
+            structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction
+        ),
         eval_step=make_eval_step(structure, recipe.objective, mesh),
     )
 

@@ -1,5 +1,7 @@
 """One update: gradient, optimizer, EMA and metrics in a single donated `jit`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,12 +13,19 @@ from nfnet_flax.objectives import Arrays, Batch, Objective
 from nfnet_flax.optim import Optimizer, SAMConfig
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
+from nfnet_flax.parallel.reduce import Reduction
 from nfnet_flax.training.gradient import Metrics, make_gradient
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
 
 
 def make_train_step(
-    structure: Structure, optimizer: Optimizer, objective: Objective, mesh: Mesh, *, seed: int
+    structure: Structure,
+    optimizer: Optimizer,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    seed: int,
+    reduction: Reduction | None = None,
 ) -> jax.stages.Wrapped:
     """Builds `step(state, batch, arrays=None) -> (state, metrics)`; `state` is donated, metrics stay on the device.
 
@@ -26,6 +35,7 @@ def make_train_step(
       objective: what is minimized. `arrays` are its own, whole on every device (`Objective.arrays`).
       mesh: over whose devices the batch is divided.
       seed: of dropout and stochastic depth.
+      reduction: how what the devices have found is added; see `make_gradient`.
 
     Returns:
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
@@ -36,11 +46,9 @@ def make_train_step(
     """
     form, sam, frozen = structure.standardization, optimizer.sam, optimizer.frozen
     wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
-    gradient_of = make_gradient(structure, objective, mesh, seed=seed, wanted=wanted)
-    fraction = 1.0 if sam is None else sam.fraction
-    uphill_of = gradient_of
-    if fraction < 1.0:
-        uphill_of = make_gradient(structure, objective, mesh, seed=seed, fraction=fraction, wanted=wanted)
+    make = functools.partial(make_gradient, structure, objective, mesh, seed=seed, reduction=reduction, wanted=wanted)
+    gradient_of = make()
+    uphill_of = gradient_of if sam is None or sam.fraction == 1.0 else make(fraction=sam.fraction)
 
     def uphill(state: TrainState, batch: Batch, arrays: Arrays, sam: SAMConfig) -> Params:
         """SAM's point, at which the gradient is taken."""
