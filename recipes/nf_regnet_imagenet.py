@@ -13,14 +13,11 @@ crops the middle first.
 """
 
 from nfnet_flax.config import require
-from nfnet_flax.data.augment_config import CropAugment
-from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig
-from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import ExecutionConfig, model_config
-from nfnet_flax.objectives import SoftmaxCrossEntropy
+from nfnet_flax.imagenet import imagenet_recipe
+from nfnet_flax.models import model_config
 from nfnet_flax.optim import SGD, Cosine, OptimConfig
-from nfnet_flax.recipe import CheckpointConfig, Recipe
+from nfnet_flax.recipe import Recipe
 
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
 
@@ -28,40 +25,22 @@ VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
 def recipe(variant: str = "b0") -> Recipe:
     """The run of `b0` ... `b8`."""
     require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
-    model = model_config(f"nf_regnet_{variant}", stochdepth_rate=0.1, compute_dtype="float32")
-    return Recipe(
-        name=f"nf_regnet_{variant}",
-        model=model,
-        num_classes=1000,
-        platform="accelerator",
-        data=DataConfig(
-            source=ArrayRecordSource(
-                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
-            ),
-            image_size=model.train_image_size,
-            eval_image_size=model.test_image_size,
-            eval_crop_margin=32,
-            batch_size=1024,
-            eval_batch_size=1024,
-            augment=CropAugment(),
-            randaugment=None,
-            mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
-            num_threads=8,  # on each host: give it one for each core
-            prefetch_batches=8,
-        ),
-        optim=OptimConfig(
-            learning_rate_per_256=0.1,  # 0.4 at this batch size
-            warmup_epochs=5.0,
-            method=SGD(momentum=0.9, nesterov=True),
-            clipping=None,
-            schedule=Cosine(final_learning_rate=0.001),
-            weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
-            ema_decay=0.99999,
-        ),
-        execution=ExecutionConfig(num_microbatches=64),  # parts of 16 images: up to 64 devices
-        checkpoint=CheckpointConfig(every_steps=2000),
+    optim = OptimConfig(
+        learning_rate_per_256=0.1,  # 0.4 at this batch size
+        warmup_epochs=5.0,
+        method=SGD(momentum=0.9, nesterov=True),
+        clipping=None,
+        schedule=Cosine(final_learning_rate=0.001),
+        weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
+        ema_decay=0.99999,
+    )
+    return imagenet_recipe(
+        f"nf_regnet_{variant}",
+        model_config(f"nf_regnet_{variant}", stochdepth_rate=0.1, compute_dtype="float32"),
+        optim,
         num_epochs=360.0,
-        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
-        log_every_steps=100,
+        batch_size=1024,
+        images_per_part=16,  # up to 64 devices
+        mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
         eval_every_steps=20000,
     )

@@ -11,13 +11,9 @@ recipes/resnet_imagenet.py is the same with BatchNorm. At batches larger than th
 """
 
 from nfnet_flax.config import require
-from nfnet_flax.data.augment_config import CropAugment
-from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import ExecutionConfig, model_config
-from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import SGD, Cosine, OptimConfig
-from nfnet_flax.recipe import CheckpointConfig, Recipe
+from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
+from nfnet_flax.models import model_config
+from nfnet_flax.recipe import Recipe
 
 VARIANTS = ("50", "101", "152", "200", "288", "600")
 """Depths."""
@@ -27,39 +23,11 @@ def recipe(variant: str = "50") -> Recipe:
     """The run of one depth."""
     require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     model = model_config(f"nf_resnet{variant}", drop_rate=0.0, compute_dtype="float32")
-    return Recipe(
-        name=f"nf_resnet{variant}",
-        model=model,
-        num_classes=1000,
-        platform="accelerator",
-        data=DataConfig(
-            source=ArrayRecordSource(
-                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
-            ),
-            image_size=model.train_image_size,
-            eval_image_size=model.test_image_size,
-            eval_crop_margin=32,
-            batch_size=1024,
-            eval_batch_size=1024,
-            augment=CropAugment(),
-            randaugment=None,
-            mixing=None,
-            num_threads=8,  # on each host: give it one for each core
-            prefetch_batches=8,
-        ),
-        optim=OptimConfig(
-            learning_rate_per_256=0.1,
-            warmup_epochs=5.0,
-            method=SGD(momentum=0.9, nesterov=True),
-            clipping=None,
-            schedule=Cosine(),
-            weight_decay=1e-4,
-            ema_decay=0.9999,
-        ),
-        execution=ExecutionConfig(num_microbatches=64),  # parts of 16 images: up to 64 devices
-        checkpoint=CheckpointConfig(every_steps=2000),
+    return imagenet_recipe(
+        f"nf_resnet{variant}",
+        model,
+        RESNET_OPTIM,
         num_epochs=90.0,
-        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
-        log_every_steps=100,
-        eval_every_steps=5000,
+        batch_size=1024,
+        images_per_part=16,  # up to 64 devices
     )

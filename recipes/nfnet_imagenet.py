@@ -18,14 +18,11 @@ RandAugment's contrast and solarize do what their names say (see nfnet_flax/data
 """
 
 from nfnet_flax.config import require
-from nfnet_flax.data.augment_config import CropAugment
-from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
-from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import ExecutionConfig, model_config
-from nfnet_flax.objectives import SoftmaxCrossEntropy
+from nfnet_flax.imagenet import imagenet_recipe
+from nfnet_flax.models import model_config
 from nfnet_flax.optim import AGC, SGD, Cosine, OptimConfig, SAMConfig
-from nfnet_flax.recipe import CheckpointConfig, Recipe
+from nfnet_flax.recipe import Recipe
 
 MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 15, "f7": 15}
 """Of RandAugment."""
@@ -35,41 +32,23 @@ def recipe(variant: str = "f0") -> Recipe:
     """The run of `f0` ... `f7` or `f0+` ... `f7+`."""
     level = variant.removesuffix("+")
     require(level in MAGNITUDES, "variant", variant, f"known are {', '.join(MAGNITUDES)}, and each with a +")
-    model = model_config(f"nfnet_{variant}", compute_dtype="bfloat16")
-    return Recipe(
-        name=f"nfnet_{variant}",
-        model=model,
-        num_classes=1000,
-        platform="accelerator",
-        data=DataConfig(
-            source=ArrayRecordSource(
-                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
-            ),
-            image_size=model.train_image_size,
-            eval_image_size=model.test_image_size,
-            eval_crop_margin=32,
-            batch_size=4096,
-            eval_batch_size=4096,
-            augment=CropAugment(),
-            randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
-            mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
-            num_threads=8,  # on each host: give it one for each core
-            prefetch_batches=8,
-        ),
-        optim=OptimConfig(
-            learning_rate_per_256=0.1,
-            warmup_epochs=5.0,
-            method=SGD(momentum=0.9, nesterov=True),
-            clipping=AGC(ratio=0.01),
-            schedule=Cosine(),
-            weight_decay=2e-5,
-            ema_decay=0.99999,
-            sam=SAMConfig(rho=0.05, fraction=0.2) if level == "f6" else None,
-        ),
-        execution=ExecutionConfig(num_microbatches=256),  # parts of 16 images: up to 256 devices
-        checkpoint=CheckpointConfig(every_steps=1000),
+    optim = OptimConfig(
+        learning_rate_per_256=0.1,
+        warmup_epochs=5.0,
+        method=SGD(momentum=0.9, nesterov=True),
+        clipping=AGC(ratio=0.01),
+        schedule=Cosine(),
+        weight_decay=2e-5,
+        ema_decay=0.99999,
+        sam=SAMConfig(rho=0.05, fraction=0.2) if level == "f6" else None,
+    )
+    return imagenet_recipe(
+        f"nfnet_{variant}",
+        model_config(f"nfnet_{variant}", compute_dtype="bfloat16"),
+        optim,
         num_epochs=360.0,
-        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
-        log_every_steps=100,
-        eval_every_steps=5000,
+        batch_size=4096,
+        images_per_part=16,  # up to 256 devices
+        randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
+        mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
     )

@@ -12,13 +12,9 @@ together, and did not share statistics among them.
 """
 
 from nfnet_flax.config import require
-from nfnet_flax.data.augment_config import CropAugment
-from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import ExecutionConfig, model_config
-from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import SGD, Cosine, OptimConfig
-from nfnet_flax.recipe import CheckpointConfig, Recipe
+from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
+from nfnet_flax.models import model_config
+from nfnet_flax.recipe import Recipe
 
 NAMES = {
     "50": "resnet50",
@@ -33,41 +29,11 @@ def recipe(variant: str = "50") -> Recipe:
     """The run of one depth, or of `se_resnext_d50`."""
     require(variant in NAMES, "variant", variant, f"known are {', '.join(NAMES)}")
     model = model_config(NAMES[variant], compute_dtype="float32")
-    return Recipe(
-        name=NAMES[variant],
-        model=model,
-        num_classes=1000,
-        platform="accelerator",
-        data=DataConfig(
-            source=ArrayRecordSource(
-                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
-            ),
-            image_size=model.train_image_size,
-            eval_image_size=model.test_image_size,
-            eval_crop_margin=32,
-            batch_size=1024,
-            eval_batch_size=1024,
-            augment=CropAugment(),
-            randaugment=None,
-            mixing=None,
-            num_threads=8,  # on each host: give it one for each core
-            prefetch_batches=8,
-        ),
-        optim=OptimConfig(
-            learning_rate_per_256=0.1,
-            warmup_epochs=5.0,
-            method=SGD(momentum=0.9, nesterov=True),
-            clipping=None,
-            schedule=Cosine(),
-            weight_decay=1e-4,
-            ema_decay=0.9999,
-        ),
-        execution=ExecutionConfig(
-            num_microbatches=32
-        ),  # parts of 32 images, over which BatchNorm averages: up to 32 devices
-        checkpoint=CheckpointConfig(every_steps=2000),
+    return imagenet_recipe(
+        NAMES[variant],
+        model,
+        RESNET_OPTIM,
         num_epochs=90.0,
-        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
-        log_every_steps=100,
-        eval_every_steps=5000,
+        batch_size=1024,
+        images_per_part=32,  # up to 32 devices
     )

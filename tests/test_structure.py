@@ -43,6 +43,7 @@ ALLOWED = {
     "recipe": LEAVES | BASE | {"objectives"},
     "recipe_file": BASE | {"recipe"},
     "debug": LEAVES | BASE | {"objectives", "recipe"},
+    "imagenet": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},

@@ -1,0 +1,78 @@
+"""What the recipes for ImageNet have in common: each of them says only what is its own."""
+
+from nfnet_flax.data.augment_config import CropAugment
+from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
+from nfnet_flax.data.source_config import ArrayRecordSource
+from nfnet_flax.models import ExecutionConfig, ModelConfig
+from nfnet_flax.objectives import SoftmaxCrossEntropy
+from nfnet_flax.optim import SGD, Cosine, OptimConfig
+from nfnet_flax.recipe import CheckpointConfig, Recipe
+
+RESNET_OPTIM = OptimConfig(
+    learning_rate_per_256=0.1,
+    warmup_epochs=5.0,
+    method=SGD(momentum=0.9, nesterov=True),
+    clipping=None,
+    schedule=Cosine(),
+    weight_decay=1e-4,
+    ema_decay=0.9999,
+)
+"""Of the runs of 90 epochs, with BatchNorm and without."""
+
+
+def imagenet_recipe(
+    name: str,
+    model: ModelConfig,
+    optim: OptimConfig,
+    *,
+    num_epochs: float,
+    batch_size: int,
+    images_per_part: int,
+    randaugment: RandAugmentConfig | None = None,
+    mixing: MixingConfig | None = None,
+    eval_every_steps: int = 5000,
+) -> Recipe:
+    """A run on ImageNet at the published resolutions of a network; change more of it by `dataclasses.replace`.
+
+    Args:
+      name: of the run.
+      model: the network.
+      optim: its optimizer.
+      num_epochs: length of the run.
+      batch_size: images of an update, over all devices.
+      images_per_part: of the equal parts into which the batch is cut; there can be as many devices as parts, and
+        BatchNorm averages over a part.
+      randaugment: RandAugment, beside random crops and flips.
+      mixing: mixup and CutMix.
+      eval_every_steps: the held-out set is evaluated so often.
+    """
+    return Recipe(
+        name=name,
+        model=model,
+        num_classes=1000,
+        platform="accelerator",
+        data=DataConfig(
+            # Of `tools/prepare_imagenet.py --out data/imagenet`.
+            source=ArrayRecordSource(
+                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
+            ),
+            image_size=model.train_image_size,
+            eval_image_size=model.test_image_size,
+            eval_crop_margin=32,
+            batch_size=batch_size,
+            eval_batch_size=batch_size,
+            augment=CropAugment(),
+            randaugment=randaugment,
+            mixing=mixing,
+            num_threads=8,  # on each host: give it one for each core
+            prefetch_batches=8,
+        ),
+        optim=optim,
+        execution=ExecutionConfig(num_microbatches=batch_size // images_per_part),
+        checkpoint=CheckpointConfig(every_steps=1000 if batch_size >= 4096 else 2000),
+        num_epochs=num_epochs,
+        objective=SoftmaxCrossEntropy(label_smoothing=0.1),
+        log_every_steps=100,
+        eval_every_steps=eval_every_steps,
+    )
