@@ -43,6 +43,8 @@ from nfnet_flax.parallel.reduce import (
 from nfnet_flax.training.state import Structure
 
 Metrics = dict[str, jax.Array]
+Gradient = Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]
+"""Of the mean loss over the global batch; see `make_gradient`."""
 _LARGEST_NORMALISED = 32.0
 """Images of zero mean and unit variance stay far below it."""
 
@@ -71,6 +73,52 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
 
 
+def _make_part(
+    structure: Structure, objective: Objective, platform: str, num_turns: int, num_parts: int, fixed: frozenset[str]
+) -> Callable[[BatchStats, Arrays, Params, jax.Array, Batch], Parts]:
+    """Builds `part(batch_stats, arrays, weights, keys, batch)`: gradient, statistics and metrics of one part.
+
+    Args:
+      structure: of the network, and how it is computed.
+      objective: gives the loss.
+      platform: of the devices.
+      num_turns: parts that a device computes one after the other.
+      num_parts: of the whole batch.
+      fixed: names of weights with respect to which there is no gradient.
+    """
+    mean, std = structure.normalization.mean, structure.normalization.std
+
+    def loss_of(
+        weights: Params, others: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[BatchStats, Parts]]:
+        model = merge(structure.prepared, weights | others, batch_stats)
+        images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
+        with convolution.for_platform(platform):
+            logits = model(images, keys)
+            losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
+        made_by, num_rows = f"{type(objective).__name__}.train", batch["label"].shape[0]
+        require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
+        for name, metric in metrics.items():
+            require(isinstance(metric, Metric), f"{made_by}: {name}", type(metric).__name__, "must be a Metric")
+        # A share of the mean over all parts: what the parts give need only be added.
+        share = jnp.mean(losses) / num_parts
+        found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}
+        return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
+
+    def part(batch_stats: BatchStats, arrays: Arrays, weights: Params, keys: jax.Array, batch: Batch) -> Parts:
+        others = {name: value for name, value in weights.items() if name in fixed}
+        moving = {name: value for name, value in weights.items() if name not in fixed}
+        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(moving, others, batch_stats, arrays, keys, batch)
+        # Whole numbers are BatchNorm's counts, the same in all parts.
+        shares = {
+            name: Part(value / num_parts) if is_float(value) else Part(value, "same") for name, value in moved.items()
+        }
+        found = {name: Part(value) for name, value in gradient.items()} | shares | metrics
+        return jax.tree.map(lambda value: value.astype(jnp.float32) if is_float(value) else value, found)
+
+    return part
+
+
 def make_gradient(
     structure: Structure,
     objective: Objective,
@@ -80,7 +128,7 @@ def make_gradient(
     reduction: Reduction | None = None,
     fraction: float = 1.0,
     wanted: Container[str] | None = None,
-) -> Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]:
+) -> Gradient:
     """Builds `gradient(prepared, batch_stats, step, batch, arrays)`: of the mean loss over the global batch.
 
     Args:
@@ -110,36 +158,9 @@ def make_gradient(
     # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
-    mean, std = structure.normalization.mean, structure.normalization.std
     fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
-
-    def loss_of(
-        weights: Params, others: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, tuple[BatchStats, Parts]]:
-        model = merge(structure.prepared, weights | others, batch_stats)
-        images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
-        with convolution.for_platform(platform):
-            logits = model(images, keys)
-            losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
-        made_by, num_rows = f"{type(objective).__name__}.train", batch["label"].shape[0]
-        require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
-        for name, metric in metrics.items():
-            require(isinstance(metric, Metric), f"{made_by}: {name}", type(metric).__name__, "must be a Metric")
-        # A share of the mean over all parts: what the parts give need only be added.
-        share = jnp.mean(losses) / num_parts
-        found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}
-        return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
-
-    def part(batch_stats: BatchStats, arrays: Arrays, weights: Params, keys: jax.Array, batch: Batch) -> Parts:
-        others = {name: value for name, value in weights.items() if name in fixed}
-        moving = {name: value for name, value in weights.items() if name not in fixed}
-        gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(moving, others, batch_stats, arrays, keys, batch)
-        # Whole numbers are BatchNorm's counts, the same in all parts.
-        shares = {
-            name: Part(value / num_parts) if is_float(value) else Part(value, "same") for name, value in moved.items()
-        }
-        found = {name: Part(value) for name, value in gradient.items()} | shares | metrics
-        return jax.tree.map(lambda value: value.astype(jnp.float32) if is_float(value) else value, found)
+    mean, std = structure.normalization.mean, structure.normalization.std
+    part = _make_part(structure, objective, platform, num_turns, num_parts, fixed)
 
     def local_gradient(
         prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch, arrays: Arrays

@@ -1,6 +1,7 @@
 """One update: gradient, optimizer, EMA and metrics in a single donated `jit`."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,32 @@ from jax import lax
 from jax.sharding import Mesh
 
 from nfnet_flax.models.params import BatchStats, Params, differentiated, global_norm, prepare, pull_back
+from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.objectives import Arrays, Batch, Objective
 from nfnet_flax.optim import Optimizer, SAMConfig
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
 from nfnet_flax.parallel.reduce import Reduction
-from nfnet_flax.training.gradient import Metrics, make_gradient
+from nfnet_flax.training.gradient import Gradient, Metrics, make_gradient
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
+
+
+def _uphill(
+    gradient_of: Gradient, form: StandardizationName, frozen: frozenset[str], sam: SAMConfig
+) -> Callable[[TrainState, Batch, Arrays], Params]:
+    """Builds a function that gives SAM's point, at which the gradient is taken (arXiv 2010.01412, equation 2)."""
+
+    def uphill(state: TrainState, batch: Batch, arrays: Arrays) -> Params:
+        prepared, facts = prepare(state.params, form)
+        gradient, _, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
+
+        def move(params: Params, gradient: Params) -> Params:
+            gradient, unit_norms = pull_back(gradient, params, facts, form, frozen)
+            return ascend(params, gradient, global_norm(gradient, unit_norms), rho=sam.rho)
+
+        return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
+
+    return uphill
 
 
 def make_train_step(
@@ -48,25 +68,16 @@ def make_train_step(
     wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
     make = functools.partial(make_gradient, structure, objective, mesh, seed=seed, reduction=reduction, wanted=wanted)
     gradient_of = make()
-    uphill_of = gradient_of if sam is None or sam.fraction == 1.0 else make(fraction=sam.fraction)
-
-    def uphill(state: TrainState, batch: Batch, arrays: Arrays, sam: SAMConfig) -> Params:
-        """SAM's point, at which the gradient is taken."""
-        prepared, facts = prepare(state.params, form)
-        gradient, _, metrics = uphill_of(prepared, state.batch_stats, state.step, batch, arrays)
-
-        def move(params: Params, gradient: Params) -> Params:
-            gradient, unit_norms = pull_back(gradient, params, facts, form, frozen)
-            return ascend(params, gradient, global_norm(gradient, unit_norms), rho=sam.rho)
-
-        return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
+    uphill = None
+    if sam is not None:
+        uphill = _uphill(gradient_of if sam.fraction == 1.0 else make(fraction=sam.fraction), form, frozen, sam)
 
     def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
         arrays = arrays or {}
         # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
         # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
         # pass: that would repeat work in passes over the parameters, and round differently on other layouts.
-        point = state.params if sam is None else uphill(state, batch, arrays, sam)
+        point = state.params if uphill is None else uphill(state, batch, arrays)
         prepared, facts = prepare(point, form)
         gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
 
