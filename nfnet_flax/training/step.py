@@ -38,6 +38,12 @@ def _uphill(
     return uphill
 
 
+def _unchanged(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
+    """In place of an update where the loss is not finite: the state as it was, and the norm of the gradient."""
+    del batch_stats
+    return state, optax.tree.norm(gradient)
+
+
 def make_train_step(
     structure: Structure,
     optimizer: Optimizer,
@@ -55,7 +61,7 @@ def make_train_step(
       objective: what is minimized. `arrays` are its own, whole on every device (`Objective.arrays`).
       mesh: over whose devices the batch is divided.
       seed: of dropout and stochastic depth.
-      reduction: how what the devices have found is added; see `make_gradient`.
+      reduction: adds what the devices have found; see `make_gradient`.
 
     Returns:
       The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
@@ -68,9 +74,10 @@ def make_train_step(
     wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
     make = functools.partial(make_gradient, structure, objective, mesh, seed=seed, reduction=reduction, wanted=wanted)
     gradient_of = make()
-    uphill = None
-    if sam is not None:
-        uphill = _uphill(gradient_of if sam.fraction == 1.0 else make(fraction=sam.fraction), form, frozen, sam)
+    is_whole = sam is None or sam.fraction == 1.0
+    uphill = (
+        None if sam is None else _uphill(gradient_of if is_whole else make(fraction=sam.fraction), form, frozen, sam)
+    )
 
     def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
         arrays = arrays or {}
@@ -103,15 +110,11 @@ def make_train_step(
             is_finite = jnp.isfinite(norm)
             return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
 
-        def keep(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-            del batch_stats
-            return state, optax.tree.norm(gradient)
-
         metrics["train/learning_rate"] = optimizer.schedule(state.step)
         if "is_corrupt" in batch:
             metrics["data/num_corrupt"] = jnp.sum(batch["is_corrupt"])
         state, metrics["train/grad_norm"] = lax.cond(
-            jnp.isfinite(metrics["train/loss"]), update, keep, state, gradient, batch_stats
+            jnp.isfinite(metrics["train/loss"]), update, _unchanged, state, gradient, batch_stats
         )
         return state, metrics | optimizer.metrics(state.opt_state)
 
