@@ -11,8 +11,8 @@ Code = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="FILE.py|MODULE",
-        help="Code that defines networks, sources, objectives and the like of one's own, which a run or a recipe names; "
-        "may be given several times. Only what is named here is run.",
+        help="Your own code that the run or recipe names, such as a network, a source or an objective. The option may be "
+        "given several times. No other code is executed.",
     ),
 ]
 """Annotation of the field `code` of a command's options."""
