@@ -11,7 +11,7 @@ Code = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="FILE.py|MODULE",
-        help="Your own code that the run or recipe names, such as a network, a source or an objective. The option may be "
+        help="Your own code that the run or recipe names, such as a network or an objective. The option may be "
         "given several times. No other code is executed.",
     ),
 ]
