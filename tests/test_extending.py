@@ -69,8 +69,13 @@ def test_a_killed_run_of_all_six_ends_with_the_same_bits(tmp_path: Path) -> None
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 64).astype(np.int32)
     images = (80 * labels[:, None, None, None] + rng.integers(0, 90, (64, 32, 32, 3))).astype(np.uint8)
-    half = {"train_images": images[:40], "train_labels": labels[:40]}
-    np.savez(tmp_path / "shades.npz", **half, eval_images=images[40:], eval_labels=labels[40:])
+    np.savez(
+        tmp_path / "shades.npz",
+        train_images=images[:40],
+        train_labels=labels[:40],
+        eval_images=images[40:],
+        eval_labels=labels[40:],
+    )
 
     whole = start(tmp_path, tmp_path / "whole")
     printed = runs.finish(whole)
