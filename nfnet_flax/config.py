@@ -21,7 +21,7 @@ _MAX_INT = 2**63 - 1
 
 
 class ConfigError(ValueError):
-    """Something the user gave and can mend. The command line prints it without a traceback and exits with code 2."""
+    """Something that the user gave and can correct. Commands print it without a traceback and end with exit code 2."""
 
 
 def require(condition: bool, field: str, value: object, remedy: str) -> None:

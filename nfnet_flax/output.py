@@ -12,7 +12,7 @@ class OutputLost(Exception):  # noqa: N818 - it names what happened, as Keyboard
 
 
 class _Guarded:
-    """A text stream whose failures are told once on stderr, or raised as `OutputLost`; all else is the stream's own."""
+    """A text stream whose failures are reported once on stderr, or raised as `OutputLost`."""
 
     def __init__(self, stream: TextIO, name: str, *, goes_on: bool) -> None:
         self._stream = stream
@@ -57,7 +57,7 @@ def guarded_output(*, goes_on: bool) -> Iterator[None]:
     look like an error of the code that prints.
 
     Args:
-      goes_on: whether what cannot be written is dropped, which is told once on stderr.
+      goes_on: whether what cannot be written is dropped, which is reported once on stderr.
 
     Raises:
       OutputLost: what is printed cannot be written, unless `goes_on`.

@@ -30,8 +30,8 @@ class CheckpointConfig:
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     best_metric: str = "eval_ema/top1"
-    """The checkpoint that is best by this metric is kept apart from the newest ones: `eval/NAME` of the raw parameters,
-    or `eval_ema/NAME` of their moving average, NAME being what the objective's `evaluate` gives."""
+    """Metric that chooses the best checkpoint, which is kept in addition to the newest ones: `eval/NAME` of the
+    parameters as trained, or `eval_ema/NAME` of their moving average, where the objective's `evaluate` gives NAME."""
     best_is: Literal["highest", "lowest"] = dataclasses.field(default="highest", metadata=ADDED_LATER)
     """Which value of the metric is the best: the highest, as of an accuracy, or the lowest, as of a loss."""
 
@@ -55,30 +55,30 @@ class Recipe:
     """One training run. The update at step N depends on this, the seed in it, and N."""
 
     name: str
-    """Names the run in logs."""
+    """Name of the run, for logs and weight files."""
     model: ModelConfig
     """The network."""
     num_classes: int
-    """Outputs of the head."""
+    """Number of outputs of the network; at least the number of classes in the images."""
     data: DataConfig
-    """Input."""
+    """Training and held-out images, and how they are read and augmented."""
     optim: OptimConfig
-    """Optimizer, clipping, learning rate, EMA."""
+    """Optimizer, gradient clipping, learning rate, weight decay and moving average of the parameters (EMA)."""
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
-    """Memory, speed and compile time of the step."""
+    """How the training step is computed on the devices: memory, speed, reproducibility."""
     reduction: Reduction | None = dataclasses.field(default=None, metadata=ADDED_LATER)
     """How the gradients of the devices are added; None: in a fixed order where the execution is reproducible, else in
     the fastest."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Checkpoints."""
+    """When checkpoints are written, and which are kept."""
     init_from: str | None = None
-    """Weight file (`nfnet convert`) that the run starts from, raw and EMA alike, or the folder of a run, whose newest
-    EMA is taken; None: random parameters. A stored head has to be of the same classes, by name. The weights may move,
-    but not change, until the run has a checkpoint."""
+    """Weight file (made by `nfnet convert`) with which parameters and EMA start, or the folder of a run, whose newest
+    EMA is used; None: random parameters. The classes of a stored head must have the same names as those of the images.
+    The file may be moved, but its content must not change until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
-    """Shell-style patterns of parameters that start at random all the same, such as `head.*`."""
+    """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
     seed: int = 0
-    """Of everything random; below 2**32."""
+    """Random seed of initialization, data order, augmentation and dropout; below 2**32."""
     platform: Platform = "any"
     """Kind of device that the run is for; on any other it does not start."""
     num_epochs: float = 1.0

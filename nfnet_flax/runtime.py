@@ -68,7 +68,7 @@ def prepare(*, reproducible: bool = False) -> None:
 
     Args:
       reproducible: whether to ask XLA for deterministic operations on GPUs (`XLA_FLAGS`), unless the user has decided
-        about them; `check_deterministic` tells whether that succeeded.
+        about them; `check_deterministic` finds out whether that succeeded.
     """
     if not xla_bridge.backends_are_initialized():
         os.environ.setdefault("NPROC", str(_POOL_SIZE))
@@ -91,7 +91,7 @@ def check_deterministic() -> None:
     """Checks that the same step gives the same bits twice on the devices at hand; starts JAX's backend.
 
     Raises:
-      ConfigError: they are GPUs, and XLA was not told to use deterministic operations only.
+      ConfigError: they are GPUs, and XLA is not set to use deterministic operations only.
     """
     if jax.default_backend() == "gpu" and xla_flags().get(_DETERMINISTIC_GPU) not in ("true", "1"):
         raise ConfigError(
@@ -217,7 +217,7 @@ def return_freed_memory() -> None:
 
 
 def default_folder() -> Path:
-    """Where compiled programs are kept unless JAX was told another place.
+    """Where compiled programs are kept unless JAX is set to another place.
 
     Raises:
       RuntimeError: the user has no home folder.
@@ -226,7 +226,7 @@ def default_folder() -> Path:
 
 
 def use_compilation_cache() -> Path | None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another place.
+    """Keeps compiled programs in the user's cache folder, unless JAX is set to another place.
 
     `JAX_COMPILATION_CACHE_DIR` chooses another folder and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A folder
     that cannot be used is said once on stderr and costs nothing but time.

@@ -33,7 +33,7 @@ DIGITS = Plan(
     collectives={"all-reduce": 9_500},
     cycles=84_000,
     clock_hz=1.5e9,
-    dearest=[("convolution of the stem", 1_250), ("head", 40)],
+    most_expensive=[("convolution of the stem", 1_250), ("head", 40)],
     compile_s=7.0,
 )
 """Numbers as of the digits' network."""

@@ -11,10 +11,10 @@ ABANDONED = """
 import asyncio
 import sys
 import tensorstore
-from nfnet_flax.training.storage import hush_abandoned_writes
+from nfnet_flax.training.storage import silence_abandoned_writes
 
 if sys.argv[1] == "hushed":
-    hush_abandoned_writes()
+    silence_abandoned_writes()
 promise, write = tensorstore.Promise.new()
 
 async def wait():

@@ -71,7 +71,7 @@ def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str])
             watchdog.enter("step", step)
         assert called.wait(30)
     assert re.fullmatch(
-        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process stand above", said[0]
+        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process are printed above", said[0]
     )
     assert "test_watchdog.py" in capfd.readouterr().err
 

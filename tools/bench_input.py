@@ -233,7 +233,7 @@ def compare(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
             processes[name] = start(name, options)
             answer = ask(processes[name], None)
             if answer != "ready":
-                missing[name] = answer or "failed; its error stands above"
+                missing[name] = answer or "failed; its error is printed above"
         rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS if name not in missing}
         for _ in range(rounds):
             for name, values in rates.items():

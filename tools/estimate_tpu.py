@@ -109,7 +109,7 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
         ),
     )
     found = dataclasses.asdict(plan(recipe, options.topologies[0]))
-    return {name: value for name, value in found.items() if name != "dearest"}
+    return {name: value for name, value in found.items() if name != "most_expensive"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Soaks the input in real processes: runs that are told to stop, workers that are killed, and bytes of every layout.
+"""Soaks the input in real processes: runs that are asked to stop, workers that are killed, and bytes of every layout.
 
     python tools/soak_input.py --repeats 20
 
@@ -194,7 +194,7 @@ def compare_layouts(root: Path) -> bool:
 def main() -> int:
     """Runs all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20, help="how often the run is told to stop")
+    parser.add_argument("--repeats", type=int, default=20, help="how often the run is asked to stop")
     parser.add_argument("--kills", type=int, default=3, help="how often a worker is killed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

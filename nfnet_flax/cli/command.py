@@ -1,4 +1,4 @@
-"""Which subcommand runs, and how its errors are told."""
+"""Which subcommand runs, and how its errors are reported."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
         print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
     logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line
-    # It logs its errors with tracebacks and raises them, too; they are told once.
+    # It logs its errors with tracebacks and raises them, too; they are reported once.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return _COMMANDS[argv[0]](argv[1:])

@@ -75,7 +75,7 @@ class ArrayRecordSource(SourceConfig):
             return self
         return dataclasses.replace(self, train=trained.train)
 
-    def check_apart(self) -> None:
+    def check_splits(self) -> None:
         _check_apart(self)
 
     def num_open_files(self) -> int:

@@ -40,7 +40,7 @@ class CropAugment:
     max_aspect: float = 4 / 3
     """Largest width / height of the crop."""
     num_tries: int = 10
-    """Draws before the centre is taken instead."""
+    """Number of random crops that are tried; if none fits into the image, its centre is used."""
     flip: bool = True
     """Whether half of the images are mirrored left to right."""
     resampler: Resampler = "area_cubic"

@@ -1,4 +1,4 @@
-"""Settings of the input; apart from the pipeline, so that a recipe can be read where Grain is not installed."""
+"""Settings of the input; separate from the pipeline, so that a recipe can be read where Grain is not installed."""
 
 import dataclasses
 from typing import Literal
@@ -45,16 +45,16 @@ class DataConfig:
     """What is done to each training image by itself; None: what suits the source, `CropAugment()` for photos and
     `AffineAugment()` for digits and noise, which have the network's size."""
     randaugment: RandAugmentConfig | None = None
-    """RandAugment; None: none."""
+    """RandAugment (arXiv 1909.13719) of training images; None: off."""
     mixing: MixingConfig | None = None
-    """Mixup and CutMix; None: neither."""
+    """Mixup and CutMix of training images; None: both off."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """An image that cannot be decoded ends the run, or is replaced by the next example that can be and counted in the
     metric `data/num_corrupt`; in an evaluation it is then left out and counted in `eval/num_corrupt`."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Subtracted from the grey levels of each channel (ImageNet's)."""
+    """Mean that is subtracted from the grey levels (0 to 255) of each channel; by default ImageNet's."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Divides the grey levels of each channel (ImageNet's)."""
+    """Standard deviation by which the grey levels of each channel are divided then; by default ImageNet's."""
     num_threads: int = 2
     """Input threads of each process, where there are no worker processes. Reading, decoding and resizing run in them
     side by side, so they do as well as processes."""

@@ -1,6 +1,6 @@
 """The one rule of held-out examples: what a run trained on is never counted as one, in training or afterwards.
 
-What is compared is what a `Source` tells of itself. Single training images that were copied into another folder go
+What is compared is what a `Source` says of itself. Single training images that were copied into another folder go
 unnoticed.
 """
 
@@ -55,8 +55,8 @@ def open_held_out(config: DataConfig, class_names: Sequence[str], *, trained: Da
     """
     if config.num_held_out is None:
         with reading("eval"):
-            config.source.check_apart()
-            config.source.with_training_of(trained.source).check_apart()
+            config.source.check_splits()
+            config.source.with_training_of(trained.source).check_splits()
         source = open_split(config, "eval", class_names)
         check_distinct(record["source"], trained.num_held_out, source)
         return source

@@ -46,7 +46,7 @@ class FolderSource(SourceConfig):
     place_fields: ClassVar[tuple[str, ...]] = ("root", "train", "eval")
 
     root: str
-    """Folder of both splits; `~` is the home folder."""
+    """Folder that holds the folders of both splits; `~` is the home folder."""
     train: str = "train"
     """Folder of the training split within `root`. Its class folders number the labels of both splits."""
     eval: str = "val"
@@ -85,7 +85,7 @@ class FolderSource(SourceConfig):
             return self
         return dataclasses.replace(self, train=os.path.join(trained.root, trained.train))
 
-    def check_apart(self) -> None:
+    def check_splits(self) -> None:
         if self.folder("train") == self.folder("eval"):
             raise ConfigError(
                 f"source.train = {self.train!r} and source.eval = {self.eval!r} are one folder: an evaluation "

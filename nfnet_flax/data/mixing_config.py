@@ -1,4 +1,4 @@
-"""Settings of RandAugment and of mixing; apart from their code, so that a recipe can be read without OpenCV."""
+"""Settings of RandAugment and of mixing; separate from their code, so that a recipe can be read without OpenCV."""
 
 import dataclasses
 from typing import Literal
@@ -32,7 +32,7 @@ class MixingConfig:
     mixup_alpha: float | None = 0.2
     """Mixup's ratio is drawn from Beta(alpha, alpha); None: no mixup."""
     cutmix: bool = True
-    """CutMix; together with mixup, the first half of each group is mixed up and the second is cut."""
+    """Whether CutMix is used; together with mixup, the first half of each group gets mixup and the second CutMix."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -66,7 +66,7 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
     image_size = config.image_size if split == "train" else config.eval_image_size
     if config.num_held_out is None:
         if split == "train":
-            config.source.check_apart()
+            config.source.check_splits()
         return open_source(config.source, split, image_size, class_names)
     whole = open_source(config.source, "train", image_size, class_names)
     remedy = f"must be below the {len(whole)} training examples"

@@ -202,5 +202,5 @@ class Batches(Iterator[Rows]):
         lane.dump_stacks()
         return InputFailed(
             f"{lane.name} is stuck: it has not delivered the batch of step {step} within "
-            f"data.stall_timeout_s = {self._stall_timeout_s:g} s; its stacks stand above"
+            f"data.stall_timeout_s = {self._stall_timeout_s:g} s; its stacks are printed above"
         )

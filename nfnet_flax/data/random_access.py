@@ -126,7 +126,7 @@ class SourceConfig(OpenConfig, abc.ABC):
         del trained
         return self
 
-    def check_apart(self) -> None:
+    def check_splits(self) -> None:
         """Raises ConfigError where the held-out split holds examples of the training split, as far as that can be seen
         without reading them. (Whether both splits are the same is seen in any case, by their fingerprints.)"""
 

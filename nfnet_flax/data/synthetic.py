@@ -20,7 +20,7 @@ class SyntheticSource(SourceConfig):
     num_eval_examples: int = 50_000
     """Size of the held-out set; ImageNet's."""
     num_classes: int = 1000
-    """Labels run through them in turn."""
+    """Number of classes; the labels run through them in turn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

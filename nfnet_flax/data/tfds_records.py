@@ -61,7 +61,7 @@ class TfdsSource(SourceConfig):
             return self
         return dataclasses.replace(self, train_split=trained.train_split)
 
-    def check_apart(self) -> None:
+    def check_splits(self) -> None:
         _check_apart(self)
 
 

@@ -128,7 +128,7 @@ def _describe_problem(checkpoint: Path, problem: Damaged | StorageFailed, good: 
 
 
 def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
-    """What tells that a start in this folder is the same run as before."""
+    """What shows that a start in this folder is the same run as before."""
     from nfnet_flax.recipe import read_recipe, recipe_differences
     from nfnet_flax.training.record import has_trained
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from flax import nnx
 
 from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, require, require_count
-from nfnet_flax.models.layers import ComputeDtype
+from nfnet_flax.models.layers import ActivationName, ComputeDtype
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.open_config import OpenConfig
 
@@ -61,6 +61,43 @@ class ModelConfig(OpenConfig, abc.ABC):
         """At most so many residual blocks as the network has: a weight file with fewer arrays is refused before the
         network is built. By default 0, which refuses none."""
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagedConfig(ModelConfig, abc.ABC):
+    """A network of residual blocks in up to four stages; all but the first halve the resolution."""
+
+    widths: tuple[int, ...]
+    """Output channels of each stage."""
+    depths: tuple[int, ...]
+    """Residual blocks of each stage."""
+    drop_rate: float = 0.0
+    """Dropout before the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stages(self.widths, self.depths)
+        check_rates(drop_rate=self.drop_rate)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalizerFreeConfig(StagedConfig, abc.ABC):
+    """A network whose residual branches `x + alpha * f(x / expected_std(x))` keep the variance (arXiv 2101.08692)."""
+
+    alpha: float = 0.2
+    """Scale of a residual branch."""
+    activation: ActivationName = "relu"
+    """Activation function, scaled to unit variance; timm's NFNet weights want `gelu_erf`."""
+    stochdepth_rate: float = 0.1
+    """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rates(stochdepth_rate=self.stochdepth_rate)
 
 
 def check_stages(widths: Sequence[int], depths: Sequence[int]) -> None:

@@ -46,9 +46,9 @@ class EfficientNetConfig(ModelConfig):
     stochdepth_rate: float = 0.2
     """Drop-connect: block k of n is dropped with probability `stochdepth_rate * k / n`; what is kept is rescaled."""
     batch_norm_decay: float = 0.99
-    """Of the running statistics."""
+    """Decay of the running mean and variance."""
     batch_norm_epsilon: float = 1e-3
-    """Added to a variance."""
+    """Number added to the variance before the division."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -114,10 +114,10 @@ class WSConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
-        y, bias = self.apart(x)
+        y, bias = self.without_bias(x)
         return y + bias
 
-    def apart(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def without_bias(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The convolution (N, H / stride, W / stride, O), and the bias (O,) that belongs on it."""
         dtype = DTYPES[self.compute_dtype]
         kernel = self.kernel[...]

@@ -9,19 +9,17 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models.classifier import Classifier, plan_blocks
-from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
+from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
 from nfnet_flax.models.layers import ActivationName, AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFRegNetConfig(ModelConfig):
+class NFRegNetConfig(NormalizerFreeConfig):
     """Shape and regularization of one NF-RegNet."""
 
     widths: tuple[int, ...]
     """Output channels of each stage, before `width_multiplier`."""
-    depths: tuple[int, ...]
-    """Residual blocks of each stage."""
     width_multiplier: float = 0.75
     """Multiplies the widths; the products are rounded down."""
     expansion: float = 2.25
@@ -30,21 +28,12 @@ class NFRegNetConfig(ModelConfig):
     """Channels of one group of the grouped 3x3 convolutions."""
     se_ratio: float = 0.5
     """Hidden share of squeeze-excite."""
-    alpha: float = 0.2
-    """Scale of a residual branch."""
     activation: ActivationName = "silu"
-    """Scaled to unit variance."""
-    drop_rate: float = 0.0
-    """Dropout before the head."""
-    stochdepth_rate: float = 0.1
-    """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
     train_image_size: int = 192
     """Published training resolution, in pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stages(self.widths, self.depths)
-        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
         check_positive(expansion=self.expansion, se_ratio=self.se_ratio, group_width=self.group_width)
         require(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "must be positive")
         require(
@@ -64,10 +53,6 @@ class NFRegNetConfig(ModelConfig):
 
     def small(self) -> Self:
         return dataclasses.replace(self, widths=(16, 16, 24, 24), depths=(1, 2, 1, 1))
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
 
 
 class NFRegNetBlock(NFBlock):
@@ -103,7 +88,7 @@ class NFRegNetBlock(NFBlock):
 
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
-        h = 2 * self.squeeze_excite.gate(*self.conv1.apart(self._activate(h)))
+        h = 2 * self.squeeze_excite.gate(*self.conv1.without_bias(self._activate(h)))
         return self.conv2(self._activate(h))
 
 

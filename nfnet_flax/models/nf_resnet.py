@@ -10,40 +10,27 @@ from flax import nnx
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
-from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
-from nfnet_flax.models.layers import ActivationName, AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
+from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
+from nfnet_flax.models.layers import AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
 _STAGE_STRIDES = (1, 2, 2, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFResNetConfig(ModelConfig):
+class NFResNetConfig(NormalizerFreeConfig):
     """Shape and regularization of one NF-ResNet."""
 
-    depths: tuple[int, ...]
-    """Residual blocks of each stage."""
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Output channels of each stage."""
     stem_width: int = 64
     """Channels of the 7x7 convolution."""
     expansion: float = 0.25
     """Bottleneck channels as a share of a block's output channels."""
     se_ratio: float | None = None
     """Hidden share of squeeze-excite after a block's last convolution (published: 0.25); None: without."""
-    alpha: float = 0.2
-    """Scale of a residual branch."""
-    activation: ActivationName = "relu"
-    """Scaled to unit variance."""
-    drop_rate: float = 0.0
-    """Dropout before the head."""
-    stochdepth_rate: float = 0.1
-    """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stages(self.widths, self.depths)
-        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
         check_positive(expansion=self.expansion, se_ratio=self.se_ratio)
         require(self.stem_width >= 1, "model.stem_width", self.stem_width, "must be at least 1")
         require(int(min(self.widths) * self.expansion) >= 1, "model.widths", self.widths, "a bottleneck has no channel")
@@ -53,10 +40,6 @@ class NFResNetConfig(ModelConfig):
 
     def small(self) -> Self:
         return dataclasses.replace(self, widths=(32, 32, 64, 64), depths=(1, 2, 1, 1), stem_width=16)
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
 
 
 class NFResNetBlock(NFBlock):
@@ -85,7 +68,7 @@ class NFResNetBlock(NFBlock):
     def _branch(self, h: jax.Array) -> jax.Array:
         h = self.conv0(h)
         h = self.conv1(self._activate(h))
-        h, bias = self.conv2.apart(self._activate(h))
+        h, bias = self.conv2.without_bias(self._activate(h))
         return 2 * self.squeeze_excite.gate(h, bias) if self.has_squeeze_excite else h + bias
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
-from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
+from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
 from nfnet_flax.models.layers import (
     ActivationName,
     AnyRngs,
@@ -31,27 +31,18 @@ _STEM_STRIDES = (2, 1, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFNetConfig(ModelConfig):
+class NFNetConfig(NormalizerFreeConfig):
     """Shape and regularization of one NFNet."""
 
-    widths: tuple[int, ...]
-    """Output channels of each stage."""
-    depths: tuple[int, ...]
-    """Residual blocks of each stage."""
     group_width: int = 128
     """Channels of one group of the grouped 3x3 convolutions."""
     expansion: float = 0.5
     """Bottleneck channels as a share of a block's output channels."""
     se_ratio: float = 0.5
     """Hidden share of squeeze-excite."""
-    alpha: float = 0.2
-    """Scale of a residual branch."""
     activation: ActivationName = "gelu"
-    """Scaled to unit variance; timm's weights want `gelu_erf`."""
     standardization: StandardizationName = "published"
     """Form of the weight standardization; timm's weights want `timm`."""
-    drop_rate: float = 0.0
-    """Dropout before the head."""
     stochdepth_rate: float = 0.25
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
     train_image_size: int = 192
@@ -61,8 +52,6 @@ class NFNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stages(self.widths, self.depths)
-        check_rates(drop_rate=self.drop_rate, stochdepth_rate=self.stochdepth_rate)
         check_positive(expansion=self.expansion, se_ratio=self.se_ratio)
         require(self.group_width >= 1, "model.group_width", self.group_width, "must be at least 1")
         for width in self.widths:
@@ -78,10 +67,6 @@ class NFNetConfig(ModelConfig):
 
     def small(self) -> Self:
         return dataclasses.replace(self, widths=(16, 16, 32, 32), depths=(1, 2, 1, 1), group_width=8)
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
 
 
 class NFNetBlock(NFBlock):
@@ -111,7 +96,7 @@ class NFNetBlock(NFBlock):
         h = self.conv0(h)
         h = self.conv1(self._activate(h))
         h = self.conv1b(self._activate(h))
-        return 2 * self.squeeze_excite.gate(*self.conv2.apart(self._activate(h)))
+        return 2 * self.squeeze_excite.gate(*self.conv2.without_bias(self._activate(h)))
 
 
 class NFNet(Classifier):

@@ -14,7 +14,7 @@ from flax import nnx
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
-from nfnet_flax.models.config import ModelConfig, check_positive, check_rates, check_stages
+from nfnet_flax.models.config import StagedConfig, check_positive, check_rates
 from nfnet_flax.models.convolution import avg_pool_2x2
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
@@ -22,13 +22,10 @@ _STAGE_STRIDES = (1, 2, 2, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNetConfig(ModelConfig):
+class ResNetConfig(StagedConfig):
     """Shape of one ResNet."""
 
-    depths: tuple[int, ...]
-    """Residual blocks of each stage."""
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Output channels of each stage."""
     stem_width: int = 64
     """Channels after the stem."""
     expansion: float = 0.25
@@ -39,17 +36,14 @@ class ResNetConfig(ModelConfig):
     """Hidden share of squeeze-excite after a block's last convolution; None: without."""
     is_d: bool = False
     """Three 3x3 convolutions instead of the 7x7, and an average pool before a strided shortcut's projection."""
-    drop_rate: float = 0.0
-    """Dropout before the head."""
     batch_norm_decay: float = 0.9
-    """Of the running statistics."""
+    """Decay of the running mean and variance."""
     batch_norm_epsilon: float = 1e-5
-    """Added to a variance."""
+    """Number added to the variance before the division."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stages(self.widths, self.depths)
-        check_rates(drop_rate=self.drop_rate, batch_norm_decay=self.batch_norm_decay)
+        check_rates(batch_norm_decay=self.batch_norm_decay)
         check_positive(expansion=self.expansion, se_ratio=self.se_ratio, batch_norm_epsilon=self.batch_norm_epsilon)
         require(self.stem_width >= 2, "model.stem_width", self.stem_width, "must be at least 2")
         require(self.num_groups >= 1, "model.num_groups", self.num_groups, "must be at least 1")
@@ -68,10 +62,6 @@ class ResNetConfig(ModelConfig):
     def small(self) -> Self:
         groups = min(self.num_groups, 4)
         return dataclasses.replace(self, widths=(32, 32, 64, 64), depths=(1, 2, 1, 1), stem_width=16, num_groups=groups)
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
 
 
 class ResNetBlock(nnx.Module):

@@ -93,8 +93,8 @@ class RMSProp(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(Method):
-    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+class _AdamLike(Method, abc.ABC):
+    """A method with averages of gradients and of their squares."""
 
     b1: float = 0.9
     """Share of the last step's average gradient that stays."""
@@ -105,7 +105,14 @@ class AdamW(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_adam(self)
+        _require_share("b1", self.b1)
+        _require_share("b2", self.b2)
+        _require_positive("eps", self.eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(_AdamLike):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
@@ -116,19 +123,8 @@ class AdamW(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RAdam(Method):
+class RAdam(_AdamLike):
     """Rectified Adam (arXiv 1908.03265): no division by the root until its variance is known; decoupled decay."""
-
-    b1: float = 0.9
-    """Share of the last step's average gradient that stays."""
-    b2: float = 0.999
-    """Share of the last step's average of squared gradients that stays."""
-    eps: float = 1e-8
-    """Added to the root of that average."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_adam(self)
 
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
@@ -139,22 +135,14 @@ class RAdam(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LAMB(Method):
+class LAMB(_AdamLike):
     """Adam whose step, decay included, has the size of the parameter, layer by layer (arXiv 1904.00962).
 
     With `execution.fsdp` the norm of a layer is a sum over devices: the same up to rounding on any number of them.
     """
 
-    b1: float = 0.9
-    """Share of the last step's average gradient that stays."""
-    b2: float = 0.999
-    """Share of the last step's average of squared gradients that stays."""
     eps: float = 1e-6
     """Added to the root of that average."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_adam(self)
 
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
@@ -297,12 +285,6 @@ def _as_matrix(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
 
 
 declare_kinds(Method, SGD, RMSProp, AdamW, RAdam, Lion, LAMB, Adafactor, Muon)
-
-
-def _check_adam(method: AdamW | RAdam | LAMB) -> None:
-    _require_share("b1", method.b1)
-    _require_share("b2", method.b2)
-    _require_positive("eps", method.eps)
 
 
 def _require_share(field: str, value: float) -> None:

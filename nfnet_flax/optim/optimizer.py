@@ -27,11 +27,11 @@ class OptimConfig:
     """What makes an update of a gradient. The defaults are published (arXiv 2102.06171, section 4 and appendix A)."""
 
     method: Method = dataclasses.field(default_factory=SGD)
-    """How a step is made of a gradient."""
+    """Optimization method: how an update is computed from the gradient."""
     clipping: Clipping | None = dataclasses.field(default_factory=AGC)
-    """How gradients are clipped before that; None: not at all."""
+    """How gradients are clipped before the method sees them; None: no clipping."""
     schedule: Schedule = dataclasses.field(default_factory=Cosine)
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate after the warm-up."""
     learning_rate_per_256: float | None = 0.1
     """Peak learning rate for a batch of 256; it grows linearly with the batch size. None where `learning_rate` is
     given: one of the two counts."""
@@ -55,7 +55,7 @@ class OptimConfig:
     )
     """Factor on `weight_decay`; the first pattern that matches counts."""
     ema_decay: float = 0.99999
-    """Of the moving average of the parameters; at step t it is at most (1 + t) / (10 + t)."""
+    """Decay of the moving average of the parameters; at step t it is at most (1 + t) / (10 + t)."""
     sam: SAMConfig | None = None
     """Sharpness-aware minimization, as the published F6 was trained with; None: off."""
 

@@ -15,7 +15,8 @@ class SAMConfig:
     rho: float = 0.05
     """Length of the step uphill, as an L2 norm over all parameters that are trained."""
     fraction: float = 0.2
-    """Share of each microbatch, from its first rows on, on which uphill is found: a fifth costs 20 to 40% more time."""
+    """Share of each microbatch, from its first rows on, that gives the direction of the ascent: a fifth costs 20 to 40%
+    more time."""
 
     def __post_init__(self) -> None:
         check_types(self)

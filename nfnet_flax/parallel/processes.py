@@ -41,15 +41,16 @@ class DistributedConfig:
     """
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, reachable from all; None: as the cluster says (`JAX_COORDINATOR_ADDRESS` is honoured)."""
+    """HOST:PORT of process 0, reachable from all processes; None: as the cluster says (`JAX_COORDINATOR_ADDRESS` is
+    honoured)."""
     num_processes: int | None = None
-    """Of the whole run; None: as the cluster says."""
+    """Number of processes of the run; None: as the cluster says."""
     process_id: int | None = None
-    """Of this process, from 0; None: as the cluster says."""
+    """Number of this process, counted from 0; None: as the cluster says."""
     start_timeout_s: float = 300.0
-    """How long all processes may take to come, and then to tell one another what they are about to run."""
+    """Longest time to wait for all processes to start, and then for what they are about to run, to compare it."""
     heartbeat_timeout_s: float = 60.0
-    """A process that was not heard of for so long is dead or frozen, and the others end."""
+    """A process that gives no sign of life for so long counts as dead or frozen, and the others end."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -239,20 +240,20 @@ def check_agreement(processes: Processes, topic: str, facts: dict[str, str], tim
     if processes.count == 1:
         return
     processes.put(f"{topic}/{processes.index}", facts)
-    told = []
+    answers = []
     deadline = time.monotonic() + timeout_s
     for index in range(processes.count):
         try:
-            told.append(processes.wait_for(f"{topic}/{index}", max(1.0, deadline - time.monotonic())))
+            answers.append(processes.wait_for(f"{topic}/{index}", max(1.0, deadline - time.monotonic())))
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(
                 f"process {index} did not say within {timeout_s:g} s what it runs: look at its own messages ({error})"
             ) from error
     lines = [
-        f"  {name}: {told[0].get(name, '(absent)')} in process 0, {facts.get(name, '(absent)')} in process {index}"
-        for index, facts in enumerate(told)
-        for name in sorted(told[0].keys() | facts.keys())
-        if told[0].get(name) != facts.get(name)
+        f"  {name}: {answers[0].get(name, '(absent)')} in process 0, {facts.get(name, '(absent)')} in process {index}"
+        for index, facts in enumerate(answers)
+        for name in sorted(answers[0].keys() | facts.keys())
+        if answers[0].get(name) != facts.get(name)
     ]
     if lines:
         raise ConfigError("the processes of this run differ; start all alike:\n" + "\n".join(lines))

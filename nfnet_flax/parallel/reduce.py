@@ -118,7 +118,7 @@ def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, An
         return lax.fori_loop(0, jnp.minimum(num_turns, num_turns + not_negative.astype(jnp.int32)), turn, held)
 
 
-def tied(values: Any, index: jax.Array) -> Any:
+def bound_to_turn(values: Any, index: jax.Array) -> Any:
     """`values`, a tree of arrays, bound to the turn `index`.
 
     What is the same in every turn, as all is where there is but one, compilers move out of the loop: half of the body
@@ -130,8 +130,8 @@ def tied(values: Any, index: jax.Array) -> Any:
 def used_in_turn(value: jax.Array, index: jax.Array) -> jax.Array:
     """`value` times a one that the compiler cannot know: what is made of it is made in the turn `index`.
 
-    A TPU's compiler moves the conversion of what is `tied`, too, out of the loop, where it is a pass over memory; here
-    it becomes part of the product that it is for.
+    A TPU's compiler moves the conversion of what is `bound_to_turn`, too, out of the loop, where it is a pass over
+    memory; here it becomes part of the product that it is for.
     """
     return value * jnp.where(index < 0, 0.0, 1.0).astype(value.dtype)
 

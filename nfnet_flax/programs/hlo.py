@@ -104,7 +104,7 @@ def _trip_count(program: Program, operation: Operation) -> int:
 
 
 def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
-    """The compiler's estimate of one run, loops multiplied by their trip counts and the dearest branch taken.
+    """The compiler's estimate of one run, loops multiplied by their trip counts and the most expensive branch taken.
 
     Returns:
       All cycles, and the cycles of each kind of operation: where it comes from and the shape of its result.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from nfnet_flax.training.state import TrainState
 
-# Of each device that JAX sees: HBM in GiB, and the clock in GHz where the published peak tells it.
+# Of each device that JAX sees: HBM in GiB, and the clock in GHz where it follows from the published peak.
 _DEVICES: dict[str, tuple[float, float | None]] = {
     "TPU v2": (8, 0.70),
     "TPU v3": (16, 0.94),
@@ -72,7 +72,7 @@ class Plan:
     cycles: int
     """Estimated."""
     clock_hz: float | None
-    dearest: list[tuple[str, int]]
+    most_expensive: list[tuple[str, int]]
     """Operations by source, and their estimated cycles."""
     compile_s: float
 
@@ -87,7 +87,7 @@ def set_environment() -> None:
     os.environ.update(_ENVIRONMENT)
 
 
-def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
+def plan(recipe: Recipe, topology: str, *, num_operations: int = 10) -> Plan:
     """Compiles the training step of a recipe for a topology such as `v5e:2x4`.
 
     Raises:
@@ -104,7 +104,7 @@ def plan(recipe: Recipe, topology: str, *, num_dearest: int = 10) -> Plan:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
-    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_dearest)
+    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_operations)
 
 
 def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lowered]":
@@ -141,7 +141,7 @@ def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lo
 
 
 def _report(
-    recipe: Recipe, topology: str, mesh: Any, state: Any, compiled: Any, compile_s: float, num_dearest: int
+    recipe: Recipe, topology: str, mesh: Any, state: Any, compiled: Any, compile_s: float, num_operations: int
 ) -> Plan:
     import jax
 
@@ -178,7 +178,7 @@ def _report(
         collectives=collective_bytes(program),
         cycles=cycles,
         clock_hz=None if clock_ghz is None else 1e9 * clock_ghz,
-        dearest=collections.Counter(by_source).most_common(num_dearest),
+        most_expensive=collections.Counter(by_source).most_common(num_operations),
         compile_s=compile_s,
     )
 
@@ -221,8 +221,8 @@ def describe(found: Plan) -> str:
         seconds = found.cycles / found.clock_hz
         rate = found.batch_size / seconds
         lines[-1] += f" = {duration(seconds)} at {found.clock_hz / 1e9:.2f} GHz, {rate:.0f} images/s"
-    lines.append("dearest operations (estimated cycles):")
-    lines += [f"  {scaled(cycles):>7}  {source}" for source, cycles in found.dearest]
+    lines.append("most expensive operations (estimated cycles):")
+    lines += [f"  {scaled(cycles):>7}  {source}" for source, cycles in found.most_expensive]
     return "\n".join(lines)
 
 

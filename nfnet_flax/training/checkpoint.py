@@ -1,4 +1,4 @@
-"""Checkpoints on Orbax: the newest few, and the best apart from them so that neither evicts the other."""
+"""Checkpoints on Orbax: the newest few, and the best in a folder of its own so that neither evicts the other."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from nfnet_flax.training.copies import check_copies
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.layout import CHECKPOINTS, NOTES, NOTES_FILE, STATE, Notes, read_sealed, seal, steps_in
 from nfnet_flax.training.state import TrainState
-from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.storage import storage_errors
 
 Kind = Literal["checkpoints", "best"]
 
@@ -35,12 +35,12 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.Checkp
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind),
     )
     folder = (workdir / kind).absolute()
-    with reads_and_writes(folder):
+    with storage_errors(folder):
         manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
     try:
         yield manager
     finally:
-        with reads_and_writes(folder):
+        with storage_errors(folder):
             manager.close()
 
 
@@ -63,7 +63,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
     check_copies(current(), arrays, step)
     sealed = seal(notes, arrays)
     items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), NOTES: ocp.args.JsonSave(sealed)})
-    with reads_and_writes(manager.directory):
+    with storage_errors(manager.directory):
         # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
         probe = Path(manager.directory) / f".writable.{jax.process_index()}"
         probe.write_bytes(b"0")
@@ -81,7 +81,7 @@ def check_written(manager: ocp.CheckpointManager) -> None:
       StorageFailed: it did not; the reason is named.
     """
     if not manager.is_saving_in_progress():
-        with reads_and_writes(manager.directory):
+        with storage_errors(manager.directory):
             manager.wait_until_finished()  # there is nothing left to wait for, but only this tells
 
 
@@ -96,7 +96,7 @@ def read_newest_notes(manager: ocp.CheckpointManager) -> tuple[int, Notes] | Non
     Raises:
       StorageFailed: it is damaged, or a background write failed.
     """
-    with reads_and_writes(manager.directory):
+    with storage_errors(manager.directory):
         manager.wait_until_finished()
         step = manager.latest_step()
         return None if step is None else (step, read_sealed(Path(manager.directory) / str(step))[0])

@@ -17,7 +17,7 @@ from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
 from nfnet_flax.objectives import Batch, Objective
 from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, replicated, to_global
-from nfnet_flax.parallel.reduce import Arrays, stack_of_turns, tied
+from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, stack_of_turns
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.state import Structure, TrainState
 
@@ -75,7 +75,7 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> Ev
 
         def turn(index: jax.Array) -> Arrays:
             rows = jax.tree.map(lambda rows: rows[index], parts)
-            own_weights, rows = tied((prepared, rows), index)
+            own_weights, rows = bound_to_turn((prepared, rows), index)
             return part(own_weights, batch_stats, rows)
 
         found = stack_of_turns(turn, num_turns, batch["mask"][0])

@@ -20,7 +20,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.training import layout
-from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.storage import storage_errors
 
 _NAME_FILE = "run_name.txt"
 """In the folder of the event files: what the suffixes of the run's own files end in."""
@@ -64,7 +64,7 @@ class EventWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        with reads_and_writes(self._folder, OSError), reads_and_writes(self._folder, self._error):
+        with storage_errors(self._folder, OSError), storage_errors(self._folder, self._error):
             yield
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -92,14 +92,14 @@ def open_events(workdir: Path) -> EventWriter | None:
     """
     folder = workdir / layout.TENSORBOARD
     _check_folder(folder)
-    _quieten()
+    _silence_tensorflow()
     try:
         import clu.metric_writers  # noqa: F401
         import tensorflow  # noqa: F401
     except ImportError as error:  # before there is a folder: TensorBoard would show an empty run
         warn(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
         return None
-    with reads_and_writes(folder, OSError):
+    with storage_errors(folder, OSError):
         folder.mkdir(exist_ok=True)
         return EventWriter(folder, _SUFFIX + (_own_name(folder) or _new_name(folder)))
 
@@ -121,9 +121,9 @@ def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> No
     """
     folder = workdir / layout.TENSORBOARD
     _check_folder(folder)
-    _quieten()
+    _silence_tensorflow()
     try:
-        with reads_and_writes(folder, OSError):
+        with storage_errors(folder, OSError):
             name = _own_name(folder)
             files = [] if name is None else sorted(folder.glob(f"{_EVENTS}*{_SUFFIX}{name}"))
             if files:
@@ -243,7 +243,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _quieten() -> None:
+def _silence_tensorflow() -> None:
     # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

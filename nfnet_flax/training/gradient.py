@@ -34,10 +34,10 @@ from nfnet_flax.parallel.reduce import (
     Parts,
     Reduction,
     added,
+    bound_to_turn,
     gathered,
     is_float,
     sum_of_turns,
-    tied,
     used_in_turn,
 )
 from nfnet_flax.training.state import Structure
@@ -259,7 +259,7 @@ def over_parts(
 
     def turn(index: jax.Array) -> Parts:
         keys, batch = jax.tree.map(lambda rows: rows[index], parts)
-        held, keys, batch = tied((weights, keys, batch), index)
+        held, keys, batch = bound_to_turn((weights, keys, batch), index)
         return one_part(held | {name: used_in_turn(held[name], index) for name in cast_in_turns}, keys, batch)
 
     if step is not None:

@@ -23,7 +23,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.open_config import own_classes, type_name
 from nfnet_flax.own_code import file_of, loaded_files, public_name
 from nfnet_flax.training import layout
-from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.storage import storage_errors
 
 _MAX_FILES, _MAX_LINES = 3, 6
 """Of a change that are shown."""
@@ -207,7 +207,7 @@ def changed_files(workdir: Path, code: OwnCode) -> dict[str, list[str]]:
     """
     folder = workdir / layout.CODE
     changes: dict[str, list[str]] = {}
-    with reads_and_writes(folder, OSError):
+    with storage_errors(folder, OSError):
         kept = {path: (folder / path).read_bytes() for path in code.files if (folder / path).is_file()}
         if not folder.exists():
             return changes

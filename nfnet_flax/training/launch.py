@@ -7,7 +7,7 @@ from collections.abc import Callable
 from nfnet_flax.exit_codes import EXIT_BUG, EXIT_LOST, EXIT_STORAGE_FAILED
 from nfnet_flax.parallel.peers import Peers
 from nfnet_flax.parallel.processes import DistributedConfig, current, start
-from nfnet_flax.training.storage import hush_abandoned_writes
+from nfnet_flax.training.storage import silence_abandoned_writes
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig, watching
 
 
@@ -31,7 +31,7 @@ def run_together(
     Raises:
       BaseException: in a process by itself, what `run` does.
     """
-    hush_abandoned_writes()
+    silence_abandoned_writes()
     start(distributed)
     processes = current()
     peers = Peers(processes, heartbeat_timeout_s=distributed.heartbeat_timeout_s)

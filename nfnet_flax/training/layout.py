@@ -33,7 +33,7 @@ import numpy as np
 import tensorstore as ts
 
 from nfnet_flax.training.fingerprints import Fingerprints, host_fingerprint
-from nfnet_flax.training.storage import StorageFailed, brief, reads_and_writes
+from nfnet_flax.training.storage import StorageFailed, brief, storage_errors
 
 RECIPE = "recipe.json"
 INPUT = "input.json"
@@ -75,7 +75,7 @@ def steps_in(folder: Path) -> list[int]:
     Raises:
       StorageFailed: the folder is there and cannot be listed, which is not the same as a run without checkpoints.
     """
-    with reads_and_writes(folder, OSError):
+    with storage_errors(folder, OSError):
         try:
             names = os.listdir(folder)
         except (FileNotFoundError, NotADirectoryError):

@@ -28,7 +28,7 @@ from typing import Any
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
 from nfnet_flax.training.layout import OWNER
-from nfnet_flax.training.storage import StorageFailed, reads_and_writes
+from nfnet_flax.training.storage import StorageFailed, storage_errors
 
 BEAT_INTERVAL_S = 5.0
 """How often an owner gives a sign of life."""
@@ -84,7 +84,7 @@ class Lease:
           LeaseLost: it has another owner.
           StorageFailed: it cannot be read, or was deleted or moved.
         """
-        with reads_and_writes(self._folder, OSError):
+        with storage_errors(self._folder, OSError):
             numbers = _numbers(self._folder)
             newest = max(numbers, default=0)
             owner, _ = _read(self._folder, newest)

@@ -55,12 +55,12 @@ class TrainResult:
     metrics: dict[str, float]
     """Of the newest evaluation; empty if there was none."""
     finished: bool
-    """False if the run was told to stop, be it during the last evaluation; the same call goes on from there."""
+    """False if the run was asked to stop, also during the last evaluation; the same call continues it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    """What a run tells while it runs."""
+    """What a run reports while it runs."""
 
     is_shown: bool
     """Whether this process prints what it does."""
@@ -87,7 +87,7 @@ def train(
     Args:
       recipe: the run.
       workdir: its folder, which all processes see.
-      watchdog: is told what the loop is busy with; None: nobody watches.
+      watchdog: is notified of what the loop is busy with; None: there is none.
       on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, as they are
         written; what it raises ends the run as any error does.
       show_progress: print what the run does to stdout. Without it nothing is printed but warnings (`messages.py`).

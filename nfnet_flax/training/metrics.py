@@ -18,7 +18,7 @@ from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.training import layout
 from nfnet_flax.training.event_files import EventWriter, open_events, tidy_events
-from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.storage import storage_errors
 
 Row = dict[str, Any]
 """`step` and the metrics of that step by name: numbers, or None for one that is not finite."""
@@ -103,7 +103,7 @@ class MetricsLog:
     def _emit(self) -> None:
         if len(self._row) == 1 or self._row == self._written:
             return
-        with reads_and_writes(self._path, OSError):
+        with storage_errors(self._path, OSError):
             if self._written:
                 self._file.close()
                 *lines, _ = self._path.read_bytes().splitlines(keepends=True)
@@ -114,14 +114,14 @@ class MetricsLog:
 
     def _replaced_by(self, lines: list[bytes]) -> BinaryIO:
         # A process may be killed at any moment: the file is never without a line that a checkpoint relies on.
-        with reads_and_writes(self._path, OSError):
+        with storage_errors(self._path, OSError):
             write_whole(self._path, b"".join(lines))
             return self._path.open("ab")
 
     def flush(self) -> None:
         """Puts everything on disk; to be called before a checkpoint is, so that none is ahead of its metrics."""
         self._emit()
-        with reads_and_writes(self._path, OSError):
+        with storage_errors(self._path, OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
         if self._events is not None:
@@ -136,7 +136,7 @@ class MetricsLog:
             self.flush()
 
     def _close_file(self) -> None:
-        with reads_and_writes(self._path, OSError):
+        with storage_errors(self._path, OSError):
             self._file.close()
 
 
@@ -160,7 +160,7 @@ def read_metrics(path: Path) -> MetricsFile:
       ConfigError: a folder lies in the file's place.
       StorageFailed: the file cannot be opened or read.
     """
-    with reads_and_writes(path, OSError):
+    with storage_errors(path, OSError):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -220,7 +220,7 @@ def _line(row: Row) -> bytes:
 
 def _keep_damaged(workdir: Path, lines: list[int]) -> None:
     path = workdir / layout.METRICS
-    with reads_and_writes(path, OSError):
+    with storage_errors(path, OSError):
         kept = layout.free_place(workdir, layout.METRICS)
         write_whole(kept, path.read_bytes())
     first = f"line {lines[0]}" if len(lines) == 1 else f"{len(lines)} lines, the first of them {lines[0]},"

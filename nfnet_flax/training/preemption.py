@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (as Slurm sends), SIGHUP (the terminal is lost) or Ctrl-C to any process stops
+"""Requests to stop: SIGTERM, SIGUSR1 (as Slurm sends), SIGHUP (the terminal is lost) or Ctrl-C to any process stops
 all of them at the same point.
 
 Signals are received by a thread, as a handler in Python would wait until the main thread comes back from a compilation

@@ -7,7 +7,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import read_json
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import steps_in
-from nfnet_flax.training.storage import reads_and_writes
+from nfnet_flax.training.storage import storage_errors
 
 
 def has_trained(workdir: Path) -> bool:
@@ -19,7 +19,7 @@ def has_trained(workdir: Path) -> bool:
     if any(steps_in(workdir / kind) for kind in layout.CHECKPOINT_KINDS):
         return True
     metrics = workdir / layout.METRICS
-    with reads_and_writes(workdir, OSError):
+    with storage_errors(workdir, OSError):
         return (workdir / layout.SET_ASIDE).exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 

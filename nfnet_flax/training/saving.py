@@ -1,4 +1,4 @@
-"""When a run saves, and what it keeps: the newest checkpoints, and the best one apart from them."""
+"""When a run saves, and what it keeps: the newest checkpoints, and the best one in addition."""
 
 import contextlib
 import math

@@ -13,7 +13,7 @@ from nfnet_flax.json_files import StorageFailed
 
 
 @contextlib.contextmanager
-def reads_and_writes(folder: Any, errors: type[Exception] = Exception) -> Iterator[None]:
+def storage_errors(folder: Any, errors: type[Exception] = Exception) -> Iterator[None]:
     """Says of `errors` within the context that they happened to `folder`.
 
     Raises:
@@ -35,7 +35,7 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def hush_abandoned_writes() -> None:
+def silence_abandoned_writes() -> None:
     """Keeps the end of a write that nobody waits for any more from being printed, for the rest of the process.
 
     When one array of a checkpoint cannot be written, Orbax raises and closes its event loop. TensorStore then fails to

@@ -23,9 +23,9 @@ class WatchdogConfig:
     """How long nothing may move. No update depends on it."""
 
     first_timeout_s: float = 1800.0
-    """For the first time that something is done by a process, which includes compiling it."""
+    """Longest time for the first step, batch, evaluation or save of a process, compilation included."""
     timeout_s: float = 600.0
-    """For every later time: a step, a batch of the input or of the evaluation, a save."""
+    """Longest time for each later step, batch of the input or of the evaluation, or save."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -81,7 +81,7 @@ def watching(config: WatchdogConfig, on_stall: Callable[[str], None]) -> Iterato
             if watchdog.seconds_left() <= 0:
                 # Not `sys.stderr`: whoever replaced it need not have a file descriptor.
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-                message = f"nothing moved ({watchdog.describe()}); the stacks of this process stand above"
+                message = f"nothing moved ({watchdog.describe()}); the stacks of this process are printed above"
                 on_stall(message)
                 return
 
