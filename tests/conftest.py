@@ -24,7 +24,18 @@ for number in STOP_SIGNALS:  # ignored where the suite runs in the background or
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-_LONGEST_FIRST = ("resume", "step", "models", "execution", "processes", "copies", "docs", "identity", "spatial")
+_LONGEST_FIRST = (
+    "resume",
+    "step",
+    "models",
+    "execution",
+    "processes",
+    "copies",
+    "docs",
+    "identity",
+    "own_code",
+    "spatial",
+)
 """Files that take minutes. Workers get whole files in turn: one that began last would be waited for by all others."""
 
 

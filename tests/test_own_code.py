@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
+from nfnet_flax.recipe_file import load_recipe
 from tests import own_files, runs
 
 STEPS = 200
@@ -120,6 +122,7 @@ def test_commands_run_nothing_but_what_is_named(own: Path, tmp_path: Path) -> No
     code, printed = ran("eval", "--workdir", workdir)
     assert code == EXIT_BAD_INPUT
     assert f"recipe.json: model names the class my_net:MyNetConfig {refused} it (--code my_net.py)" in printed
+    assert f"or import it first; copies are in {workdir / 'code'}" in printed
     code, printed = ran(
         "eval", "--workdir", workdir, "--code", own / "my_recipe.py", "--data.source.num-examples", "30"
     )
@@ -201,6 +204,23 @@ def test_debug_takes_the_small_network(own: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (stored["model"]["width"], stored["model"]["train_image_size"]) == (4, 24)
     assert (stored["objective"]["weight"], stored["data"]["source"]["type"]) == (2, "SyntheticSource")
+
+
+def test_a_start_that_trained_nothing_leaves_its_code_free(tmp_path: Path) -> None:
+    recipe, workdir = load_recipe(own_files.write(tmp_path / "own")), tmp_path / "run"
+    layers = tmp_path / "own" / "my_layers.py"
+    assert runs.claimed(workdir, recipe, logs=False) == []
+    own_files.replace(layers, "width // 2", "width // 4")
+    (said,) = runs.claimed(workdir, recipe)
+    assert said == "another run than at the last start, which trained nothing here: code of my_layers.py"
+    assert (workdir / "code" / "my_layers.py").read_bytes() == layers.read_bytes()
+    own_files.replace(layers, "width // 4", "width // 8")
+    with pytest.raises(ConfigError, match=r"changed since it began:\n  my_layers\.py:\n    -.*width // 4\)\n"):
+        runs.claimed(workdir, recipe)
+    own_files.replace(layers, "width // 8", "width // 4")
+    shutil.rmtree(workdir / "code")  # as of a run from before there was any
+    (said,) = runs.claimed(workdir, recipe)
+    assert said == "the run's own code was not on record; from now on it is: my_layers.py, my_net.py, my_recipe.py"
 
 
 def test_processes_with_other_code_do_not_start(own: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, require, require_one_of
+from nfnet_flax.config_json import CodeNotLoaded
 from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
@@ -61,7 +62,11 @@ class Run:
           ConfigError: it is not the folder of a run.
         """
         self.workdir = run_folder("workdir", workdir)
-        self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
+        try:
+            self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
+        except CodeNotLoaded as error:
+            kept = self.workdir / layout.CODE
+            raise CodeNotLoaded(f"{error}; copies are in {kept}" if kept.exists() else f"{error}") from error
 
     @property
     def class_names(self) -> tuple[str, ...]:
