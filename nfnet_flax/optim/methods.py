@@ -224,8 +224,10 @@ class Muon(Method):
     """Momentum whose matrices are made nearly orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
     The kernel of a convolution is the matrix of its inputs (height, width and channels) by its outputs. All that is no
-    matrix, and the head, is moved by Adam, as its authors do, with the same learning rate. Decay is decoupled. With
-    `execution.fsdp` the matrix products go over devices: the same up to rounding on any number of them.
+    matrix, and the head, is moved by Adam, as its authors do, with the same learning rate. Decay is decoupled.
+
+    Even with `execution.reproducible` its last bits follow the number of devices: on CPUs, programs for another number
+    of them add the squares of a matrix in another order.
     """
 
     momentum: float = 0.95
