@@ -121,7 +121,7 @@ def test_good_rows_stay_before_and_after_the_damage(
     kept = tmp_path / "damaged" / "metrics.jsonl"
     assert kept.read_bytes() == damaged
     assert capsys.readouterr().err == (
-        f"{path} is damaged: line 2 cannot be read; the good rows stay, and the file as it was is kept as {kept}\n"
+        f"nfnet: {path} is damaged: line 2 cannot be read; the good rows stay, and the file as it was is kept as {kept}\n"
     )
     # There is nothing left to say, and what was kept stays.
     MetricsLog(tmp_path, resume_step=3, evaluated=True, tensorboard=False).close()
@@ -240,7 +240,7 @@ def test_a_damaged_event_file_is_kept_aside_and_filled_again(
     (kept,) = (tmp_path / "damaged").iterdir()
     assert kept.read_bytes() == damaged
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"{path} is damaged; it is kept as {kept}"
+    assert first == f"nfnet: {path} is damaged; it is kept as {kept}"
     assert "values that TensorBoard's files do not hold are written again from metrics.jsonl" in second
     want = list(range(1, 10))
     assert steps_by_tag(tmp_path) == {"train/loss": want, "time/data_wait_s": want}

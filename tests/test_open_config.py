@@ -60,7 +60,7 @@ def test_values_survive_json_and_what_is_derived_comes_last() -> None:
         assert through_json(Levels, config) == config
         assert through_json(OpenConfig, config) == config
     assert to_json(Levels())["type"] == "tests.test_open_config:Levels"
-    assert list(to_json(inner))[:3] == ["type", "widths", "depths"]
+    assert list(to_json(inner))[:3] == ["type", "group_width", "expansion"]
     assert list(to_json(inner))[-3:] == ["compute_dtype", "train_image_size", "test_image_size"]
     assert list(to_json(Distillation(teacher="t")))[1:] == [
         "teacher",

@@ -85,7 +85,7 @@ def test_a_docstring_tells_paper_command_and_result(family: str) -> None:
     path = RECIPES / f"{family}_imagenet.py"
     text = path.read_text()
     docstring = text.split('"""')[1]
-    assert 40 <= len(text.splitlines()) <= 90
+    assert 25 <= len(text.splitlines()) <= 90  # what all share is in `imagenet_recipe`
     for words in ("Paper: ", "arXiv ", f"Command: nfnet train recipes/{path.name}:variant=", "--debug", "Published"):
         assert words in docstring
     # The figures of the table are those of `nfnet models`, in its order.

@@ -155,7 +155,7 @@ def test_a_worker_that_ends_or_raises_is_named(behaviour: str, complaint: str) -
 def test_what_is_stuck_is_named_and_shows_its_stacks(capfd: pytest.CaptureFixture[str], num_workers: int) -> None:
     lane = r"input worker 0 \(pid \d+\)" if num_workers else "input thread 0"
     try:
-        timeout_s = 6.0 if num_workers else 1.0  # a worker takes a second to start
+        timeout_s = 15.0 if num_workers else 1.0  # a worker takes a second to start, and many on a busy machine
         iterator = batches(Probe("stick"), num_workers=num_workers, num_threads=1, stall_timeout_s=timeout_s)
         message = first_failure(iterator)
     finally:

@@ -33,5 +33,4 @@ export JAX_PLATFORMS=cpu
 ruff format --check .
 ruff check .
 mypy
-# One more than the cores of a small machine: tests that wait for processes and clocks leave room for others.
-pytest -n 3 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
+pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
