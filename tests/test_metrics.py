@@ -121,7 +121,8 @@ def test_good_rows_stay_before_and_after_the_damage(
     kept = tmp_path / "damaged" / "metrics.jsonl"
     assert kept.read_bytes() == damaged
     assert capsys.readouterr().err == (
-        f"nfnet: {path} is damaged: line 2 cannot be read; the good rows stay, and the file as it was is kept as {kept}\n"
+        f"nfnet: {path} is damaged: line 2 cannot be read; "
+        f"the good rows stay, and the file as it was is kept as {kept}\n"
     )
     # There is nothing left to say, and what was kept stays.
     MetricsLog(tmp_path, resume_step=3, evaluated=True, tensorboard=False).close()
