@@ -29,8 +29,11 @@ class _Treatment:
         return f"x {self.learning_rate:.3g}", f"{self.weight_decay:.3g}", "yes" if self.is_clipped else "no"
 
 
+_FROZEN = _Treatment(0.0, 0.0, is_clipped=False)
+
+
 def groups_table(config: OptimConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """A line for each way in which parameters are updated, in the order of the network; one line if there is but one.
+    """A line for each way in which parameters are updated, the slowest first; one line if there is but one way.
 
     Args:
       config: of the run.
@@ -43,20 +46,22 @@ def groups_table(config: OptimConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
     factors = learning_rate_factors(config, names)
     decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
     clipped = frozenset() if config.clipping is None else config.clipping.clipped(names)
-    members: dict[tuple[str, str, str], list[str]] = {}
+    members: dict[_Treatment, list[str]] = {}
     for name in names:
         treatment = _Treatment(factors[name], config.weight_decay * decay[name], name in clipped)
-        members.setdefault(treatment.words, []).append(name)
+        members.setdefault(treatment if factors[name] else _FROZEN, []).append(name)
 
     def count(group: list[str]) -> int:
         return sum(math.prod(shapes[name].shape) for name in group)
 
     if len(members) == 1:
-        ((rate, weight_decay, is_clipped),) = members
+        ((rate, weight_decay, is_clipped),) = (treatment.words for treatment in members)
         arrays = f"{len(names)} arrays, {count(names):,} parameters"
         return f"all {arrays}: learning rate {rate}, weight decay {weight_decay}, clipped: {is_clipped}"
     rows = [_HEADINGS]
-    rows += [(*words, str(len(group)), f"{count(group):,}", group[0]) for words, group in members.items()]
+    for treatment in sorted(members, key=lambda treatment: treatment.learning_rate):
+        group = members[treatment]
+        rows.append((*treatment.words, str(len(group)), f"{count(group):,}", group[0]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     lines = ["parameters, by how they are updated:"]
     for row in rows:
