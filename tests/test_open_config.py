@@ -112,7 +112,7 @@ def test_the_newest_class_of_a_name_counts(tmp_path: Path) -> None:
     assert changed.objective == kind()
 
 
-@pytest.mark.parametrize("name", ["json", "grain", "my-recipe"])
+@pytest.mark.parametrize("name", ["json", "grain", "my-recipe", "my.recipe"])
 def test_a_file_may_have_the_name_of_another_module(name: str, tmp_path: Path) -> None:
     text = (
         runs.DIGITS.read_text()

@@ -193,5 +193,5 @@ def test_wrong_metadata_are_named(model: Classifier, tmp_path: Path) -> None:
         save_file(arrays, path, wrong)
         with pytest.raises(ConfigError, match=re.escape(reason)):
             weights.load_weights(model, path)
-    with pytest.raises(ConfigError, match=r"misshaped: head\.kernel is \(256, 3\), expected \(256, 10\)"):
+    with pytest.raises(ConfigError, match=r"misshaped: head\.kernel is \(128, 3\), expected \(128, 10\)"):
         weights.load_model(path)

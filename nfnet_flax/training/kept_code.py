@@ -49,7 +49,11 @@ class OwnCode:
 
 
 def code_of(config: object) -> OwnCode:
-    """The code of the classes of a user's own that a configuration is made of."""
+    """The code of the classes of a user's own that a configuration is made of.
+
+    Raises:
+      ConfigError: a file that was loaded is gone.
+    """
     classes = own_classes(config)
     if not classes:
         return OwnCode(files={}, recipes={}, without_source=())
@@ -99,16 +103,23 @@ def _with_imports(modules: list[types.ModuleType]) -> dict[str, bytes]:
         name, file = pending.pop()
         if file is None:
             continue
-        is_package = file.name == "__init__.py"
-        path = f"{name.replace('.', '/')}/__init__.py" if is_package else f"{name.replace('.', '/')}.py"
+        is_package, is_alone = file.name == "__init__.py", file.stem == name  # whose name may hold dots
+        path = file.name if is_alone else f"{name.replace('.', '/')}{'/__init__' if is_package else ''}.py"
         if path in found:
             continue
-        found[path] = file.read_bytes()
+        found[path] = _source(file)
         if not _is_installed(file):
-            root = file.parents[name.count(".") + is_package]
+            root = file.parent if is_alone else file.parents[name.count(".") + is_package]
             names = [*_parents(name), *_imported(found[path], name if is_package else name.rpartition(".")[0])]
             pending += [(other, _own_file(other, root, named)) for other in dict.fromkeys(names)]
     return found
+
+
+def _source(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r}, whose code is loaded, cannot be read any more ({error.strerror})") from error
 
 
 def _parents(name: str) -> Iterator[str]:
