@@ -29,7 +29,8 @@ from nfnet_flax.training.metrics import read_rows
 from tests import runs
 
 OPTIONS = (
-    "--model.widths=8 8",
+    "--model.widths=8 8 8 8",
+    "--model.depths=1 1 1 1",
     "--model.group-width=4",
     "--data.num-threads=1",
     "--eval-every-steps=15",

@@ -30,7 +30,8 @@ from tests import runs
 NUM_STEPS = 30
 OPTIONS = (
     f"--num-steps={NUM_STEPS}",
-    "--model.widths=8 16",
+    "--model.widths=8 8 16 16",
+    "--model.depths=1 1 1 1",
     "--model.group-width=4",
     "--eval-every-steps=15",
     "--checkpoint.every-steps=5",
