@@ -1,5 +1,6 @@
 """What the recipes for ImageNet have in common: each of them says only what is its own."""
 
+from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
@@ -18,7 +19,7 @@ RESNET_OPTIM = OptimConfig(
     weight_decay=1e-4,
     ema_decay=0.9999,
 )
-"""Of the runs of 90 epochs, with BatchNorm and without."""
+"""Optimizer of the ResNets, with BatchNorm and without, which train for 90 epochs."""
 
 
 def imagenet_recipe(
@@ -31,6 +32,7 @@ def imagenet_recipe(
     images_per_part: int,
     randaugment: RandAugmentConfig | None = None,
     mixing: MixingConfig | None = None,
+    checkpoint_every_steps: int = 2000,
     eval_every_steps: int = 5000,
 ) -> Recipe:
     """A run on ImageNet at the published resolutions of a network; change more of it by `dataclasses.replace`.
@@ -45,8 +47,13 @@ def imagenet_recipe(
         BatchNorm averages over a part.
       randaugment: RandAugment, beside random crops and flips.
       mixing: mixup and CutMix.
-      eval_every_steps: the held-out set is evaluated so often.
+      checkpoint_every_steps: a checkpoint is written each time the step is a multiple of this.
+      eval_every_steps: the held-out set is evaluated each time the step is a multiple of this.
+
+    Raises:
+      ConfigError: the batch cannot be cut into such parts, or a value is invalid.
     """
+    require(batch_size % images_per_part == 0, "images_per_part", images_per_part, f"must divide batch {batch_size}")
     return Recipe(
         name=name,
         model=model,
@@ -70,7 +77,7 @@ def imagenet_recipe(
         ),
         optim=optim,
         execution=ExecutionConfig(num_microbatches=batch_size // images_per_part),
-        checkpoint=CheckpointConfig(every_steps=1000 if batch_size >= 4096 else 2000),
+        checkpoint=CheckpointConfig(every_steps=checkpoint_every_steps),
         num_epochs=num_epochs,
         objective=SoftmaxCrossEntropy(label_smoothing=0.1),
         log_every_steps=100,

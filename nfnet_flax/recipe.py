@@ -105,9 +105,10 @@ class Recipe:
             "give init_from, or leave this empty",
         )
         check_seed("seed", self.seed)
-        keeps_promise = self.reduction is None or self.reduction.is_reproducible or not self.execution.reproducible
-        remedy = "gives other bits on another number of devices: say so by execution.reproducible = False"
-        require(keeps_promise, "reduction", self.reduction, remedy)
+        for field, part in (("reduction", self.reduction), ("optim.method", self.optim.method)):
+            keeps_promise = part is None or part.is_reproducible or not self.execution.reproducible
+            remedy = "gives other bits on another number of devices: say so by execution.reproducible = False"
+            require(keeps_promise, field, part, remedy)
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         if self.num_steps is not None:
             require_count("num_steps", self.num_steps)

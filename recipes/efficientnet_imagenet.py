@@ -46,4 +46,5 @@ def recipe(variant: str = "b0") -> Recipe:
         batch_size=4096,
         images_per_part=32,  # up to 128 devices
         randaugment=RandAugmentConfig(num_layers=2, magnitude=10),
+        checkpoint_every_steps=1000,
     )

@@ -51,4 +51,5 @@ def recipe(variant: str = "f0") -> Recipe:
         images_per_part=16,  # up to 256 devices
         randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
         mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
+        checkpoint_every_steps=1000,
     )

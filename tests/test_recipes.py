@@ -1,11 +1,13 @@
 """Every recipe with every variant; arguments of recipes; what the baselines need of the optimizer; one debug run."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,12 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.source_config import ArrayRecordSource, SyntheticSource
 from nfnet_flax.debug import debug_recipe
-from nfnet_flax.models import EfficientNetConfig, NFNetConfig, NFResNetConfig
+from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
+from nfnet_flax.models import EfficientNetConfig, NFNetConfig, NFResNetConfig, model_config
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
 from nfnet_flax.objectives import SoftmaxCrossEntropy
-from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, OptimConfig, RMSProp, make_optimizer, make_schedule
+from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, Muon, OptimConfig, RMSProp, make_optimizer, make_schedule
+from nfnet_flax.parallel.reduce import FastSum, OrderedSum
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
 from tests.runs import ROOT
@@ -92,6 +96,29 @@ def test_a_docstring_tells_paper_command_and_result(family: str) -> None:
     prefix = {"nfnet": "nfnet_f", "efficientnet": "efficientnet_b"}.get(family)
     figures = [float(figure) for figure in re.findall(r"(\d\d\.\d)%", docstring)]
     assert figures == [value for name, value in PUBLISHED_TOP1_PERCENT.items() if prefix and name.startswith(prefix)]
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("reduction", {"reduction": FastSum()}),
+        (r"optim\.method", {"optim": OptimConfig(method=Muon())}),
+    ],
+)
+def test_what_depends_on_the_number_of_devices_is_no_reproducible_run(field: str, change: dict[str, Any]) -> None:
+    recipe = load("nfnet", "f0")
+    with pytest.raises(ConfigError, match=rf"^{field} = .*gives other bits .* execution\.reproducible = False"):
+        dataclasses.replace(recipe, **change)
+    fast = dataclasses.replace(recipe.execution, reproducible=False)
+    assert not dataclasses.replace(recipe, execution=fast, **change).execution.reproducible
+    assert dataclasses.replace(recipe, reduction=OrderedSum()).reduction == OrderedSum()
+
+
+def test_a_batch_that_does_not_divide_into_its_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="images_per_part = 24: must divide batch 1024"):
+        imagenet_recipe(
+            "mine", model_config("nf_resnet50"), RESNET_OPTIM, num_epochs=1.0, batch_size=1024, images_per_part=24
+        )
 
 
 def test_variants_of_one_network_differ_where_the_papers_say_so() -> None:

@@ -18,7 +18,7 @@ import pytest
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import from_json, to_json
-from nfnet_flax.data.random_access import CorruptRecordError, Source, Split, split_off
+from nfnet_flax.data.random_access import ArraySource, CorruptRecordError, Source, Split, split_off
 from nfnet_flax.data.source_config import (
     ArrayRecordSource,
     FolderSource,
@@ -344,3 +344,23 @@ def test_tfds_sets_that_cannot_be_used(sets: Path, tmp_path: Path) -> None:
 def test_digits_that_no_memory_holds_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.eval_image_size = 60000: 360 digits of 60000 px take 5\.9 TiB"):
         open_source(config_of("digits", Path()), "eval", 60_000)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnSource(SourceConfig):
+    """As users write one; its last label is of no class."""
+
+    last: int
+
+    def open(self, split: Split, image_size: int) -> Source:
+        labels = np.array([0, 1, self.last], np.int32)
+        return ArraySource(images=np.zeros((3, image_size, image_size, 3), np.uint8), labels=labels, names=("a", "b"))
+
+
+@pytest.mark.parametrize("last", [2, -1])
+def test_a_label_of_no_class_is_named_when_its_example_is_read(last: int) -> None:
+    assert records(open_source(OwnSource(last=1), "train", 4))[-1][1] == 1
+    source = open_source(OwnSource(last=last), "train", 4)
+    assert int(source[1]["label"]) == 1
+    with pytest.raises(ConfigError, match=rf"label = {last}: of image 2 of 3 in memory: must be .* from 0 to 1"):
+        source[2]

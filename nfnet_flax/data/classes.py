@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.random_access import Record, Source, Split, Unused, digest
 from nfnet_flax.units import shown
 
@@ -48,15 +48,24 @@ def spare_outputs(num_classes: int, class_names: Sequence[str]) -> str | None:
     )
 
 
-def with_classes(source: Source, class_names: Sequence[str], split: Split) -> Source:
-    """A source whose labels are those of `class_names`; `source` itself where it has just these.
+def with_classes(source: Source, class_names: Sequence[str], split: Split, *, is_checked: bool = True) -> Source:
+    """A source whose labels are those of `class_names`.
+
+    Args:
+      source: with its own list of classes.
+      class_names: in the order of the labels.
+      split: for messages.
+      is_checked: whether the source is known to give only labels of its classes. It is then returned as it is where it
+        has just these classes; otherwise each label is looked at when its example is read.
 
     Raises:
       ConfigError: as `label_table`.
     """
     names = tuple(class_names)
     table = label_table(source.class_names, names, split)
-    return source if source.class_names == names else _Relabelled(source, names, tuple(map(int, table)))
+    if is_checked and source.class_names == names:
+        return source
+    return _Relabelled(source, names, tuple(map(int, table)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,10 @@ class _Relabelled:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return {**record, "label": np.int32(self.table[record["label"]])}
+        label = int(record["label"])
+        remedy = f"of {self.source.describe(index)}: must be the number of a class, from 0 to {len(self.table) - 1}"
+        require(0 <= label < len(self.table), "label", label, remedy)
+        return {**record, "label": np.int32(self.table[label])}
 
     def fingerprint(self) -> str:
         return digest("classes", self.source.fingerprint(), *self.class_names)

@@ -206,7 +206,7 @@ class ArraySource:
     labels: np.ndarray
     """(N,) int32."""
     names: tuple[str, ...] = ()
-    """Of the classes, in the order of the labels; empty: "0", "1" and so on."""
+    """Names of the classes, in the order of the labels; empty: "0", "1" and so on."""
     unused: tuple[Unused, ...] = ()
     """Nothing is left out."""
 

@@ -34,7 +34,7 @@ def open_source(
         class_names = source.class_names if split == "train" else config.training_classes(image_size)
         if len(class_names) < 2:
             raise ConfigError(f"the training split has only one class, {class_names[0]!r}: nothing can be learned")
-    return with_classes(source, class_names, split)
+    return with_classes(source, class_names, split, is_checked=not is_own(type(config)))
 
 
 def _check_opened(config: SourceConfig, source: object) -> None:

@@ -20,6 +20,12 @@ from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 class Method(OpenConfig, abc.ABC):
     """What a recipe's `optim.method` must offer."""
 
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the same gradient gives an update of the same bits on any number of devices, each of which holds
+        whole parameters; by default it does."""
+        return True
+
     @abc.abstractmethod
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
@@ -93,7 +99,21 @@ class RMSProp(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _AdamLike(Method, abc.ABC):
+class _Decoupled(Method, abc.ABC):
+    """A method whose weight decay is multiplied by the learning rate alone (arXiv 1711.05101)."""
+
+    @abc.abstractmethod
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
+        """From gradients to steps, but for decay and learning rate."""
+
+    def transformation(
+        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
+    ) -> optax.GradientTransformation:
+        return optax.chain(self._scale(names), decay, optax.scale_by_learning_rate(learning_rate))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _AdamLike(_Decoupled, abc.ABC):
     """A method with averages of gradients and of their squares."""
 
     b1: float = 0.9
@@ -114,24 +134,18 @@ class _AdamLike(Method, abc.ABC):
 class AdamW(_AdamLike):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
-    def transformation(
-        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
-    ) -> optax.GradientTransformation:
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
-        scale = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
-        return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RAdam(_AdamLike):
     """Rectified Adam (arXiv 1908.03265): no division by the root until its variance is known; decoupled decay."""
 
-    def transformation(
-        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
-    ) -> optax.GradientTransformation:
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
-        scale = optax.scale_by_radam(b1=self.b1, b2=self.b2, eps=self.eps)
-        return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
+        return optax.scale_by_radam(b1=self.b1, b2=self.b2, eps=self.eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,16 +158,19 @@ class LAMB(_AdamLike):
     eps: float = 1e-6
     """Added to the root of that average."""
 
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
+        del names
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
     ) -> optax.GradientTransformation:
-        del names
-        scale = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
-        return optax.chain(scale, decay, optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(learning_rate))
+        within = optax.chain(decay, optax.scale_by_trust_ratio())
+        return super().transformation(learning_rate, within, names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lion(Method):
+class Lion(_Decoupled):
     """The sign of an average gradient (arXiv 2302.06675), with decoupled decay. Half the memory of Adam's state."""
 
     b1: float = 0.9
@@ -166,16 +183,13 @@ class Lion(Method):
         _require_share("b1", self.b1)
         _require_share("b2", self.b2)
 
-    def transformation(
-        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
-    ) -> optax.GradientTransformation:
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
-        scale = optax.scale_by_lion(b1=self.b1, b2=self.b2)
-        return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adafactor(Method):
+class Adafactor(_Decoupled):
     """Adam whose average of squared gradients is kept by rows and columns (arXiv 1804.04235); decoupled decay.
 
     Decay is multiplied by the learning rate, as in the other methods; `optax.adafactor` leaves that to its caller. With
@@ -201,9 +215,7 @@ class Adafactor(Method):
         if self.clipping_threshold is not None:
             _require_positive("clipping_threshold", self.clipping_threshold)
 
-    def transformation(
-        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
-    ) -> optax.GradientTransformation:
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
         parts = [
             optax.scale_by_factored_rms(
@@ -216,18 +228,18 @@ class Adafactor(Method):
             parts.append(optax.clip_by_block_rms(self.clipping_threshold))
         if self.multiply_by_parameter_scale:
             parts.append(optax.scale_by_param_block_rms())
-        return optax.chain(*parts, decay, optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(*parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Muon(Method):
+class Muon(_Decoupled):
     """Momentum whose matrices are made nearly orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
     The kernel of a convolution is the matrix of its inputs (height, width and channels) by its outputs. All that is no
     matrix, and the head, is moved by Adam, as its authors do, with the same learning rate. Decay is decoupled.
 
-    Even with `execution.reproducible` its last bits follow the number of devices: on CPUs, programs for another number
-    of them add the squares of a matrix in another order.
+    Its last bits follow the number of devices, as on CPUs programs for another number of them add the squares of a
+    matrix in another order: so a recipe with it has `execution.reproducible` off.
     """
 
     momentum: float = 0.95
@@ -258,15 +270,17 @@ class Muon(Method):
             _require_positive("consistent_rms", self.consistent_rms)
         require_flags("optim.method.groups", self.groups, "use 1 (Muon) or 0 (Adam)")
 
-    def transformation(
-        self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
-    ) -> optax.GradientTransformation:
+    @property
+    def is_reproducible(self) -> bool:
+        return False
+
+    def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         flags = assign("optim.method.groups", self.groups, names)
 
         def matrices(params: dict[str, jax.Array]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
             return {name: _as_matrix(value) if flags[name] else None for name, value in params.items()}
 
-        scale = optax.contrib.muon(
+        return optax.contrib.muon(
             -1.0,  # neither size nor sign: both are given below, behind the decay
             ns_steps=self.num_iterations,
             beta=self.momentum,
@@ -277,7 +291,6 @@ class Muon(Method):
             muon_weight_dimension_numbers=matrices,
             consistent_rms=self.consistent_rms,
         )
-        return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def _as_matrix(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:

@@ -20,9 +20,9 @@ class RunLength:
     """How long a run and its parts are, in steps."""
 
     warmup_steps: int
-    """Of the linear warm-up; the run may end within it."""
+    """Length of the linear warm-up; the run may end within it."""
     num_steps: int
-    """Of the whole run."""
+    """Length of the whole run."""
     steps_per_epoch: float
     """Of one pass over the training set; no whole number in general."""
 

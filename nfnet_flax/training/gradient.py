@@ -44,7 +44,7 @@ from nfnet_flax.training.state import Structure
 
 Metrics = dict[str, jax.Array]
 Gradient = Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]
-"""Of the mean loss over the global batch; see `make_gradient`."""
+"""A function that gives the gradient of the mean loss over the global batch; see `make_gradient`."""
 _LARGEST_NORMALISED = 32.0
 """Images of zero mean and unit variance stay far below it."""
 

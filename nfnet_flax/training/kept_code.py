@@ -6,6 +6,7 @@ only a program does (`if __name__ == "__main__"`) and the function `recipe`, who
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -26,7 +27,7 @@ from nfnet_flax.training import layout
 from nfnet_flax.training.storage import storage_errors
 
 _MAX_FILES, _MAX_LINES = 3, 6
-"""Of a change that are shown."""
+"""How many files of a change are shown, and how many lines of each."""
 _INSTALLED_AS = {"site-packages", "dist-packages"}
 _INSTALLED_IN = [Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))]
 """Folders of installed code, by name and by path: this package's and Python's own."""
@@ -79,10 +80,8 @@ def code_of(config: object) -> OwnCode:
 
 def _text_of(kind: type) -> str | None:
     """The source of a class that is in no module's file: of all of it, or else of its methods."""
-    try:
+    with contextlib.suppress(OSError, TypeError):
         return textwrap.dedent(inspect.getsource(kind))
-    except (OSError, TypeError):
-        pass
     methods = []
     for value in vars(kind).values():
         function = value.fget if isinstance(value, property) else value

@@ -34,7 +34,7 @@ class TrainState:
     batch_stats: BatchStats
     """Running statistics of BatchNorm; empty for the normalizer-free networks."""
     opt_state: Any
-    """Of the optimizer; it holds nothing of frozen parameters."""
+    """State of the optimizer, such as momentum; it holds nothing of frozen parameters."""
     ema_params: Params
     ema_batch_stats: BatchStats
 

@@ -154,6 +154,6 @@ def _unbias(model: Classifier, counter: np.ndarray) -> np.ndarray:
 
 
 def _decay(model: Classifier) -> float:
-    """Of the running statistics of the one family with a published form that has any."""
+    """Decay of the running statistics. Of the families that are published for Haiku, only ResNet has such."""
     assert isinstance(model.config, ResNetConfig)
     return model.config.batch_norm_decay
