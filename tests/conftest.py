@@ -25,9 +25,9 @@ for number in STOP_SIGNALS:  # ignored where the suite runs in the background or
 
 
 _LONGEST_FIRST = (
-    "resume docs models step spatial own_code training execution processes identity objectives copies output "
-    "reproducible workers frozen extending recipes sources lease"
-).split()
+    *("resume", "docs", "models", "step", "spatial", "own_code", "training", "execution", "processes", "identity"),
+    *("objectives", "copies", "output", "reproducible", "workers", "frozen", "extending", "recipes"),
+)
 """Files that take minutes. Workers get whole files in turn: one that began last would be waited for by all others."""
 
 
