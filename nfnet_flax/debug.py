@@ -22,7 +22,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}_debug",
-        model=dataclasses.replace(recipe.model.small(), train_image_size=_TRAIN_PX, test_image_size=_EVAL_PX),
+        model=recipe.model.small(),
         data=dataclasses.replace(
             data,
             source=SyntheticSource(

@@ -5,7 +5,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.source_config import ArrayRecordSource
-from nfnet_flax.models import ExecutionConfig, ModelConfig
+from nfnet_flax.models import ExecutionConfig, ImageSizes, ModelConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.recipe import CheckpointConfig, Recipe
@@ -25,6 +25,7 @@ RESNET_OPTIM = OptimConfig(
 def imagenet_recipe(
     name: str,
     model: ModelConfig,
+    image_sizes: ImageSizes,
     optim: OptimConfig,
     *,
     num_epochs: float,
@@ -35,11 +36,12 @@ def imagenet_recipe(
     checkpoint_every_steps: int = 2000,
     eval_every_steps: int = 5000,
 ) -> Recipe:
-    """A run on ImageNet at the published resolutions of a network; change more of it by `dataclasses.replace`.
+    """A run on ImageNet; change more of it by `dataclasses.replace`.
 
     Args:
       name: of the run.
       model: the network.
+      image_sizes: height and width of images; `IMAGE_SIZES` has the published ones of each named network.
       optim: its optimizer.
       num_epochs: length of the run.
       batch_size: images of an update, over all devices.
@@ -64,8 +66,8 @@ def imagenet_recipe(
             source=ArrayRecordSource(
                 train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
             ),
-            image_size=model.train_image_size,
-            eval_image_size=model.test_image_size,
+            image_size=image_sizes.train,
+            eval_image_size=image_sizes.test,
             eval_crop_margin=32,
             batch_size=batch_size,
             eval_batch_size=batch_size,

@@ -6,7 +6,7 @@ the batch at a time and are traced by JAX: no value of an array may decide what 
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.paths import check_path
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
-Batch: TypeAlias = dict[str, Any]
+Batch: TypeAlias = dict[str, jax.Array]
 """`image` (N, H, W, 3), as the network sees it; `label` (N,) int32, or (N, num_classes) of zeros and ones where an
 example may be of several classes; optionally `mix_label`, like `label`, and `label_weight` (N,) float32, the share of
 `label` in the target."""

@@ -22,8 +22,6 @@ def recipe() -> Recipe:
             group_width=8,
             drop_rate=0.1,
             stochdepth_rate=0.1,
-            train_image_size=32,
-            test_image_size=32,
         ),
         num_classes=10,
         data=DataConfig(source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=64),

@@ -18,7 +18,7 @@ resized to 32 px more than the crop on each side.
 from nfnet_flax.config import require
 from nfnet_flax.data.mixing_config import RandAugmentConfig
 from nfnet_flax.imagenet import imagenet_recipe
-from nfnet_flax.models import model_config
+from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.optim import ExponentialDecay, OptimConfig, ParamGroup, RMSProp
 from nfnet_flax.recipe import Recipe
 
@@ -38,9 +38,11 @@ def recipe(variant: str = "b0") -> Recipe:
         weight_decay_groups=(ParamGroup("*norm.*", 0.0), ParamGroup("*", 1.0)),
         ema_decay=0.9999,
     )
+    name = f"efficientnet_{variant}"
     return imagenet_recipe(
-        f"efficientnet_{variant}",
-        model_config(f"efficientnet_{variant}", compute_dtype="bfloat16"),
+        name,
+        model_config(name, compute_dtype="bfloat16"),
+        IMAGE_SIZES[name],
         optim,
         num_epochs=350.0,
         batch_size=4096,

@@ -15,7 +15,7 @@ crops the middle first.
 from nfnet_flax.config import require
 from nfnet_flax.data.mixing_config import MixingConfig
 from nfnet_flax.imagenet import imagenet_recipe
-from nfnet_flax.models import model_config
+from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.recipe import Recipe
 
@@ -34,9 +34,11 @@ def recipe(variant: str = "b0") -> Recipe:
         weight_decay=5e-5 + 1e-5 * VARIANTS.index(variant),
         ema_decay=0.99999,
     )
+    name = f"nf_regnet_{variant}"
     return imagenet_recipe(
-        f"nf_regnet_{variant}",
-        model_config(f"nf_regnet_{variant}", stochdepth_rate=0.1, compute_dtype="float32"),
+        name,
+        model_config(name, stochdepth_rate=0.1, compute_dtype="float32"),
+        IMAGE_SIZES[name],
         optim,
         num_epochs=360.0,
         batch_size=1024,

@@ -12,7 +12,7 @@ recipes/resnet_imagenet.py is the same with BatchNorm. At batches larger than th
 
 from nfnet_flax.config import require
 from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
-from nfnet_flax.models import model_config
+from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.recipe import Recipe
 
 VARIANTS = ("50", "101", "152", "200", "288", "600")
@@ -22,10 +22,11 @@ VARIANTS = ("50", "101", "152", "200", "288", "600")
 def recipe(variant: str = "50") -> Recipe:
     """The run of one depth."""
     require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
-    model = model_config(f"nf_resnet{variant}", drop_rate=0.0, compute_dtype="float32")
+    name = f"nf_resnet{variant}"
     return imagenet_recipe(
-        f"nf_resnet{variant}",
-        model,
+        name,
+        model_config(name, drop_rate=0.0, compute_dtype="float32"),
+        IMAGE_SIZES[name],
         RESNET_OPTIM,
         num_epochs=90.0,
         batch_size=1024,

@@ -20,7 +20,7 @@ RandAugment's contrast and solarize do what their names say (see nfnet_flax/data
 from nfnet_flax.config import require
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.imagenet import imagenet_recipe
-from nfnet_flax.models import model_config
+from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.optim import AGC, SGD, Cosine, OptimConfig, SAMConfig
 from nfnet_flax.recipe import Recipe
 
@@ -42,9 +42,11 @@ def recipe(variant: str = "f0") -> Recipe:
         ema_decay=0.99999,
         sam=SAMConfig(rho=0.05, fraction=0.2) if level == "f6" else None,
     )
+    name = f"nfnet_{variant}"
     return imagenet_recipe(
-        f"nfnet_{variant}",
-        model_config(f"nfnet_{variant}", compute_dtype="bfloat16"),
+        name,
+        model_config(name, compute_dtype="bfloat16"),
+        IMAGE_SIZES[name],
         optim,
         num_epochs=360.0,
         batch_size=4096,

@@ -13,7 +13,7 @@ together, and did not share statistics among them.
 
 from nfnet_flax.config import require
 from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
-from nfnet_flax.models import model_config
+from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.recipe import Recipe
 
 NAMES = {
@@ -28,10 +28,11 @@ NAMES = {
 def recipe(variant: str = "50") -> Recipe:
     """The run of one depth, or of `se_resnext_d50`."""
     require(variant in NAMES, "variant", variant, f"known are {', '.join(NAMES)}")
-    model = model_config(NAMES[variant], compute_dtype="float32")
+    name = NAMES[variant]
     return imagenet_recipe(
-        NAMES[variant],
-        model,
+        name,
+        model_config(name, compute_dtype="float32"),
+        IMAGE_SIZES[name],
         RESNET_OPTIM,
         num_epochs=90.0,
         batch_size=1024,

@@ -22,7 +22,7 @@ from flax import nnx
 
 from my_layers import WIDTH, shrunk
 from nfnet_flax.models import Classifier, ModelConfig
-from nfnet_flax.models.classifier import HEAD_NORMAL, plan_blocks
+from nfnet_flax.models.classifier import HEAD_NORMAL, block_specs
 from nfnet_flax.models.layers import WSConv
 
 
@@ -42,8 +42,8 @@ class Block(nnx.Module):
     def __init__(self, width, rngs):
         self.conv = WSConv(width, width, 3, compute_dtype="float32", rngs=rngs)
 
-    def __call__(self, x, keys, plan):
-        branch = self.conv(jax.nn.relu(x) * plan.beta)
+    def __call__(self, x, keys, spec):
+        branch = self.conv(jax.nn.relu(x) * spec.beta)
         return x + 0.2 * branch, branch  # no skip gain
 
 
@@ -52,8 +52,8 @@ class MyNet(Classifier):
         self.config = config
         dtype = config.compute_dtype
         self.stem = WSConv(3, config.width, 3, stride=2, compute_dtype=dtype, rngs=rngs)
-        plans = plan_blocks((1, 1), alpha=0.2, stochdepth_rate=0.0)
-        self._add_blocks(lambda stage, position: Block(config.width, rngs), plans)
+        specs = block_specs((1, 1), alpha=0.2, stochdepth_rate=0.0)
+        self._add_blocks(lambda stage, position: Block(config.width, rngs), specs)
         self._add_head(
             config.width, num_classes, kernel_init=HEAD_NORMAL, drop_rate=0.0, compute_dtype=dtype, rngs=rngs
         )

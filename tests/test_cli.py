@@ -41,7 +41,6 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("--num-epochs", "1e30", "num_epochs = 1e+30: these are 2.25e+31 steps of 1,437 examples"),
         ("--num-classes", "4294967296", "num_classes = 4294967296: must be 2 to 2,147,483,647"),
         ("--model.widths", "8 8 8 4294967296", "model.widths = (8, 8, 8, 4294967296): every stage"),
-        ("--model.test-image-size", "65501", "model.test_image_size = 65501: must be at least 1 and at most 65,500"),
         ("--data.image-size", "1000000", "data.image_size = 1000000: must be at least 1 and at most 65,500"),
         ("--data.image-size", "60000", "data.batch_size = 64: data.prefetch_batches = 4 of such batches of 60000 px"),
         ("--data.eval-image-size", "65501", "data.eval_image_size = 65501: must be at least 1 and at most 65,500"),

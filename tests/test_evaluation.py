@@ -83,7 +83,7 @@ def test_metrics_are_numpys_over_any_number_of_processes(network: Network, num_e
 
 def test_where_nothing_can_be_evaluated_there_is_an_error_and_no_number(network: Network) -> None:
     _, weights, step = network
-    nothing = {
+    nothing: dict[str, np.ndarray] = {
         "image": np.zeros((16, 16, 16, 3), np.uint8),
         "label": np.zeros(16, np.int32),
         "mask": np.zeros(16, np.float32),
@@ -95,7 +95,7 @@ def test_where_nothing_can_be_evaluated_there_is_an_error_and_no_number(network:
 
 def test_logits_that_overflow_are_no_hits(network: Network) -> None:
     _, (params, batch_stats), step = network
-    rows = {
+    rows: dict[str, np.ndarray] = {
         "image": np.zeros((16, 16, 16, 3), np.uint8),
         "label": np.zeros(16, np.int32),  # the class that a search for the largest of nothing but NaN ends at
         "mask": np.ones(16, np.float32),

@@ -85,7 +85,7 @@ def test_rematerialization_keeps_less_of_the_forward_pass(family: str) -> None:
     depth = 9
     config = dataclasses.replace(DEEP[family], depths=(1, 1, depth + 1, 1))
     network: Any = nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0)))
-    blocks, plans = list(network.stages[2])[1:], network.plans[2][1:]
+    blocks, specs = list(network.stages[2])[1:], network.specs[2][1:]
     graphdefs, params, batch_stats = zip(*map(split, blocks), strict=True)
     input_shape = jax.ShapeDtypeStruct((4, 64, 64, DEEP[family].widths[2]), jnp.float32)
     keys = example_keys(jax.random.key(0), jnp.arange(4))
@@ -94,7 +94,7 @@ def test_rematerialization_keeps_less_of_the_forward_pass(family: str) -> None:
         def residuals(params: Any, batch_stats: Any, x: jax.Array) -> Any:
             def loss(params: Any) -> jax.Array:
                 merged = [merge(*parts) for parts in zip(graphdefs, params, batch_stats, strict=True)]
-                return jnp.sum(run_stage(merged, x, keys, plans, rematerialization))
+                return jnp.sum(run_stage(merged, x, keys, specs, rematerialization))
 
             return jax.vjp(loss, params)[1]
 

@@ -25,7 +25,7 @@ from nfnet_flax.recipe import Recipe
 
 def recipe() -> Recipe:
     model = NFNetConfig(
-        widths=(16, 32), depths=(1, 1), group_width=8, train_image_size=32, test_image_size=32
+        widths=(16, 32), depths=(1, 1), group_width=8
     )
     data = DataConfig(
         source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=16,

@@ -198,11 +198,11 @@ def test_worker_processes_run_the_same_files(own: Path, tmp_path: Path) -> None:
 
 
 def test_debug_takes_the_small_network(own: Path, tmp_path: Path) -> None:
-    options = ("--debug", "--workdir", tmp_path / "run", "--objective.weight", "2", "--model.train-image-size", "24")
+    options = ("--debug", "--workdir", tmp_path / "run", "--objective.weight", "2", "--model.compute-dtype", "bfloat16")
     code, printed = ran("train", own / "my_recipe.py", *options)
     assert code == EXIT_DONE, printed
     stored = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert (stored["model"]["width"], stored["model"]["train_image_size"]) == (4, 24)
+    assert (stored["model"]["width"], stored["model"]["compute_dtype"]) == (4, "bfloat16")
     assert (stored["objective"]["weight"], stored["data"]["source"]["type"]) == (2, "SyntheticSource")
 
 

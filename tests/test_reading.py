@@ -24,7 +24,7 @@ from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_weights
 from nfnet_flax.training.reading import Run, evaluate, export_weights, stored_weights
-from nfnet_flax.weights.entries import Arrays, shapes_of, skipped
+from nfnet_flax.weights.entries import HostArrays, shapes_of, skipped
 from tests.image_sets import CLASSES, make_folder
 from tests.runs import claimed, damage, finish, saved_arrays, start, start_all
 
@@ -107,7 +107,7 @@ def test_weights_need_the_folder_alone(made: Made) -> None:
     network = run.model("raw")
     assert network.deterministic
     stored = saved_arrays(made.workdir, 6)
-    found: dict[str, Arrays] = {"": run.weights("raw"), "ema_": run.weights()}
+    found: dict[str, HostArrays] = {"": run.weights("raw"), "ema_": run.weights()}
     for prefix, arrays in found.items():
         assert {name: (value.shape, value.dtype) for name, value in arrays.items()} == shapes_of(network)
         for name, value in arrays.items():

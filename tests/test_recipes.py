@@ -20,7 +20,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.source_config import ArrayRecordSource, SyntheticSource
 from nfnet_flax.debug import debug_recipe
 from nfnet_flax.imagenet import RESNET_OPTIM, imagenet_recipe
-from nfnet_flax.models import EfficientNetConfig, NFNetConfig, NFResNetConfig, model_config
+from nfnet_flax.models import IMAGE_SIZES, EfficientNetConfig, ImageSizes, NFNetConfig, NFResNetConfig, model_config
 from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT, VARIANTS
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, Muon, OptimConfig, RMSProp, make_optimizer, make_schedule
@@ -62,7 +62,7 @@ def test_there_is_a_row_here_for_every_recipe() -> None:
 def test_a_recipe_is_the_published_one(family: str, variant: str, tmp_path: Path) -> None:
     variants, batch_size, num_epochs, peak, clipping, augmentations, is_mixed = PUBLISHED[family]
     recipe = load(family, variant)
-    data = recipe.data
+    data, sizes = recipe.data, IMAGE_SIZES[recipe.name]
     found = None if data.randaugment is None else (data.randaugment.num_layers, data.randaugment.magnitude)
     assert found == augmentations[variants.index(variant)]
     assert (data.batch_size, recipe.num_epochs) == (batch_size, num_epochs)
@@ -71,7 +71,7 @@ def test_a_recipe_is_the_published_one(family: str, variant: str, tmp_path: Path
     assert (data.mixing is not None) == is_mixed
     assert isinstance(data.source, ArrayRecordSource)
     assert data.augment == CropAugment()
-    assert (data.image_size, data.eval_image_size) == (recipe.model.train_image_size, recipe.model.test_image_size)
+    assert (data.image_size, data.eval_image_size) == (sizes.train, sizes.test)
     assert (recipe.num_classes, recipe.objective, data.eval_crop_margin, data.num_held_out) == (
         1000,
         SoftmaxCrossEntropy(label_smoothing=0.1),
@@ -117,7 +117,13 @@ def test_what_depends_on_the_number_of_devices_is_no_reproducible_run(field: str
 def test_a_batch_that_does_not_divide_into_its_parts_is_refused() -> None:
     with pytest.raises(ConfigError, match="images_per_part = 24: must divide batch 1024"):
         imagenet_recipe(
-            "mine", model_config("nf_resnet50"), RESNET_OPTIM, num_epochs=1.0, batch_size=1024, images_per_part=24
+            "mine",
+            model_config("nf_resnet50"),
+            ImageSizes(train=128, test=160),
+            RESNET_OPTIM,
+            num_epochs=1.0,
+            batch_size=1024,
+            images_per_part=24,
         )
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from nfnet_flax import weights
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, build_model
-from nfnet_flax.weights.entries import Arrays, arrays_of
+from nfnet_flax.weights.entries import HostArrays, arrays_of
 from tests.networks import SMALL
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -37,7 +37,7 @@ def other() -> Classifier:
     return small(2)
 
 
-def same(a: Arrays, b: Arrays) -> bool:
+def same(a: HostArrays, b: HostArrays) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 

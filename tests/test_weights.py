@@ -20,7 +20,7 @@ from nfnet_flax import cli, exit_codes, weights
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, ModelConfig, build_model, model_config
 from nfnet_flax.models.params import merge, split, update
-from nfnet_flax.weights.entries import Arrays, arrays_of, shapes_of
+from nfnet_flax.weights.entries import HostArrays, arrays_of, shapes_of
 from nfnet_flax.weights.haiku import Tree
 from nfnet_flax.weights.timm import timm_arrays
 from tests import golden
@@ -46,7 +46,7 @@ def models() -> dict[str, Classifier]:
     return {family: with_random_arrays(SMALL[family], 3) for family in SMALL}
 
 
-def same(a: Arrays, b: Arrays) -> bool:
+def same(a: HostArrays, b: HostArrays) -> bool:
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
@@ -57,7 +57,7 @@ def fresh(model: Classifier) -> Classifier:
     return copy
 
 
-def flat(tree: Tree) -> Arrays:
+def flat(tree: Tree) -> HostArrays:
     return {f"{module}/{name}": value for module, leaves in tree.items() for name, value in leaves.items()}
 
 

@@ -81,7 +81,7 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
     from nfnet_flax.programs.plan import devices_of, plan, set_environment
 
     set_environment()
-    from nfnet_flax.models import ExecutionConfig, model_config
+    from nfnet_flax.models import IMAGE_SIZES, ExecutionConfig, model_config
     from nfnet_flax.optim import OptimConfig
     from nfnet_flax.recipe_file import load_recipe
 
@@ -95,7 +95,7 @@ def estimate(options: argparse.Namespace) -> dict[str, object]:
         optim=base.optim if options.models[0].startswith("nfnet") else OptimConfig(clipping=None),
         data=dataclasses.replace(
             base.data,
-            image_size=config.train_image_size,
+            image_size=IMAGE_SIZES[options.models[0]].train,
             batch_size=batch_size,
             eval_batch_size=batch_size,
             mixing=None,

@@ -18,9 +18,9 @@ def run(argv: list[str]) -> int:
         """Shell-style pattern of names."""
 
     options = tyro.cli(ModelsOptions, args=argv, prog="nfnet models", description="List the named networks.")
-    from nfnet_flax.models import list_models, model_config
+    from nfnet_flax.models import list_models
     from nfnet_flax.models.counts import COUNTS
-    from nfnet_flax.models.registry import PUBLISHED_TOP1_PERCENT
+    from nfnet_flax.models.registry import IMAGE_SIZES, PUBLISHED_TOP1_PERCENT
 
     names = fnmatch.filter(list_models(), options.pattern)
     if not names:
@@ -28,11 +28,10 @@ def run(argv: list[str]) -> int:
     print("GFLOPs: multiply-adds of one image at train px, forward. Top-1: published, ImageNet, at test px.")
     print(f"{'name':<16}{'parameters':>14}{'GFLOPs':>9}{'train px':>10}{'test px':>9}{'top-1':>8}")
     for name in names:
-        config = model_config(name)
-        counts = COUNTS[name]
+        counts, sizes = COUNTS[name], IMAGE_SIZES[name]
         top1 = f"{PUBLISHED_TOP1_PERCENT[name]:.1f}%" if name in PUBLISHED_TOP1_PERCENT else "-"
         print(
             f"{name:<16}{counts.parameters:>14,}{counts.multiply_adds / 1e9:>9.2f}"
-            f"{config.train_image_size:>10}{config.test_image_size:>9}{top1:>8}"
+            f"{sizes.train:>10}{sizes.test:>9}{top1:>8}"
         )
     return EXIT_DONE

@@ -35,8 +35,8 @@ class DataConfig:
     eval_crop_margin: int = 0
     """An evaluation image is resized to so many pixels more than `eval_image_size` on each side, then cropped at its
     centre (published: 32)."""
-    eval_resampler: Resampler = "area_cubic"
-    """How evaluation images are resized."""
+    resampler: Resampler = "area_cubic"
+    """How evaluation images are resized, and training images under `AffineAugment`; `CropAugment` has its own."""
     batch_size: int = 64
     """Examples of one update, over all processes and devices."""
     eval_batch_size: int = 120

@@ -50,7 +50,7 @@ def _augmented(image: bytes | np.ndarray, rng: np.random.Generator, config: Data
     size, augment = config.image_size, config.chosen_augment()
     if isinstance(augment, CropAugment):
         return transforms.random_crop(image, rng, image_size=size, config=augment)
-    whole = transforms.eval_crop(image, image_size=size, margin=0, resampler=config.eval_resampler)
+    whole = transforms.eval_crop(image, image_size=size, margin=0, resampler=config.resampler)
     return transforms.random_affine(whole, rng, augment)
 
 
@@ -76,7 +76,7 @@ def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
         with naming(source, position):
             record = source[position]
             image = transforms.eval_crop(
-                record["image"], image_size=size, margin=config.eval_crop_margin, resampler=config.eval_resampler
+                record["image"], image_size=size, margin=config.eval_crop_margin, resampler=config.resampler
             )
     except CorruptImageError:
         if config.on_corrupt == "raise":

@@ -20,7 +20,7 @@ HEAD_NORMAL = nnx.initializers.normal(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockPlan:
+class BlockSpec:
     """What a residual block needs to know of its place in the network."""
 
     index: int
@@ -31,19 +31,19 @@ class BlockPlan:
     """Stochastic depth: probability that the branch is dropped for an example."""
 
 
-def plan_blocks(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) -> tuple[tuple[BlockPlan, ...], ...]:
+def block_specs(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) -> tuple[tuple[BlockSpec, ...], ...]:
     """The blocks of each stage, with variance-preserving constants for branches of unit variance times `alpha`."""
-    plans: list[tuple[BlockPlan, ...]] = []
+    specs: list[tuple[BlockSpec, ...]] = []
     expected_std, index = 1.0, 0
     for depth in depths:
         stage = []
         for position in range(depth):
-            stage.append(BlockPlan(index, 1.0 / expected_std, stochdepth_rate * index / sum(depths)))
+            stage.append(BlockSpec(index, 1.0 / expected_std, stochdepth_rate * index / sum(depths)))
             # A stage's first block normalises its shortcut, too, so the variance starts anew there.
             expected_std = ((1.0 if position == 0 else expected_std**2) + alpha**2) ** 0.5
             index += 1
-        plans.append(tuple(stage))
-    return tuple(plans)
+        specs.append(tuple(stage))
+    return tuple(specs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Classifier(nnx.Module):
     """Stem, residual blocks, a last transformation, mean pool, dropout, dense head.
 
     Call it in training mode (`model.train()`, the state after construction) or evaluation mode (`model.eval()`). A
-    family sets `stages` (lists of blocks that map `(x, keys, plan)` to `(y, residual branch)`), calls `_add_head`, and
+    family sets `stages` (lists of blocks that map `(x, keys, spec)` to `(y, residual branch)`), calls `_add_head`, and
     says what comes before and after the blocks in `_stem` and `_final`.
     """
 
@@ -96,13 +96,13 @@ class Classifier(nnx.Module):
     def _add_blocks(
         self,
         make_block: Callable[[int, int], nnx.Module],
-        plans: tuple[tuple[BlockPlan, ...], ...],
+        specs: tuple[tuple[BlockSpec, ...], ...],
     ) -> None:
         """Builds `make_block(stage, position)` for every block."""
         self.stages = nnx.List(
-            [nnx.List([make_block(stage, position) for position in range(len(row))]) for stage, row in enumerate(plans)]
+            [nnx.List([make_block(stage, position) for position in range(len(row))]) for stage, row in enumerate(specs)]
         )
-        self.plans = plans
+        self.specs = specs
         self.is_folded = False
         self.execution = ExecutionConfig()
 
@@ -119,7 +119,7 @@ class Classifier(nnx.Module):
         self.head = Dense(num_features, num_classes, kernel_init=kernel_init, compute_dtype=compute_dtype, rngs=rngs)
         self.num_features = num_features
         self.num_classes = num_classes
-        self.num_blocks = sum(map(len, self.plans))
+        self.num_blocks = sum(map(len, self.specs))
         self.drop_rate = drop_rate
         self.compute_dtype: ComputeDtype = compute_dtype
         self.deterministic = False
@@ -154,8 +154,8 @@ class Classifier(nnx.Module):
           ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
         """
         x = self._begin(images, keys)
-        for stage, plans in zip(self.stages, self.plans, strict=True):
-            x = run_stage(list(stage), x, keys, plans, self.execution.rematerialization)
+        for stage, specs in zip(self.stages, self.specs, strict=True):
+            x = run_stage(list(stage), x, keys, specs, self.execution.rematerialization)
         x = self._final(x)
         return jnp.mean(x, axis=(1, 2), dtype=layers.statistics_dtype(x.dtype))
 
@@ -196,9 +196,9 @@ class Classifier(nnx.Module):
         """
         x = self._begin(images, keys)
         outputs, branches = [x], []
-        for stage, plans in zip(self.stages, self.plans, strict=True):
-            for block, plan in zip(stage, plans, strict=True):
-                x, branch = block(x, keys, plan)
+        for stage, specs in zip(self.stages, self.specs, strict=True):
+            for block, spec in zip(stage, specs, strict=True):
+                x, branch = block(x, keys, spec)
                 outputs.append(x)
                 branches.append(branch)
         wide = layers.statistics_dtype(x.dtype)

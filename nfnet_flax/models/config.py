@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from flax import nnx
 
-from nfnet_flax.config import MAX_COUNT, MAX_IMAGE_PX, require, require_count
+from nfnet_flax.config import MAX_COUNT, require
 from nfnet_flax.models.layers import ActivationName, ComputeDtype
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.open_config import OpenConfig
@@ -20,22 +20,21 @@ if TYPE_CHECKING:
     from nfnet_flax.models.classifier import Classifier
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageSizes:
+    """Height and width of the images that a network was published with, in pixels. A network takes any size; what a
+    run has is in its `DataConfig`."""
+
+    train: int
+    test: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(OpenConfig, abc.ABC):
     """A network, up to the number of its classes."""
 
     compute_dtype: ComputeDtype = "float32"
     """Type of images, activations and kernels in the computation; parameters are float32."""
-    train_image_size: int = 224
-    """Published training resolution, in pixels."""
-    test_image_size: int = 224
-    """Published evaluation resolution, in pixels."""
-
-    def __post_init__(self) -> None:
-        """Checks the types of all fields, and the resolutions."""
-        super().__post_init__()
-        for name, size in (("train_image_size", self.train_image_size), ("test_image_size", self.test_image_size)):
-            require_count(f"model.{name}", size, most=MAX_IMAGE_PX)
 
     @abc.abstractmethod
     def build(self, num_classes: int, rngs: nnx.Rngs) -> "Classifier":

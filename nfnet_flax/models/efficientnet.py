@@ -9,8 +9,8 @@ import jax
 from flax import nnx
 
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
-from nfnet_flax.models.config import ModelConfig, check_positive, check_rates
+from nfnet_flax.models.classifier import BlockSpec, Classifier, block_specs
+from nfnet_flax.models.config import ImageSizes, ModelConfig, check_positive, check_rates
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
 # Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
@@ -111,7 +111,7 @@ class EfficientNetBlock(nnx.Module):
         self.drops = config.stochdepth_rate > 0
         self.deterministic = False
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None, plan: BlockPlan) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array | None, spec: BlockSpec) -> tuple[jax.Array, jax.Array]:
         """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch before it is dropped."""
         h = jax.nn.silu(self.expand_norm(self.expand(x))) if self.expands else x
         h = jax.nn.silu(self.depthwise_norm(self.depthwise(h)))
@@ -121,7 +121,7 @@ class EfficientNetBlock(nnx.Module):
             return branch, branch
         kept = branch
         if self.drops and not self.deterministic:
-            kept = layers.drop_path(branch, plan.drop_path_rate, layers.layer_keys(keys, plan.index), rescale=True)
+            kept = layers.drop_path(branch, spec.drop_path_rate, layers.layer_keys(keys, spec.index), rescale=True)
         return kept + x, branch
 
 
@@ -152,8 +152,8 @@ class EfficientNet(Classifier):
             )
 
         depths = [config.depth(repeats) for *_, repeats in _STAGES]
-        plans = plan_blocks(depths, alpha=0.0, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans)
+        specs = block_specs(depths, alpha=0.0, stochdepth_rate=config.stochdepth_rate)
+        self._add_blocks(make_block, specs)
         num_features = config.channels(_FINAL_WIDTH)
         self.final_conv = conv(outputs[-1], num_features, 1)
         self.final_norm = norm(num_features)
@@ -185,9 +185,8 @@ _TABLE = (
     (1.8, 2.6, 528, 0.5),
     (2.0, 3.1, 600, 0.5),
 )
-VARIANTS: dict[str, EfficientNetConfig] = {
-    f"efficientnet_b{level}": EfficientNetConfig(
-        width_multiplier=width, depth_multiplier=depth, drop_rate=drop_rate, train_image_size=size, test_image_size=size
-    )
-    for level, (width, depth, size, drop_rate) in enumerate(_TABLE)
+VARIANTS = {
+    f"efficientnet_b{level}": EfficientNetConfig(width_multiplier=width, depth_multiplier=depth, drop_rate=drop_rate)
+    for level, (width, depth, _, drop_rate) in enumerate(_TABLE)
 }
+IMAGE_SIZES = {f"efficientnet_b{level}": ImageSizes(size, size) for level, (_, _, size, _) in enumerate(_TABLE)}

@@ -30,13 +30,13 @@ def fold(model: Classifier) -> Classifier:
     folded.eval()
     _, gamma = layers.ACTIVATIONS[model.stages[0][0].activation]
     factors: dict[int, float] = {}
-    for stage, plans in zip(folded.stages, folded.plans, strict=True):
-        for block, plan in zip(stage, plans, strict=True):
+    for stage, specs in zip(folded.stages, folded.specs, strict=True):
+        for block, spec in zip(stage, specs, strict=True):
             for _, module in nnx.iter_modules(block):
                 factors[id(module)] = gamma
-            factors[id(block.conv0)] = gamma * plan.beta
+            factors[id(block.conv0)] = gamma * spec.beta
             if block.has_projection:
-                factors[id(block.conv_shortcut)] = gamma * plan.beta
+                factors[id(block.conv_shortcut)] = gamma * spec.beta
             block.skip_gain = nnx.Param(block.skip_gain[...] * block.alpha)
             block.alpha = 1.0
             block.is_folded = True

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan
+from nfnet_flax.models.classifier import BlockSpec
 from nfnet_flax.models.convolution import avg_pool_2x2
 from nfnet_flax.models.layers import ActivationName, WSConv, activate
 
@@ -36,17 +36,17 @@ class NFBlock(nnx.Module):
     def _branch(self, h: jax.Array) -> jax.Array:
         raise NotImplementedError
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None, plan: BlockPlan) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array | None, spec: BlockSpec) -> tuple[jax.Array, jax.Array]:
         """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch before it is scaled."""
         h = self._activate(x)
         if not self.is_folded:
-            h = h * jnp.asarray(plan.beta, x.dtype)
+            h = h * jnp.asarray(spec.beta, x.dtype)
         shortcut = x
         if self.has_projection:
             shortcut = self.conv_shortcut(avg_pool_2x2(h) if self.pools else h)
         branch = self._branch(h)
         kept = branch
         if self.drops and not self.deterministic:
-            kept = layers.drop_path(branch, plan.drop_path_rate, layers.layer_keys(keys, plan.index))
+            kept = layers.drop_path(branch, spec.drop_path_rate, layers.layer_keys(keys, spec.index))
         scale = self.skip_gain[...].astype(layers.statistics_dtype(kept.dtype)) * self.alpha
         return kept * scale.astype(kept.dtype) + shortcut, branch

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import Classifier, plan_blocks
-from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
+from nfnet_flax.models.classifier import Classifier, block_specs
+from nfnet_flax.models.config import ImageSizes, NormalizerFreeConfig, check_positive
 from nfnet_flax.models.layers import ActivationName, AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
@@ -29,8 +29,6 @@ class NFRegNetConfig(NormalizerFreeConfig):
     se_ratio: float = 0.5
     """Hidden share of squeeze-excite."""
     activation: ActivationName = "silu"
-    train_image_size: int = 192
-    """Published training resolution, in pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,8 +115,8 @@ class NFRegNet(Classifier):
                 rngs=init_rngs,
             )
 
-        plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans)
+        specs = block_specs(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
+        self._add_blocks(make_block, specs)
         num_features = 1280 * channels[-1] // 440
         self.final_conv = conv(channels[-1], num_features, 1)
         self.config = config
@@ -150,9 +148,8 @@ _TABLE = (
     ((96, 208, 416, 880), (4, 10, 19, 19), 0.5, 512, 600),
     ((104, 232, 456, 968), (4, 11, 22, 22), 0.5, 600, 672),
 )
-VARIANTS: dict[str, NFRegNetConfig] = {
-    f"nf_regnet_b{level}": NFRegNetConfig(
-        widths=widths, depths=depths, drop_rate=drop_rate, train_image_size=train, test_image_size=test
-    )
-    for level, (widths, depths, drop_rate, train, test) in enumerate(_TABLE)
+VARIANTS = {
+    f"nf_regnet_b{level}": NFRegNetConfig(widths=widths, depths=depths, drop_rate=drop_rate)
+    for level, (widths, depths, drop_rate, _, _) in enumerate(_TABLE)
 }
+IMAGE_SIZES = {f"nf_regnet_b{level}": ImageSizes(train, test) for level, (*_, train, test) in enumerate(_TABLE)}

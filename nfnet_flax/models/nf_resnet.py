@@ -9,8 +9,8 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
-from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, block_specs
+from nfnet_flax.models.config import ImageSizes, NormalizerFreeConfig, check_positive
 from nfnet_flax.models.layers import AnyRngs, InitRngs, SqueezeExcite, WSConv, activate
 from nfnet_flax.models.nf_block import NFBlock
 
@@ -90,8 +90,8 @@ class NFResNet(Classifier):
                 return NFResNetBlock(config, width, width, 1, init_rngs)
             return NFResNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
 
-        plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans)
+        specs = block_specs(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
+        self._add_blocks(make_block, specs)
         self.config = config
         self._add_head(
             config.widths[-1],
@@ -120,3 +120,4 @@ VARIANTS: dict[str, NFResNetConfig] = {
         (600, (50, 50, 50, 50)),
     )
 }
+IMAGE_SIZES = dict.fromkeys(VARIANTS, ImageSizes(train=224, test=224))

@@ -12,8 +12,8 @@ import jax
 from flax import nnx
 
 from nfnet_flax.config import require
-from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, plan_blocks
-from nfnet_flax.models.config import NormalizerFreeConfig, check_positive
+from nfnet_flax.models.classifier import HEAD_NORMAL, Classifier, block_specs
+from nfnet_flax.models.config import ImageSizes, NormalizerFreeConfig, check_positive
 from nfnet_flax.models.layers import (
     ActivationName,
     AnyRngs,
@@ -45,10 +45,6 @@ class NFNetConfig(NormalizerFreeConfig):
     """Form of the weight standardization; timm's weights want `timm`."""
     stochdepth_rate: float = 0.25
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
-    train_image_size: int = 192
-    """Published training resolution, in pixels."""
-    test_image_size: int = 256
-    """Published evaluation resolution, in pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +119,8 @@ class NFNet(Classifier):
                 return NFNetBlock(config, width, width, 1, init_rngs)
             return NFNetBlock(config, stage_inputs[stage], width, _STAGE_STRIDES[stage], init_rngs)
 
-        plans = plan_blocks(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
-        self._add_blocks(make_block, plans)
+        specs = block_specs(config.depths, alpha=config.alpha, stochdepth_rate=config.stochdepth_rate)
+        self._add_blocks(make_block, specs)
 
         num_features = 2 * config.widths[-1]
         self.final_conv = conv(config.widths[-1], num_features, 1)
@@ -150,16 +146,6 @@ class NFNet(Classifier):
         return activate(self.config.activation, self.final_conv(x))
 
 
-def _variant(widths: tuple[int, ...], multiple: int, drop_rate: float, train: int, test: int) -> NFNetConfig:
-    return NFNetConfig(
-        widths=widths,
-        depths=(multiple, 2 * multiple, 6 * multiple, 3 * multiple),
-        drop_rate=drop_rate,
-        train_image_size=train,
-        test_image_size=test,
-    )
-
-
 # Depth multiple, dropout, training and test resolution (arXiv 2102.06171, table 1).
 _TABLE = (
     (1, 0.2, 192, 256),
@@ -172,8 +158,15 @@ _TABLE = (
     (8, 0.5, 480, 608),
 )
 _WIDTHS = {"": (256, 512, 1536, 1536), "+": (384, 768, 2048, 2048)}
-VARIANTS: dict[str, NFNetConfig] = {
-    f"nfnet_f{level}{suffix}": _variant(widths, *row)
+VARIANTS = {
+    f"nfnet_f{level}{suffix}": NFNetConfig(
+        widths=widths, depths=(multiple, 2 * multiple, 6 * multiple, 3 * multiple), drop_rate=drop_rate
+    )
     for suffix, widths in _WIDTHS.items()
-    for level, row in enumerate(_TABLE)
+    for level, (multiple, drop_rate, _, _) in enumerate(_TABLE)
+}
+IMAGE_SIZES = {
+    f"nfnet_f{level}{suffix}": ImageSizes(train, test)
+    for suffix in _WIDTHS
+    for level, (_, _, train, test) in enumerate(_TABLE)
 }

@@ -11,7 +11,7 @@ from flax import nnx
 from nfnet_flax.config import ConfigError, require, unknown_name
 from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet
 from nfnet_flax.models.classifier import Classifier
-from nfnet_flax.models.config import ModelConfig
+from nfnet_flax.models.config import ImageSizes, ModelConfig
 from nfnet_flax.models.efficientnet import EfficientNetConfig
 from nfnet_flax.models.nf_regnet import NFRegNetConfig
 from nfnet_flax.models.nf_resnet import NFResNetConfig
@@ -28,6 +28,15 @@ VARIANTS: Mapping[str, ModelConfig] = {
     **resnet.VARIANTS,
     **efficientnet.VARIANTS,
 }
+
+IMAGE_SIZES: Mapping[str, ImageSizes] = {
+    **nfnet.IMAGE_SIZES,
+    **nf_resnet.IMAGE_SIZES,
+    **nf_regnet.IMAGE_SIZES,
+    **resnet.IMAGE_SIZES,
+    **efficientnet.IMAGE_SIZES,
+}
+"""Name of a network -> the sizes of images that it was published with."""
 
 PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {
     # arXiv 2102.06171, table 3; F6 with SAM.
@@ -110,15 +119,15 @@ def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
     require(model.num_classes == num_classes, f"{made_by}: num_classes", model.num_classes, f"must be {num_classes}")
     if not _has_blocks(model):
         raise ConfigError(
-            f"{made_by}: {type(model).__name__}.stages must be lists of blocks (nnx.Module), one for each plan: "
+            f"{made_by}: {type(model).__name__}.stages must be lists of blocks (nnx.Module), one for each BlockSpec: "
             "self._add_blocks makes them"
         )
 
 
 def _has_blocks(model: Classifier) -> bool:
-    """Whether there is a list of blocks for each row of plans, with as many blocks."""
+    """Whether there is a list of blocks for each row of specs, with as many blocks."""
     stages = model.stages
     if not isinstance(stages, nnx.List) or not all(isinstance(stage, nnx.List) for stage in stages):
         return False
-    is_whole = [len(stage) for stage in stages] == [len(row) for row in model.plans]
+    is_whole = [len(stage) for stage in stages] == [len(row) for row in model.specs]
     return is_whole and all(isinstance(block, nnx.Module) for stage in stages for block in stage)

@@ -13,8 +13,8 @@ from flax import nnx
 
 from nfnet_flax.config import require
 from nfnet_flax.models import layers
-from nfnet_flax.models.classifier import BlockPlan, Classifier, plan_blocks
-from nfnet_flax.models.config import StagedConfig, check_positive, check_rates
+from nfnet_flax.models.classifier import BlockSpec, Classifier, block_specs
+from nfnet_flax.models.config import ImageSizes, StagedConfig, check_positive, check_rates
 from nfnet_flax.models.convolution import avg_pool_2x2
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
@@ -96,9 +96,9 @@ class ResNetBlock(nnx.Module):
             hidden = max(1, int(out_channels * config.se_ratio))
             self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None, plan: BlockPlan) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array | None, spec: BlockSpec) -> tuple[jax.Array, jax.Array]:
         """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch; draws nothing."""
-        del keys, plan
+        del keys, spec
         h = jax.nn.relu(self.bn0(x))
         shortcut = x
         if self.has_projection:
@@ -140,8 +140,8 @@ class ResNet(Classifier):
                 rngs=init_rngs,
             )
 
-        plans = plan_blocks(config.depths, alpha=0.0, stochdepth_rate=0.0)
-        self._add_blocks(make_block, plans)
+        specs = block_specs(config.depths, alpha=0.0, stochdepth_rate=0.0)
+        self._add_blocks(make_block, specs)
         channels = config.widths[-1]
         self.final_bn = norm(channels)
         self.config = config
@@ -172,3 +172,4 @@ VARIANTS: dict[str, ResNetConfig] = {
     # 32 groups of 4 to 32 channels, reduction 16: as ResNeXt-50 32x4d and SENet have them.
     "se_resnext_d50": ResNetConfig(depths=(3, 4, 6, 3), expansion=0.5, num_groups=32, se_ratio=1 / 16, is_d=True),
 }
+IMAGE_SIZES = dict.fromkeys(VARIANTS, ImageSizes(train=224, test=224))

@@ -2,28 +2,38 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import jax
 from flax import nnx
 
+if TYPE_CHECKING:
+    from nfnet_flax.models.classifier import BlockSpec
+
 Rematerialization = Literal["none", "blocks", "full"]
 
 
+class Block(Protocol):
+    """A residual block, which is an `nnx.Module`."""
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None, spec: "BlockSpec") -> tuple[jax.Array, jax.Array]:
+        """The output, and the residual branch within it."""
+
+
 def run_stage(
-    blocks: Sequence[Any],
+    blocks: Sequence[Block],
     x: jax.Array,
     keys: jax.Array | None,
-    plans: Sequence[Any],
+    specs: Sequence["BlockSpec"],
     rematerialization: Rematerialization,
 ) -> jax.Array:
     """The blocks of a stage, one after the other. None of the choices changes what is computed.
 
     Args:
-      blocks: modules that map `(x, keys, plan)` to `(y, residual branch)`.
+      blocks: of the stage.
       x: (N, H, W, C) input.
       keys: (N,) PRNG keys, one per example.
-      plans: a `BlockPlan` per block.
+      specs: a `BlockSpec` per block.
       rematerialization: keep everything; or the input of each block; or, of n blocks, the inputs of groups of about
         sqrt(n), and those within a group while the gradient passes it.
 
@@ -31,20 +41,19 @@ def run_stage(
       (N, H', W', C') output. Running statistics of BatchNorm are updated in the modules.
     """
 
-    def run_block(block: Any, x: jax.Array, plan: Any) -> jax.Array:
-        y: jax.Array = block(x, keys, plan)[0]
-        return y
+    def run_block(block: Block, x: jax.Array, spec: "BlockSpec") -> jax.Array:
+        return block(x, keys, spec)[0]
 
-    def run_blocks(blocks: Sequence[Any], x: jax.Array, plans: Sequence[Any]) -> jax.Array:
+    def run_blocks(blocks: Sequence[Block], x: jax.Array, specs: Sequence["BlockSpec"]) -> jax.Array:
         run = run_block if rematerialization == "none" else nnx.remat(run_block, static_argnums=2)
-        for block, plan in zip(blocks, plans, strict=True):
-            x = run(block, x, plan)
+        for block, spec in zip(blocks, specs, strict=True):
+            x = run(block, x, spec)
         return x
 
     if rematerialization != "full":
-        return run_blocks(blocks, x, plans)
+        return run_blocks(blocks, x, specs)
     size = max(1, math.isqrt(len(blocks)))
     run_group = nnx.remat(run_blocks, static_argnums=2)
     for start in range(0, len(blocks), size):
-        x = run_group(blocks[start : start + size], x, plans[start : start + size])
+        x = run_group(blocks[start : start + size], x, specs[start : start + size])
     return x

@@ -195,7 +195,7 @@ def _layout_of(mesh: Mesh) -> dict[str, Any]:
     return {"processes": processes, "fsdp": mesh.shape[FSDP_AXIS], "spatial": mesh.shape.get(SPATIAL_AXIS, 1)}
 
 
-def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a global batch as global arrays on the devices."""
     return {
         name: jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)

@@ -141,14 +141,22 @@ def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lo
 
 
 def _report(
-    recipe: Recipe, topology: str, mesh: Any, state: Any, compiled: Any, compile_s: float, num_operations: int
+    recipe: Recipe,
+    topology: str,
+    mesh: "jax.sharding.Mesh",
+    state: "TrainState",
+    compiled: "jax.stages.Compiled",
+    compile_s: float,
+    num_operations: int,
 ) -> Plan:
     import jax
 
     from nfnet_flax.parallel.mesh import num_batch_shards
 
-    memory = compiled.memory_analysis()
-    program = parse(compiled.as_text())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise ConfigError(f"the compiler for {topology} does not show what it has made: install another libtpu")
+    program = parse(text)
     cycles, by_source = estimated_cycles(program)
     device = mesh.devices.flat[0]
     hbm_gib, clock_ghz = _DEVICES.get(device.device_kind, (0, None))

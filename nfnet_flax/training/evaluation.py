@@ -1,7 +1,6 @@
 """Evaluation: every held-out example exactly once, for raw and EMA parameters."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +109,7 @@ def weights_to_evaluate(state: TrainState) -> dict[str, Weights]:
 def run_evaluation(
     eval_step: EvalStep,
     weights_of: dict[str, Weights],
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     is_stopped: Callable[[], bool] | None = None,
     *,

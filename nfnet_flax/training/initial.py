@@ -13,7 +13,7 @@ from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.paths import local_path, run_folder
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.reading import Run, stored_weights
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.heads import for_classes
 from nfnet_flax.weights.portable import fitting_arrays, read_weights
 
@@ -24,7 +24,7 @@ _REMEDY = "let the head start at random (--init-from-skip 'head.*'), or give ima
 class InitialWeights:
     """What a run starts from before its first update."""
 
-    arrays: Arrays
+    arrays: HostArrays
     """By the names of the network; those that it lacks are random."""
     record: dict[str, str] | None = None
     """What `init_from` gave, for the record in the run's folder: `source`, and `content`, a digest; None without it."""

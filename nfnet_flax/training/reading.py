@@ -34,7 +34,7 @@ from nfnet_flax.training.restoring import read_arrays
 from nfnet_flax.training.state import Normalization, model_structure
 from nfnet_flax.weights import network_of
 from nfnet_flax.weights.convert import target_in
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weights
 
 Which = Literal["newest", "best"] | int
@@ -96,7 +96,7 @@ class Run:
         """
         return read_rows(self.workdir / layout.METRICS)
 
-    def weights(self, parameters: Parameters = "ema", checkpoint: Which = "newest") -> Arrays:
+    def weights(self, parameters: Parameters = "ema", checkpoint: Which = "newest") -> HostArrays:
         """Parameters and running statistics by the names of the network, compared with their checksums.
 
         Args:
@@ -126,7 +126,7 @@ def checked_which(value: object) -> Which:
     return cast(Which, value)
 
 
-def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, Arrays]:
+def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, HostArrays]:
     """What `Run.weights` gives, and what a weight file would say about it; errors as there."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
@@ -150,7 +150,7 @@ def _preprocessing(data: DataConfig) -> Preprocessing:
     return Preprocessing(
         image_size=data.eval_image_size,
         crop_margin=data.eval_crop_margin,
-        resampler=data.eval_resampler,
+        resampler=data.resampler,
         mean=data.mean,
         std=data.std,
     )
@@ -171,7 +171,7 @@ def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
 
 def _read(
     workdir: Path, shapes: tuple[Shapes, Shapes], wanted: Sequence[Parameters], which: Which
-) -> tuple[int, dict[Parameters, tuple[Arrays, Arrays]]]:
+) -> tuple[int, dict[Parameters, tuple[HostArrays, HostArrays]]]:
     """A checkpoint's step, and its parameters and running statistics, in the host's memory."""
     fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], shapes, strict=True)}
     num_damaged = 0

@@ -4,7 +4,8 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import orbax.checkpoint as ocp
 
 from nfnet_flax.recipe import CheckpointConfig
 from nfnet_flax.training import checkpoint
@@ -34,7 +35,12 @@ class Saver:
     """Writes the checkpoints of one run; made by `saving`."""
 
     def __init__(
-        self, config: CheckpointConfig, newest: Any, best: Any, lease: Lease | None, log_every_steps: int
+        self,
+        config: CheckpointConfig,
+        newest: ocp.CheckpointManager,
+        best: ocp.CheckpointManager,
+        lease: Lease | None,
+        log_every_steps: int,
     ) -> None:
         self._config = config
         self._newest = newest

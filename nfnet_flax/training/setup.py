@@ -32,7 +32,7 @@ from nfnet_flax.training.state import (
     with_weights,
 )
 from nfnet_flax.training.step import make_train_step
-from nfnet_flax.weights.entries import Arrays as HostArrays
+from nfnet_flax.weights.entries import HostArrays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class TrainState:
     params: Params
     batch_stats: BatchStats
     """Running statistics of BatchNorm; empty for the normalizer-free networks."""
-    opt_state: Any
+    opt_state: optax.OptState
     """State of the optimizer, such as momentum; it holds nothing of frozen parameters."""
     ema_params: Params
     ema_batch_stats: BatchStats

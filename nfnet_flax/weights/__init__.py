@@ -10,7 +10,7 @@ from flax import nnx
 
 from nfnet_flax.models import Classifier, ModelConfig, build_model, model_config
 from nfnet_flax.models.params import merge, split, update
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.haiku import from_haiku, to_haiku
 from nfnet_flax.weights.pickles import load_haiku_file
 from nfnet_flax.weights.portable import (
@@ -89,7 +89,7 @@ def load_model(path: str | os.PathLike[str]) -> Classifier:
     return network_of(f"weights file {str(path)!r}", info, arrays)
 
 
-def network_of(source: str, info: WeightsInfo, arrays: Arrays) -> Classifier:
+def network_of(source: str, info: WeightsInfo, arrays: HostArrays) -> Classifier:
     """A network with given arrays, in evaluation mode.
 
     Args:
@@ -112,6 +112,6 @@ def _abstract(config: ModelConfig, num_classes: int) -> Classifier:
     return model
 
 
-def _with_arrays(abstract: Classifier, arrays: Arrays) -> Classifier:
+def _with_arrays(abstract: Classifier, arrays: HostArrays) -> Classifier:
     model: Classifier = merge(split(abstract)[0], jax.tree.map(jnp.asarray, arrays), {})
     return model

@@ -13,7 +13,7 @@ from flax import nnx
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, build_model, model_config
 from nfnet_flax.paths import local_path
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.files import check_target, read_safetensors
 from nfnet_flax.weights.haiku import haiku_arrays
 from nfnet_flax.weights.pickles import load_haiku_file
@@ -70,8 +70,8 @@ def convert_timm(
     """
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
     tensors = unwrapped(read_safetensors(path)[0])
-    form = TIMM_FORM if timm_form else {}
-    info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), form)
+    changes = TIMM_FORM if timm_form else {}
+    info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), changes)
     write_weights(target, info, arrays, overwrite=overwrite)
     return target
 
@@ -95,11 +95,11 @@ def _converted(
     name: str,
     parameters: ParameterKind,
     stored: Mapping[str, Any],
-    arrays_for: Callable[[Classifier, Any], Arrays],
+    arrays_for: Callable[[Classifier, Any], HostArrays],
     head: np.ndarray | None,
-    form: dict[str, Any],
-) -> tuple[WeightsInfo, Arrays]:
-    config = model_config(name, **form)
+    changes: dict[str, Any],
+) -> tuple[WeightsInfo, HostArrays]:
+    config = model_config(name, **changes)
     num_classes = int(np.size(head)) if head is not None else 1000  # without a head it is listed as missing
     model = nnx.eval_shape(lambda: build_model(config, num_classes=max(1, num_classes), rngs=nnx.Rngs(0)))
     arrays = arrays_for(model, stored)

@@ -13,7 +13,7 @@ from flax import nnx
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models.params import split
 
-Arrays = dict[str, np.ndarray]
+HostArrays = dict[str, np.ndarray]
 _LISTED = 3
 """Problems of one kind that are listed one by one; more of them are counted by layer."""
 _LAYERS = 8
@@ -40,7 +40,7 @@ class Entry:
     """From our layout to the format's."""
 
 
-def arrays_of(model: nnx.Module) -> Arrays:
+def arrays_of(model: nnx.Module) -> HostArrays:
     """Parameters and running statistics of a network, by our names."""
     _, params, batch_stats = split(model)
     return {name: np.asarray(value) for name, value in (params | batch_stats).items()}
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
 
 def read_entries(
     source: str, model: nnx.Module, entries: Sequence[Entry], given: Mapping[str, Any], skip: Sequence[str]
-) -> Arrays:
+) -> HostArrays:
     """Arrays in our layout and types, by our names.
 
     Args:
@@ -105,7 +105,7 @@ def read_entries(
     known = {entry.theirs for entry in entries}
     problems = [Problem("missing", entry.theirs, f"{entry.shape}") for entry in wanted if entry.theirs not in given]
     problems += [Problem("unexpected", name, f"{np.shape(given[name])}") for name in given if name not in known]
-    found: Arrays = {}
+    found: HostArrays = {}
     for entry in wanted:
         if entry.theirs in given:
             value = np.asarray(given[entry.theirs])
@@ -160,6 +160,6 @@ def _layer(name: str) -> str:
     return re.sub(r"_\d+$", "", module)
 
 
-def write_entries(entries: Sequence[Entry], arrays: Arrays) -> Arrays:
+def write_entries(entries: Sequence[Entry], arrays: HostArrays) -> HostArrays:
     """Arrays in the format's layout, by the format's names."""
     return {entry.theirs: np.asarray(entry.to_theirs(arrays[entry.ours]), order="C") for entry in entries}

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer."""
@@ -40,7 +40,7 @@ def recognize(path: Path) -> str | None:
     return next((kind for magic, kind in _KINDS.items() if start.lstrip().startswith(magic)), None)
 
 
-def read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[HostArrays, dict[str, str]]:
     """Tensors and metadata of any `.safetensors` file.
 
     Raises:
@@ -102,7 +102,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def write_safetensors(path: Path, arrays: Arrays, metadata: dict[str, str], *, overwrite: bool) -> None:
+def write_safetensors(path: Path, arrays: HostArrays, metadata: dict[str, str], *, overwrite: bool) -> None:
     """Writes a file that appears under its name only when it is complete; missing folders are made.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, ModelConfig, NFNetConfig, NFRegNetConfig, NFResNetConfig, ResNetConfig
 from nfnet_flax.models.params import update
-from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, write_entries
+from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entries, shapes_of, write_entries
 
 Tree = dict[str, dict[str, np.ndarray]]
 
@@ -39,7 +39,7 @@ def from_haiku(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, sk
     update(model, dict(haiku_arrays(model, params, skip=skip)))
 
 
-def haiku_arrays(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, skip: Sequence[str] = ()) -> Arrays:
+def haiku_arrays(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, skip: Sequence[str] = ()) -> HostArrays:
     """What `from_haiku` would put into a network, which may be abstract (`nnx.eval_shape`)."""
     given = {f"{module}/{name}": value for module, leaves in params.items() for name, value in leaves.items()}
     entries = haiku_entries(model)
@@ -140,7 +140,7 @@ def _drop_redundant_state(given: dict[str, Any], model: Classifier) -> None:
                 )
 
 
-def _add_redundant_state(flat: Arrays, model: Classifier) -> None:
+def _add_redundant_state(flat: HostArrays, model: Classifier) -> None:
     for path in [path for path in flat if path.endswith("/~/mean_ema/counter")]:
         bn = path.removesuffix("/~/mean_ema/counter")
         flat[f"{bn}/~/var_ema/counter"] = flat[path]

@@ -6,11 +6,13 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.units import shown
-from nfnet_flax.weights.entries import Arrays
+from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import WeightsInfo
 
 
-def for_classes(source: str, info: WeightsInfo, arrays: Arrays, class_names: Sequence[str], remedy: str) -> Arrays:
+def for_classes(
+    source: str, info: WeightsInfo, arrays: HostArrays, class_names: Sequence[str], remedy: str
+) -> HostArrays:
     """The arrays with the outputs of the head in the order of `class_names`.
 
     Args:

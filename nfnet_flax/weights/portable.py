@@ -11,12 +11,12 @@ from nfnet_flax.config_json import CodeNotLoaded, differences, from_json, to_jso
 from nfnet_flax.models import Classifier, ModelConfig
 from nfnet_flax.models.params import update
 from nfnet_flax.paths import local_path
-from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, skipped
+from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entries, shapes_of, skipped
 from nfnet_flax.weights.files import read_safetensors, write_safetensors
 
 _FORMAT = "nfnet_flax weights 1"
 # These change how a network is trained, or how it is computed, but not which function its parameters stand for.
-_FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype", "train_image_size", "test_image_size")
+_FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype")
 ParameterKind = Literal["raw", "ema", "unknown"]
 
 
@@ -109,7 +109,9 @@ def save_weights(
     write_weights(path, info, arrays_of(model), overwrite=overwrite)
 
 
-def write_weights(path: str | os.PathLike[str], info: WeightsInfo, arrays: Arrays, *, overwrite: bool = False) -> None:
+def write_weights(
+    path: str | os.PathLike[str], info: WeightsInfo, arrays: HostArrays, *, overwrite: bool = False
+) -> None:
     """Writes arrays under our names; the file appears under its name only when it is complete.
 
     Raises:
@@ -129,7 +131,7 @@ def write_weights(path: str | os.PathLike[str], info: WeightsInfo, arrays: Array
     write_safetensors(local_path("weights file", path), arrays, metadata, overwrite=overwrite)
 
 
-def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, Arrays]:
+def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, HostArrays]:
     """Reads what `save_weights` wrote.
 
     Raises:
@@ -168,7 +170,7 @@ def _info(metadata: dict[str, str]) -> WeightsInfo:
     )
 
 
-def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequence[str] = ()) -> Arrays:
+def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequence[str] = ()) -> HostArrays:
     """Arrays of a weight file for a network, which may be abstract (`nnx.eval_shape`); checked, not loaded.
 
     Args:
@@ -184,8 +186,8 @@ def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequ
 
 
 def fitting_arrays(
-    source: str, info: WeightsInfo, arrays: Arrays, model: Classifier, skip: Sequence[str] = ()
-) -> Arrays:
+    source: str, info: WeightsInfo, arrays: HostArrays, model: Classifier, skip: Sequence[str] = ()
+) -> HostArrays:
     """Arrays under our names, checked against a network, which may be abstract (`nnx.eval_shape`).
 
     Args:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 import nfnet_flax.weights
 from nfnet_flax.models.folding import fold
-from nfnet_flax.models.params import GraphDef, merge, split
+from nfnet_flax.models.params import BatchStats, GraphDef, Params, merge, split
 from nfnet_flax.paths import local_path
 from nfnet_flax.weights.heads import for_classes
 from nfnet_flax.weights.portable import WeightsInfo, read_weights
@@ -24,8 +24,8 @@ _SCALE, _OFFSET = "teacher image scale", "teacher image offset"
 class _Teacher(NamedTuple):
     info: WeightsInfo
     graphdef: GraphDef
-    params: dict[str, Any]
-    batch_stats: dict[str, Any]
+    params: Params
+    batch_stats: BatchStats
 
 
 def teacher_arrays(
@@ -43,7 +43,8 @@ def teacher_arrays(
       ConfigError: the file cannot be read or is damaged, or its network knows other classes.
     """
     teacher = _read(path)
-    arrays = for_classes(f"teacher {path!r}", teacher.info, teacher.params | teacher.batch_stats, class_names, _REMEDY)
+    stored = jax.device_get(teacher.params | teacher.batch_stats)
+    arrays = for_classes(f"teacher {path!r}", teacher.info, stored, class_names, _REMEDY)
     known = teacher.info.preprocessing
     own_mean, own_std = (mean, std) if known is None else (known.mean, known.std)
     scale = np.asarray(std, np.float32) / np.asarray(own_std, np.float32)

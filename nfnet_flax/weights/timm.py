@@ -10,7 +10,7 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, NFNetConfig
 from nfnet_flax.models.params import update
-from nfnet_flax.weights.entries import Arrays, Entry, arrays_of, read_entries, shapes_of, write_entries
+from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entries, shapes_of, write_entries
 from nfnet_flax.weights.state_dicts import unwrapped
 
 _BLOCK = {
@@ -44,12 +44,12 @@ def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[s
     update(model, dict(timm_arrays(model, tensors, skip=skip)))
 
 
-def timm_arrays(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> Arrays:
+def timm_arrays(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> HostArrays:
     """What `from_timm` would put into a network, which may be abstract (`nnx.eval_shape`)."""
     return read_entries("the timm state dict", model, timm_entries(model), unwrapped(tensors), skip)
 
 
-def to_timm(model: Classifier) -> Arrays:
+def to_timm(model: Classifier) -> HostArrays:
     """The inverse of `from_timm`: names and layouts of timm's state dict.
 
     Raises:
