@@ -38,8 +38,14 @@ SMALL = ["--model.widths=16 32", "--model.depths=1 1"]
 """The recipe's NFNet, smaller."""
 FEW_IMAGES = ["--data.batch-size=16", f"--data.num-held-out={NUM_HELD_OUT}"]
 """Options that make a step and an evaluation of the digits recipe small."""
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 """Environment of a run that is compiled as users' runs are; `conftest.py` has the suite's."""
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """Environment of a process that has so many CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def recipe_with(model: str, folder: Path) -> Path:

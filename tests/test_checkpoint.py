@@ -320,11 +320,10 @@ def test_any_sharding_and_number_of_processes(num_processes: int, run: Path) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    flags = f"--xla_force_host_platform_device_count={8 // num_processes}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SHARDED, str(run), str(index), str(num_processes), port],
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=runs.with_devices(8 // num_processes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -140,7 +140,7 @@ def test_a_batch_must_divide_over_the_devices(tmp_path: Path) -> None:
             "--data.batch-size",
             "30",
         ],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=runs.with_devices(8),
         capture_output=True,
         text=True,
         check=False,

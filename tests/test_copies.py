@@ -1,6 +1,5 @@
 """Copies of the state that differ between processes or devices end a run before they are saved."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def test_devices_of_a_process_that_differ_are_noticed_whole_or_divided() -> None
         text=True,
         check=True,
         cwd=runs.ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=runs.with_devices(4),
     )
     assert done.stdout.count("the devices of this process hold different copies of params.w") == 2
 
@@ -140,7 +139,9 @@ def test_the_last_good_checkpoint_goes_on(drifted: tuple[Path, str], tmp_path: P
 def test_processes_that_would_drift_apart_are_told_before_the_first_step(
     environment: dict[str, str], fact: str, tmp_path: Path
 ) -> None:
-    processes = runs.start_all(tmp_path / "run", 2, *SHORT, environment_of_last=environment)
+    processes = runs.start_all(
+        tmp_path / "run", 2, *SHORT, environment={"XLA_FLAGS": ""}, environment_of_last=environment
+    )
     printed = [runs.finish(process) for process in processes]
     assert [process.returncode for process in processes] == [EXIT_BAD_INPUT] * 2, printed
     assert fact in printed[0]

@@ -1,6 +1,5 @@
 """Which devices, batches and images fit together, and how it is said when they do not."""
 
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.parallel.mesh import LayoutProblem, count_turns, layout_problems, make_mesh
+from tests import runs
 from tests.test_processes import free_port
 
 FITS = {"batch_sizes": {"data.batch_size": 64}, "image_sizes": {"data.image_size": 32}}
@@ -105,7 +105,7 @@ def run_two(script: str, *num_devices: int) -> list[str]:
     started = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(index), str(port)],
-            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
+            env=runs.with_devices(count),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

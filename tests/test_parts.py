@@ -1,6 +1,5 @@
 """Parts of a batch whose number is no power of two: the same training on any number of devices, BatchNorm included."""
 
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from nfnet_flax.optim import OptimConfig, SAMConfig, make_optimizer
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import model_structure
 from nfnet_flax.training.step import make_train_step
+from tests import runs
 from tests.networks import SMALL
 
 STEPS = """
@@ -72,7 +72,7 @@ print("equal")
 
 
 def test_running_statistics_are_the_average_over_all_batches_for_12_and_3_parts() -> None:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = runs.with_devices(4)
     done = subprocess.run([sys.executable, "-c", STEPS], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"

@@ -108,6 +108,7 @@ print("equal")
 
 @pytest.mark.parametrize(("script", "num_devices"), [(SUMS, 32), (STEP, 8)], ids=["sums", "step"])
 def test_the_same_bits_on_any_number_of_devices(script: str, num_devices: int) -> None:
+    # Not with the flags of `conftest.py`: bits are the matter here.
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

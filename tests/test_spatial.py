@@ -1,7 +1,6 @@
 """Images whose height is divided over devices: the same step to rounding, with a share of its work and memory."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -70,8 +69,7 @@ for fsdp, reproducible in ((1, False), (2, True)):
 
 
 def environment(num_devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "8"}
+    return {**runs.with_devices(num_devices), "NPROC": "8"}
 
 
 def test_a_divided_height_gives_the_step_of_a_whole_one() -> None:

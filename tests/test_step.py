@@ -1,11 +1,12 @@
 """The compiled step on eight forced host devices against one, whole and in microbatches."""
 
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+
+from tests import runs
 
 SCRIPT = """
 import dataclasses, re, sys
@@ -97,11 +98,7 @@ assert shapes == {name: leaf.shape for name, leaf in found.items()}
 
 
 def run(num_devices: int, *num_microbatches: int) -> dict[str, list[float]]:
-    env = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
+    env = runs.with_devices(num_devices)
     words = [sys.executable, "-c", SCRIPT, str(num_devices), *map(str, num_microbatches)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -132,8 +129,7 @@ def test_eight_devices_give_the_losses_of_one_and_gather_nothing(one: dict[str, 
 
 
 def test_four_fsdp_devices_hold_little_more_than_a_quarter_of_the_state() -> None:
-    flags = "--xla_force_host_platform_device_count=4"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = runs.with_devices(4)
     done = subprocess.run([sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     replicated, divided = map(int, done.stdout.split())
@@ -142,6 +138,6 @@ def test_four_fsdp_devices_hold_little_more_than_a_quarter_of_the_state() -> Non
 
 
 def test_kernels_are_divided_along_their_output_channels() -> None:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = runs.with_devices(2)
     done = subprocess.run([sys.executable, "-c", DIVIDED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
