@@ -21,8 +21,11 @@ from tests.image_sets import make_sets
 os.environ.setdefault("NPROC", "8")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
-if jaxlib.__version__.startswith("0.10."):  # a flag that another version may not know would end every process
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+_WITHOUT_FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+_flags = os.environ.get("XLA_FLAGS", "")  # of the process that started pytest's workers, which has the flag already
+# A version of XLA that does not know a flag ends the process.
+if jaxlib.__version__.startswith("0.10.") and _WITHOUT_FUSION_EMITTERS not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} {_WITHOUT_FUSION_EMITTERS}".strip()
 for number in STOP_SIGNALS:  # ignored where the suite runs in the background or under `nohup`; tests send them
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
