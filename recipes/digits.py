@@ -1,4 +1,4 @@
-"""A small NFNet on scikit-learn's 1,797 handwritten digits: the whole system in a minute on a laptop.
+"""A small NFNet on scikit-learn's 1,797 handwritten digits: uses the whole system, in a few minutes on a laptop.
 
 Paper: Brock et al. 2021, arXiv 2102.06171 (the network and AGC, scaled down).
 Command: nfnet train recipes/digits.py --workdir runs/digits
@@ -25,7 +25,8 @@ def recipe() -> Recipe:
         ),
         num_classes=10,
         data=DataConfig(source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=64),
-        # AGC wants a larger lambda than the published 0.01 at this batch size; the EMA is short as the run is short.
+        # At this batch size AGC needs a larger lambda than the published 0.01. The run is short, so the EMA decays
+        # fast.
         optim=OptimConfig(learning_rate_per_256=0.4, warmup_epochs=2.0, clipping=AGC(ratio=0.05), ema_decay=0.99),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=3),
         num_epochs=30.0,

@@ -1,8 +1,8 @@
 """EfficientNet-B0 to B7 on ImageNet: the optimizer as published, RandAugment in place of AutoAugment.
 
-Paper: Tan and Le 2019, arXiv 1905.11946 (section 5.2; table 2: results).
-Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
-Command: nfnet train recipes/efficientnet_imagenet.py:variant=b1 --workdir runs/b1
+Paper: Tan and Le 2019, arXiv 1905.11946 (section 5.2; table 2: results). Data: python tools/prepare_imagenet.py --help;
+the recipe reads what `--out data/imagenet` wrote. Command: nfnet train recipes/efficientnet_imagenet.py:variant=b1
+--workdir runs/b1
          nfnet train recipes/efficientnet_imagenet.py:variant=b1 --debug --workdir runs/debug
 
 Published top-1 (with AutoAugment). None of it was measured here.
@@ -10,9 +10,9 @@ Published top-1 (with AutoAugment). None of it was measured here.
   b0     b1     b2     b3     b4     b5     b6     b7
   77.1%  79.1%  80.1%  81.6%  82.9%  83.6%  84.0%  84.3%
 
-AutoAugment's learnt policies are not in this package: RandAugment with 2 layers of magnitude 10 stands for them, which
-is our choice and not a published one. The published learning rate, 0.256, belongs to a batch of 4096. Test images are
-resized to 32 px more than the crop on each side.
+AutoAugment's learnt policies are not in this package: RandAugment with 2 layers of magnitude 10 replaces them, which is
+our choice and not a published one. The published learning rate, 0.256, is for a batch of 4096. Test images are resized
+to a height and width of 32 px more than the crop.
 """
 
 from nfnet_flax.config import require

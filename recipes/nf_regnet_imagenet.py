@@ -1,15 +1,15 @@
 """NF-RegNet-B0 to B8 on ImageNet, as published: no gradient clipping, mixup and CutMix, no RandAugment.
 
-Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it.
-Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
-Command: nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
+Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it. Data: python
+tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
+recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
          nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --debug --workdir runs/debug
-Published top-1: in the paper's tables; none is repeated here, as none was checked or reached here.
+Published top-1: see the paper's tables; the numbers were not measured here, so they are not repeated.
 
-Weight decay grows by 1e-5 with every level; the published code gives it for B0 to B5, and B6 to B8 continue the line.
-Two differences: each image of a batch is mixed with another one of the batch, not with one read for this purpose; and
-evaluation resizes to 32 px more than it crops without keeping the aspect, as NFNet's does, where the published code
-crops the middle first.
+Weight decay grows by 1e-5 with every level; the published code gives it for B0 to B5, and B6 to B8 continue the series.
+Two differences from the published code: each image of a batch is mixed with another one of the same batch, not with one
+that is read for this purpose; and evaluation resizes images to 32 px more than the crop without keeping the aspect
+ratio, as NFNet's does, while the published code crops the middle first.
 """
 
 from nfnet_flax.config import require

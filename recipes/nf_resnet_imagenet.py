@@ -1,12 +1,12 @@
 """NF-ResNet-50 to 600 on ImageNet with the settings of the published code's ResNet experiment.
 
-Paper: Brock et al. 2021, arXiv 2101.08692 (no dropout, no gradient clipping).
-Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
-Command: nfnet train recipes/nf_resnet_imagenet.py:variant=101 --workdir runs/nf101
+Paper: Brock et al. 2021, arXiv 2101.08692 (no dropout, no gradient clipping). Data: python tools/prepare_imagenet.py
+--help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
+recipes/nf_resnet_imagenet.py:variant=101 --workdir runs/nf101
          nfnet train recipes/nf_resnet_imagenet.py:variant=101 --debug --workdir runs/debug
-Published top-1: in the paper's tables; none is repeated here, as none was checked or reached here.
+Published top-1: see the paper's tables; the numbers were not measured here, so they are not repeated.
 
-recipes/resnet_imagenet.py is the same with BatchNorm. At batches larger than this one NF-ResNets want clipping:
+recipes/resnet_imagenet.py is the same with BatchNorm. With larger batches NF-ResNets need gradient clipping:
 --optim.clipping AGC (arXiv 2102.06171).
 """
 
@@ -16,7 +16,7 @@ from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.recipe import Recipe
 
 VARIANTS = ("50", "101", "152", "200", "288", "600")
-"""Depths."""
+"""Published depths of the network."""
 
 
 def recipe(variant: str = "50") -> Recipe:

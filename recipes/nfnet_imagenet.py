@@ -1,20 +1,22 @@
 """NFNet-F0 to F7 (and F0+ to F7+, wider) on ImageNet, as published.
 
-Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results).
-Data: python tools/prepare_imagenet.py --help; the paths below are those of `--out data/imagenet`.
-Command: nfnet train recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
+Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results). Data: python
+tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
+recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
          nfnet train recipes/nfnet_imagenet.py:variant=f1 --debug --workdir runs/debug
-While tuning: --data.num-held-out 10000 evaluates on 10,000 training images that it holds out, as the authors did.
+While tuning: --data.num-held-out 10000 leaves 10,000 training images out of training and evaluates on them, as the
+authors did.
 
-Published top-1 (at test px), and hours of one TPUv3 core for 360 epochs, computed from the published time of a
-training step with 32 images per core (input and evaluation not counted). None of it was measured here.
+Published top-1 (at the test resolution), and hours of one TPUv3 core for 360 epochs, computed from the published time
+of a training step with 32 images per core (input and evaluation not counted). None of it was measured here.
 
   f0     f1     f2     f3     f4     f5     f6
   83.6%  84.7%  85.1%  85.7%  85.9%  86.0%  86.5% (with SAM, as here)
   290    630    1180   2130   4140   5600   11100 (with SAM)
 
-Two differences: each image of a batch is mixed with another one of the batch, not with one read for this purpose; and
-RandAugment's contrast and solarize do what their names say (see nfnet_flax/data/randaugment.py).
+Two differences from the published code: each image of a batch is mixed with another one of the same batch, not with one
+that is read for this purpose; and two errors of RandAugment's contrast and solarize are corrected (see
+nfnet_flax/data/randaugment.py).
 """
 
 from nfnet_flax.config import require
@@ -25,7 +27,7 @@ from nfnet_flax.optim import AGC, SGD, Cosine, OptimConfig, SAMConfig
 from nfnet_flax.recipe import Recipe
 
 MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 15, "f7": 15}
-"""Of RandAugment."""
+"""Magnitude of RandAugment for each network."""
 
 
 def recipe(variant: str = "f0") -> Recipe:

@@ -178,7 +178,7 @@ def test_a_tpu_script_explains_itself(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, [])
     done = cloud.script("strat")
     assert done.returncode == 2
-    assert "tpu_vm.sh run       all of it" in done.stderr
+    assert "tpu_vm.sh run       create, setup and start" in done.stderr
     assert "set -euo" not in done.stderr
 
 

@@ -138,7 +138,7 @@ def test_killed_and_started_again_it_keeps_finished_shards(folder: Path, tmp_pat
     assert "does not exist" in failing(prepare_command(out, "--verify"))
     assert "another input" in failing(prepare_command(out, f"--folder={folder}", train_shards=12))
     printed = prepare(out, *tars, "--verify", train_shards=12)
-    assert f"12 images to 12 shards, of which {len(kept)} are there" in printed
+    assert f"12 images to 12 shards, of which {len(kept)} exist" in printed
     after = state(out)
     assert {name: after[name] for name in kept} == kept
     assert not [name for name in after if name.endswith(".partial")]

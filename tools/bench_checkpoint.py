@@ -1,4 +1,4 @@
-"""What checkpoints cost at the size of a network: how long `save` holds the loop up, the checksums' part, reading.
+"""Times checkpoints of the size of a network: how long `save` blocks the loop, the checksums' part of it, and reading.
 
 The arrays are random; no network runs.
 
@@ -23,7 +23,7 @@ from nfnet_flax.training.state import TrainState, abstract_state, model_structur
 
 
 def random_state(abstract: TrainState) -> TrainState:
-    """Uniform numbers in every floating-point array, as they hardly compress."""
+    """A state of uniform random numbers, which cannot be compressed much."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -52,9 +52,9 @@ def main() -> None:
                 print(f"fingerprints          {time.perf_counter() - started:6.2f} s")
                 started = time.perf_counter()
                 checkpoint.save(manager, state, step, {})
-                print(f"save holds up         {time.perf_counter() - started:6.2f} s, fingerprints included")
+                print(f"save blocks for       {time.perf_counter() - started:6.2f} s, fingerprints included")
                 manager.wait_until_finished()
-                print(f"written               {time.perf_counter() - started:6.2f} s after its start")
+                print(f"written               {time.perf_counter() - started:6.2f} s after the start of save")
         started = time.perf_counter()
         jax.block_until_ready(read(workdir / "checkpoints" / "2", abstract)[0])
         print(f"read                  {time.perf_counter() - started:6.2f} s")

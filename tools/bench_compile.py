@@ -1,6 +1,7 @@
-"""Times how long networks take to trace and compile: the whole training step on this machine's device, no cache.
+"""Times tracing and compilation of networks: the whole training step on this machine's device, without a cache.
 
-`python tools/bench_compile.py [nfnet_f0 nfnet_f6 ...]`, each twice in turn; the ratio is to the first named.
+`python tools/bench_compile.py [nfnet_f0 nfnet_f6 ...]` compiles each network twice, in turn, and prints the ratios to
+the first one.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def schedule(step: jax.Array) -> jax.Array:
 
 
 def seconds_of(name: str, batch_size: int, size: int) -> tuple[float, float]:
-    """To trace and to compile the step of a network."""
+    """Seconds for tracing and for compiling the step of a network."""
     structure = model_structure(model_config(name), 1000)
     optimizer = make_optimizer(OptimConfig(), schedule, structure.shapes)
     mesh = make_mesh(jax.devices()[:1])
@@ -47,7 +48,7 @@ def seconds_of(name: str, batch_size: int, size: int) -> tuple[float, float]:
 def main() -> None:
     """Prints a line for each compilation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["nfnet_f0", "nfnet_f6"], help="of `nfnet models`")
+    parser.add_argument("models", nargs="*", default=["nfnet_f0", "nfnet_f6"], help="names from `nfnet models`")
     parser.add_argument("--batch", type=int, default=8, help="images of a step")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Times the formulation that models/convolution.py chooses for this device against the library's own convolution.
+"""Compares the time of the convolutions in models/convolution.py for this device with the library's own convolution.
 
-`python tools/bench_convolution.py [--repeats 5]`: forward, and forward with both gradients, in milliseconds, over the
-kinds of convolution that the networks have; medians of alternating runs.
+`python tools/bench_convolution.py [--repeats 5]` prints the milliseconds of the forward pass, and of the forward pass
+with both gradients, for the kinds of convolution that the networks have; medians of alternating runs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jax import lax
 
 from nfnet_flax.models.convolution import conv2d
 
-# Batch, image px, channels, groups, stride, window; and where such a convolution stands.
+# Batch, image px, channels, groups, stride, window; and the part of a network that has such a convolution.
 CASES = (
     (8, 16, 128, 1, 1, 1, "1x1"),
     (8, 32, 64, 1, 1, 3, "plain 3x3 (stem)"),
@@ -52,7 +52,7 @@ def compiled(function: Convolution, x: jax.Array, kernel: jax.Array, stride: int
 
 
 def milliseconds(run: Any, x: jax.Array, kernel: jax.Array) -> float:
-    """Of one call."""
+    """Milliseconds of one call."""
     started = time.perf_counter()
     jax.block_until_ready(run(x, kernel))
     return 1e3 * (time.perf_counter() - started)
@@ -61,7 +61,7 @@ def milliseconds(run: Any, x: jax.Array, kernel: jax.Array) -> float:
 def main() -> None:
     """Prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed runs of each")
     repeats = parser.parse_args().repeats
     print(f"device: {jax.devices()[0].device_kind}, JAX {jax.__version__}, float32; ms, library / ours")
     for batch, size, channels, groups, stride, window, label in CASES:

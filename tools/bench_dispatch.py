@@ -1,12 +1,13 @@
-"""Times what a training step costs the host: the call of the jitted step, not the computation.
+"""Times the call of the jitted training step on the host, without the computation.
 
-`python tools/bench_dispatch.py` takes NFNet-F7's blocks, and so its number of arrays, with narrow layers, so that the
-device is soon done. The call returns before the computation does; what it took is what the host cannot spend on the
-next batch. On CPUs the computation would begin on the same core meanwhile: it gets the other cores, the call the first.
+`python tools/bench_dispatch.py` uses NFNet-F7's blocks, and so its number of arrays, but narrow layers, so that the
+computation takes little time. The call returns before the computation ends; while it runs, the host cannot work on the
+next batch. On CPUs the computation could start on the same core meanwhile; so the call gets the first core, and the
+computation the others.
 
-A program that only returns the arrays is called before every timed call. Both programs are timed right after it, and
-after a pause in which the host computed something else. So is a walk over a chain of Python objects, which knows
-nothing of JAX: it tells how much slower anything is on this machine that was not used for that long.
+A program that only returns the arrays is called before every timed call. Both programs are timed directly after it, and
+after a pause in which the host computes something else. The same is done for a walk over a chain of Python objects,
+without JAX: it shows how much slower any code is on this machine if it was not used for that time.
 """
 
 import argparse
@@ -38,7 +39,7 @@ _CHAIN_LENGTH = 1000
 
 
 class Link:
-    """Of a chain."""
+    """An element of a chain."""
 
     __slots__ = ("next",)
     next: "Link"
@@ -67,14 +68,14 @@ def pause(seconds: float) -> None:
 
 
 def main() -> None:
-    """Prints the least and the median time of a call."""
+    """Prints the smallest and the median time of a call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nfnet_f7", help="an NFNet of `nfnet models`")
-    parser.add_argument("--calls", type=int, default=30, help="timed calls")
+    parser.add_argument("--model", default="nfnet_f7", help="name of an NFNet from `nfnet models`")
+    parser.add_argument("--calls", type=int, default=30, help="number of timed calls")
     options = parser.parse_args()
     host_core, *device_cores = sorted(os.sched_getaffinity(0))
     if device_cores:
-        os.sched_setaffinity(0, device_cores)  # JAX's backend has not started; its threads keep what they start with
+        os.sched_setaffinity(0, device_cores)  # before JAX's backend starts, as its threads keep these cores
     config = model_config(options.model, drop_rate=0.0, stochdepth_rate=0.0)
     assert isinstance(config, NFNetConfig)
     narrow = dataclasses.replace(config, widths=(16, 16, 32, 32), group_width=8)
@@ -89,7 +90,7 @@ def main() -> None:
     step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     batch = {"image": jnp.zeros((1, 32, 32, 3), jnp.uint8), "label": jnp.zeros((1,), jnp.int32)}
     if device_cores:
-        os.sched_setaffinity(0, [host_core])  # of this thread alone
+        os.sched_setaffinity(0, [host_core])  # only for this thread
     print(f"{options.model}: {len(state.params)} arrays of parameters, {len(jax.tree.leaves(state))} of the state")
     unchanged = jax.jit(lambda state, batch: (state, batch), donate_argnums=0)
     ring = chain(_CHAIN_LENGTH)

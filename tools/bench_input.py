@@ -1,11 +1,12 @@
-"""Times the training input against torchvision in a PyTorch DataLoader and against tf.data, on the same JPEGs.
+"""Compares the speed of the training input with torchvision in a PyTorch DataLoader and with tf.data, on the same
+JPEGs.
 
-`python tools/bench_input.py [--cores 2] [--rounds 7]` (extra `bench`): writes a folder of JPEGs, 500x375, quality 90,
-then reads each image, draws the random resized crop, flips, resizes to 224 px and batches, as uint8. Each contestant is
-a process of its own that is bound to the same cores; all are started and warmed up first, then they take turns for
-`--rounds` rounds. The table gives medians and, against ours, medians of the ratios within a round. What cannot be
-imported is named and left out. Ratios mean something on an otherwise idle machine only: TensorFlow runs more threads
-than ours, and so gets more of a busy one.
+`python tools/bench_input.py [--cores 2] [--rounds 7]` (extra `bench`) writes a folder of JPEGs, 500x375, quality 90.
+Each contestant reads each image, draws the random resized crop, flips, resizes to 224 px and makes batches of uint8.
+Each runs in its own process, bound to the same cores; all are started and warmed up first, then they take turns for
+`--rounds` rounds. The table shows medians, and medians of the ratios of ours to each contestant within a round.
+Contestants that cannot be imported are named and left out. Ratios are only meaningful on an otherwise idle machine:
+TensorFlow runs more threads than ours, and so gets a larger share of a busy machine.
 """
 
 import argparse
@@ -25,12 +26,12 @@ import numpy as np
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 NUM_CLASSES = 4
 Pass = Callable[[int], int]
-"""Reads all images once, given the number of the round; returns how many it read."""
+"""Function of the number of the round that reads all images once, and returns how many it read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all contestants are given."""
+    """Options that are the same for all contestants."""
 
     folder: str
     num_images: int
@@ -99,7 +100,7 @@ def ours(options: Options, *, published: bool) -> Pass:
 
 
 class TorchvisionImages:
-    """A map-style dataset of the training files, as `torchvision.datasets.ImageFolder` is one."""
+    """A map-style dataset of the training files, like `torchvision.datasets.ImageFolder`."""
 
     def __init__(self, options: Options, *, decoder: str, interpolation: str) -> None:
         from torchvision.transforms import v2
@@ -140,7 +141,7 @@ def torchvision(options: Options, *, decoder: str, interpolation: str) -> Pass:
 
 
 def tf_data(options: Options) -> Pass:
-    """The published decode-and-crop: TensorFlow decodes the crop alone, with the fast DCT; bicubic, not antialiased."""
+    """The published decode-and-crop: TensorFlow decodes only the crop, with the fast DCT; bicubic, not antialiased."""
     import tensorflow as tf
 
     def load(path: Any) -> Any:
@@ -186,7 +187,8 @@ CONTESTANTS: dict[str, Callable[[Options], Pass]] = {
 
 
 def serve(name: str, options: Options) -> None:
-    """A contestant's process: warms up, says `ready`, then answers each line of its input with images/s of one pass."""
+    """A contestant's process: warms up, prints `ready`, then answers each line of its input with images/s of one
+    pass."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     try:
@@ -203,7 +205,7 @@ def serve(name: str, options: Options) -> None:
 
 
 def start(name: str, options: Options) -> subprocess.Popen[str]:
-    """Starts a contestant with the interpreter that runs this."""
+    """Starts a contestant's process with the same Python interpreter."""
     given = [f"--{field.replace('_', '-')}={value}" for field, value in dataclasses.asdict(options).items()]
     quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
@@ -216,7 +218,7 @@ def start(name: str, options: Options) -> subprocess.Popen[str]:
 
 
 def ask(process: subprocess.Popen[str], request: str | None) -> str:
-    """A contestant's next line, after `request` if one is given; empty if it has died."""
+    """Sends `request` to a contestant, if given, and returns its next line; empty if it has died."""
     assert process.stdin is not None
     assert process.stdout is not None
     if request is not None:
@@ -241,18 +243,18 @@ def compare(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict
         return rates, missing
     finally:
         for process in processes.values():
-            process.communicate()  # closes its input, which ends it
+            process.communicate()  # closes the process's input, which ends it
 
 
 def main() -> None:
-    """Prints the table; with `--contestant`, serves one."""
+    """Prints the table; with `--contestant`, runs the process of that contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="cores of each contestant")
-    parser.add_argument("--rounds", type=int, default=7, help="timed passes of each")
-    parser.add_argument("--num-images", type=int, default=1024, help="JPEGs of the folder, read once a round")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of the output")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="number of cores")
+    parser.add_argument("--rounds", type=int, default=7, help="number of timed passes of each contestant")
+    parser.add_argument("--num-images", type=int, default=1024, help="number of JPEGs, which each pass reads once")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width of the output, in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--folder", help="of JPEGs in train/<class>/ and val/<class>/; default: generated")
+    parser.add_argument("--folder", help="folder of JPEGs in train/<class>/ and val/<class>/; default: generated")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
     contestant, rounds = arguments.pop("contestant"), arguments.pop("rounds")

@@ -1,8 +1,9 @@
-"""Times our training step and inference against timm on PyTorch: same network, batch, size, precision and threads.
+"""Compares the time of our training step and inference with timm on PyTorch.
 
-`pip install -e .[bench]`, then `python tools/bench_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`.
-A training step is forward, backward, AGC, weight decay, Nesterov momentum and EMA. All contestants take turns within
-one run; the ratios are medians over the rounds. What could not be run is said at the end.
+Network, batch, image size, precision and number of threads are the same for both. `pip install -e .[bench]`, then
+`python tools/bench_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`. A training step is forward,
+backward, AGC, weight decay, Nesterov momentum and EMA. All contestants take turns within one run; the ratios are
+medians over the rounds. Contestants that could not be run are listed at the end.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# Published dense peaks, FLOP/s in bfloat16: of data sheets.
+# Peaks of dense products in FLOP/s, bfloat16, from data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
 Run = Callable[[], None]
 
 
 @dataclasses.dataclass
 class Contestant:
-    """Something that is timed."""
+    """A program that is timed."""
 
     name: str
     kind: str
@@ -32,23 +33,25 @@ class Contestant:
     compile_s: float
     memory: str
     text: str = ""
-    """The compiled program of ours, for `tools/profile_step.py`."""
+    """The text of our compiled program, for `tools/profile_step.py`; empty for timm."""
     times: list[float] = dataclasses.field(default_factory=list)
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """The command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="nfnet_f0", help="one of `nfnet models`; timm has NFNet F0-F6 and EfficientNet"
     )
-    parser.add_argument("--batch", type=int, default=8, help="images of a step")
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch; XLA takes the cores it sees")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each")
+    parser.add_argument("--batch", type=int, default=8, help="number of images of a step")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images, in pixels")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the computation")
     parser.add_argument(
-        "--microbatches", type=int, default=4, help="of the second training step of ours; 1: leave it out"
+        "--threads", type=int, default=os.cpu_count(), help="number of threads of PyTorch; XLA uses all cores it sees"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="number of timed runs of each contestant")
+    parser.add_argument(
+        "--microbatches", type=int, default=4, help="number of parts in our second training step; 1: leave it out"
     )
     parser.add_argument(
         "--plain", action="store_true", help="also time the library's grouped convolutions (slow on CPU)"
@@ -67,7 +70,7 @@ def timed(function: Run) -> float:
 def our_training(
     options: argparse.Namespace, name: str, microbatches: int | None, *, library: bool, reproducible: bool
 ) -> Contestant:
-    """A training step of ours."""
+    """Our training step."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +110,7 @@ def our_training(
 
 
 def our_inference(options: argparse.Namespace, name: str, folded: bool) -> Contestant:
-    """Inference of ours."""
+    """Our inference."""
     import jax
     from flax import nnx
 
@@ -148,7 +151,7 @@ def timm_model(options: argparse.Namespace, device: str) -> Any:
 
 
 def timm_training(options: argparse.Namespace, name: str, is_compiled: bool) -> Contestant:
-    """A training step of timm's: its network and its AGC, PyTorch's SGD, a fused EMA."""
+    """timm's training step: its network and its AGC, PyTorch's SGD, a fused EMA."""
     import torch
     from timm.utils.agc import adaptive_clip_grad
 
@@ -182,7 +185,7 @@ def timm_training(options: argparse.Namespace, name: str, is_compiled: bool) -> 
 
 
 def timm_inference(options: argparse.Namespace, name: str, is_compiled: bool) -> Contestant:
-    """Inference of timm's."""
+    """timm's inference."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,7 +204,7 @@ def timm_inference(options: argparse.Namespace, name: str, is_compiled: bool) ->
 
 
 def peak_flops(options: argparse.Namespace) -> tuple[float, str]:
-    """FLOP/s that a share is taken of, and where the number comes from."""
+    """The device's peak in FLOP/s, and where the number comes from."""
     import jax
     import jax.numpy as jnp
 
@@ -217,7 +220,7 @@ def peak_flops(options: argparse.Namespace) -> tuple[float, str]:
 
 
 def contestants(options: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
-    """All that can be run, and what can not."""
+    """The contestants that can be run, and messages about the others."""
     makers: list[tuple[str, Callable[..., Contestant], dict[str, Any]]] = [
         ("timm train", timm_training, {"is_compiled": False}),
         ("ours train", our_training, {"microbatches": None, "library": False, "reproducible": False}),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained network: makes .venv, installs the package, trains recipes/digits.py, draws its curve.
+# Makes .venv, installs the package, trains recipes/digits.py and draws its training curve.
 # Run it again to continue a run that was stopped; delete runs/digits to start anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."

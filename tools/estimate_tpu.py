@@ -1,9 +1,9 @@
-"""A table of the compiler's estimates for named networks on TPUs that nobody has to own (`nfnet plan` for many).
+"""A table of the TPU compiler's estimates for several networks, without a TPU (`nfnet plan` for many).
 
 `python tools/estimate_tpu.py --models nfnet_f0 nfnet_f1 --topologies v5e:2x4` (extra `tpu`) compiles the whole training
-step (bfloat16, AGC, decay, momentum, EMA and metrics included) at each network's training size and prints one line of
-Markdown as soon as it is known, beside the step's latency that the paper measured on TPUv3 (arXiv 2102.06171, table 3,
-"published"). Each is compiled in a process of its own, one after the other.
+step (bfloat16, AGC, decay, momentum, EMA and metrics included) at each network's training size. For each it prints a
+line of Markdown as soon as it is known, together with the latency of the step that the paper measured on TPUv3 (arXiv
+2102.06171, table 3, "published"). Each step is compiled in its own process, one after the other.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--reproducible", action="store_true", help="sums in a fixed order")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are divided")
     parser.add_argument("--spatial", type=int, default=1, help="devices over which the height of images is divided")
-    parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one compilation")
+    parser.add_argument("--timeout-s", type=float, default=3600.0, help="time limit of one compilation")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inner:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def line(options: argparse.Namespace, model: str, topology: str) -> str:
-    """One row of the table, or what went wrong."""
+    """One row of the table, or the error."""
     from nfnet_flax.units import duration, human_size, scaled
 
     command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]

@@ -1,7 +1,7 @@
-"""Writes `tests/goldens/timm_*.npz`: outputs of timm's networks (PyTorch, float64) on filled parameters.
+"""Writes `tests/goldens/timm_*.npz`: outputs of timm's networks (PyTorch, float64) for given parameters.
 
-`pip install torch timm`, then `python tools/make_timm_golden.py [--out FOLDER]`. The tests that read the files fill the
-same parameters from the CRC of timm's names, so nothing but names, shapes and outputs is stored.
+`pip install torch timm`, then `python tools/make_timm_golden.py [--out FOLDER]`. The parameters are computed from the
+CRC of timm's names, also by the tests that read the files, so only names, shapes and outputs are stored.
 """
 
 import argparse
@@ -16,7 +16,7 @@ MODELS = {"timm_nfnet_f0": "dm_nfnet_f0", "timm_efficientnet_b0": "tf_efficientn
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A value that is its own for every parameter, and uniform for none."""
+    """The value of a parameter, which is different for every name and not constant."""
     n = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(shape, dtype=np.float32)
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "weight" and len(shape) > 1:
@@ -29,7 +29,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def images() -> np.ndarray:
-    """(BATCH, IMAGE_SIZE, IMAGE_SIZE, 3) float32."""
+    """The input images, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3) float32."""
     shape = (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3)
     return np.random.Generator(np.random.PCG64(SEED)).standard_normal(shape, dtype=np.float32)
 

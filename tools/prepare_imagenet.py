@@ -5,12 +5,12 @@
     python tools/prepare_imagenet.py --out data/pets --folder pets --no-expect-imagenet --train-shards 8 --eval-shards 2
     python tools/prepare_imagenet.py --out data/imagenet --verify
 
-Stopped or killed, the same command continues: finished shards are kept. What it is made from is known by the names, the
-sizes and the classes of the images: where one was replaced by another of the same size, give an empty folder. Labels
-are the positions of the sorted WordNet ids (folder names). Within a split the examples are ordered by a hash of
-`class_name/file_name`: consecutive ones are of mixed classes, and a folder, the tars, and what is made from either have
-the same order. Nothing is unpacked to disk, and images are stored byte for byte as they are. Space needed: that of the
-tars or the folder.
+If it was stopped or killed, the same command continues: finished shards are kept. The images are recognized by their
+names, sizes and classes: if one was replaced by another of the same size, give an empty folder. Labels are the
+positions of the sorted WordNet ids (folder names). Within a split the examples are ordered by a hash of
+`class_name/file_name`: neighbouring examples have different classes, and a folder, the tars, and the sets made from
+either have the same order. Nothing is unpacked to disk, and the images are stored byte for byte. The result needs as
+much space as the tars or the folder.
 """
 
 import contextlib
@@ -53,30 +53,31 @@ MAX_PROBLEMS_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Give the tars, or a folder, or only --verify."""
+    """Give the tar files, or a folder, or only --verify."""
 
     out: Path
     """Folder of the prepared set."""
     train_tar: Path | None = None
-    """ILSVRC2012_img_train.tar."""
+    """The file ILSVRC2012_img_train.tar."""
     val_tar: Path | None = None
-    """ILSVRC2012_img_val.tar."""
+    """The file ILSVRC2012_img_val.tar."""
     devkit: Path | None = None
-    """ILSVRC2012_devkit_t12.tar.gz: the classes of the validation images."""
+    """The file ILSVRC2012_devkit_t12.tar.gz, which contains the classes of the validation images."""
     val_synsets: Path | None = None
-    """Instead of --devkit, a text file: 'ILSVRC2012_val_00000001.JPEG n01751748' in each line, or the class alone."""
+    """Text file that replaces --devkit: each line is 'ILSVRC2012_val_00000001.JPEG n01751748', or only the class."""
     folder: Path | None = None
-    """Instead of the tars, a folder: train/CLASS/* and val/CLASS/*."""
+    """Folder that replaces the tar files, with the images train/CLASS/* and val/CLASS/*."""
     verify: bool = False
-    """Check counts, checksums and that every image decodes; after preparing, if there is something to prepare from."""
+    """Check numbers of images, checksums, and that every image can be decoded. If there is something to prepare, this
+    is done afterwards."""
     expect_imagenet: bool = True
-    """Refuse a set that has not ImageNet's 1000 classes, 1,281,167 and 50,000 images."""
+    """Refuse a set that does not have ImageNet's 1000 classes, 1,281,167 training and 50,000 validation images."""
     train_shards: int = 256
-    """Files of the training split."""
+    """Number of files of the training split."""
     eval_shards: int = 16
-    """Files of the held-out split."""
+    """Number of files of the held-out split."""
     num_processes: int = os.cpu_count() or 1
-    """Shards that are written or checked at a time."""
+    """Number of shards that are written or checked at the same time."""
 
     def __post_init__(self) -> None:
         tars = (self.train_tar, self.val_tar, self.devkit or self.val_synsets)
@@ -89,10 +90,10 @@ class Options:
         require(self.num_processes >= 1, "--num-processes", self.num_processes, "must be at least 1")
 
     def with_resolved_paths(self) -> "Options":
-        """The same with absolute paths, without `~` and links.
+        """The same options with absolute paths, without `~` and links.
 
         Raises:
-          ConfigError: one of them is a URL, or no path at all.
+          ConfigError: one of them is a URL, or not a valid path.
         """
         resolved: dict[str, Any] = {
             name: local_path(f"--{name.replace('_', '-')}", value)
@@ -102,25 +103,25 @@ class Options:
         return dataclasses.replace(self, **resolved)
 
     def num_shards(self, split: str) -> int:
-        """Files of a split."""
+        """Number of files of a split."""
         return self.train_shards if split == "train" else self.eval_shards
 
 
 def check_counts(split: str, class_names: Sequence[str], num_examples: int) -> None:
-    """Raises ConfigError unless a split has ImageNet's counts."""
+    """Raises ConfigError unless a split has ImageNet's numbers of classes and images."""
     for kind, found, wanted in (
         ("classes", len(class_names), IMAGENET_CLASSES),
         ("images", num_examples, IMAGENET_EXAMPLES[split]),
     ):
         if found != wanted:
             raise ConfigError(
-                f"{split} has {found:,} {kind}, ImageNet has {wanted:,}: download it again, or say "
+                f"{split} has {found:,} {kind}, ImageNet has {wanted:,}: download it again, or give "
                 "--no-expect-imagenet if it is another set"
             )
 
 
 def _start_worker() -> None:
-    """Runs first in each worker: it leaves Ctrl-C to the main process, and ends when that one does, however it ends."""
+    """Runs first in each worker: makes it ignore Ctrl-C, and end when the main process ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -141,19 +142,19 @@ def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool as error:
             raise ConfigError(
-                "a worker process died, perhaps for want of memory: use a smaller --num-processes"
+                "a worker process died, perhaps because it ran out of memory: use a smaller --num-processes"
             ) from error
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                worker.kill()  # waiting for their shards would take minutes
+                worker.kill()  # otherwise their shards would be finished first, which takes minutes
             raise
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # shards that have not begun; those under way are finished
+            pool.shutdown(wait=False, cancel_futures=True)  # shards that were begun are finished
             raise
 
 
 def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[int]) -> None:
-    """Waits for all futures and keeps a line up to date; raises the first of their errors."""
+    """Waits for all futures and updates a progress line; raises the first of their errors."""
     number_of = dict(zip(futures, num_images, strict=True))
     began, done = time.monotonic(), 0
     end = "\r" if sys.stderr.isatty() else "\n"
@@ -167,10 +168,10 @@ def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[i
 
 
 def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessPoolExecutor) -> None:
-    """Writes what is missing of a split, then its manifest.
+    """Writes the missing shards of a split, then its manifest.
 
     Raises:
-      ConfigError: the folder holds shards of another input, or there are fewer images than shards.
+      ConfigError: the folder contains shards of another input, or there are fewer images than shards.
     """
     num_shards = options.num_shards(split)
     require(num_shards <= len(listing), f"--{split}-shards", num_shards, f"{split} has only {len(listing)} images")
@@ -201,7 +202,7 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
     borders = [len(listing) * index // num_shards for index in range(num_shards + 1)]
     parts = [listing.part(start, stop) for start, stop in itertools.pairwise(borders)]
     kept = sum(path.exists() for path in paths)
-    print(f"{split}: {len(listing):,} images to {num_shards} shards, of which {kept} are there", flush=True)
+    print(f"{split}: {len(listing):,} images to {num_shards} shards, of which {kept} exist", flush=True)
     futures: list[Future[Shard]] = [pool.submit(make_shard, *job) for job in zip(paths, parts, strict=True)]
     _show_progress(split, futures, [len(part) for part in parts])
     shards = tuple(future.result() for future in futures)
@@ -229,7 +230,7 @@ def verify_split(options: Options, split: str, pool: ProcessPoolExecutor) -> lis
 
 @contextlib.contextmanager
 def _sole_owner(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder, and removes what a killed one left half written."""
+    """Prevents that a second process uses the folder, and removes incomplete files of a killed process."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -242,10 +243,10 @@ def _sole_owner(folder: Path) -> Iterator[None]:
 
 
 def run(options: Options) -> None:
-    """Prepares, then verifies, as asked.
+    """Prepares and then verifies a set, depending on the options.
 
     Raises:
-      ConfigError: the input or the output is not what it should be.
+      ConfigError: something is wrong with the input or the output.
       InputFailed: the input cannot be read.
     """
     options = options.with_resolved_paths()
@@ -254,7 +255,7 @@ def run(options: Options) -> None:
         FolderSource(root=str(options.folder)).check_outside("--out", options.out)
         listings = list_folder(options.folder)
     elif options.train_tar is not None and options.val_tar is not None:
-        print(f"looking through {options.train_tar} ...", flush=True)
+        print(f"reading the contents of {options.train_tar} ...", flush=True)
         listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
     for split, listing in listings.items():
         for found in listing.unused:
@@ -278,7 +279,7 @@ def run(options: Options) -> None:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit code. Whether anything can be printed does not count."""
+    """Runs the command line; returns the exit code, which does not depend on whether anything can be printed."""
     streams.open_missing()
     try:
         with guarded_output(goes_on=True):

@@ -1,8 +1,9 @@
-"""Where the time of our training step goes, by JAX's profiler: of one part and of several, side by side.
+"""Shows where the time of our training step is spent, by JAX's profiler, for one part and for several parts.
 
 `JAX_PLATFORMS=cpu python tools/profile_step.py [--model nfnet_f0 --batch 8 --size 128 --dtype float32]`. Times are
-summed over the threads that ran an operation: operations that ran at once are counted each, the helpers of one that was
-divided are not. So the sum is neither the wall time nor that of all cores: compare its lines.
+summed over the threads that ran an operation. Operations that ran at the same time are all counted; if one operation
+was divided over several threads, the helping threads are not. So the sum is neither the wall time nor the time of all
+cores: only compare the lines with one another.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tools.bench_step import our_training, timed
 
 
 def kinds_of(text: str) -> dict[str, tuple[str, str]]:
-    """What each instruction of a compiled program does: (phase of the step, kind of work), by its name."""
+    """Name of each instruction of a compiled program -> phase of the step and kind of work."""
     program = parse(text)
 
     def opcodes(operation: Operation) -> set[str]:
@@ -56,7 +57,7 @@ def _kind(opcodes: set[str]) -> str:
 
 
 def profile(options: argparse.Namespace, num_parts: int | None) -> tuple[float, collections.Counter[tuple[str, str]]]:
-    """Wall time of a step, and milliseconds of each phase and kind: medians."""
+    """Wall time of a step in milliseconds, and milliseconds of each phase and kind of work; all are medians."""
     step = our_training(options, "ours", num_parts, library=False, reproducible=options.reproducible)
     kinds = kinds_of(step.text)
     for _ in range(2):
@@ -68,7 +69,7 @@ def profile(options: argparse.Namespace, num_parts: int | None) -> tuple[float, 
 
 
 def traced(run: Callable[[], None], kinds: dict[str, tuple[str, str]]) -> collections.Counter[tuple[str, str]]:
-    """Milliseconds of each phase and kind in one step."""
+    """Milliseconds of each phase and kind of work in one step."""
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -86,12 +87,12 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nfnet_f0", help="one of `nfnet models`")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step")
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--microbatches", type=int, default=4, help="of the second step")
-    parser.add_argument("--reproducible", action="store_true", help="sums in the fixed order")
-    parser.add_argument("--steps", type=int, default=7, help="that are timed, and as many that are traced")
+    parser.add_argument("--batch", type=int, default=8, help="number of images of a step")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images, in pixels")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the computation")
+    parser.add_argument("--microbatches", type=int, default=4, help="number of parts in the second step")
+    parser.add_argument("--reproducible", action="store_true", help="add the parts in the fixed order")
+    parser.add_argument("--steps", type=int, default=7, help="number of steps that are timed, and that are traced")
     options = parser.parse_args()
     keep_freed_memory()  # as `nfnet train` does
     walls, tables = zip(*(profile(options, parts) for parts in (None, options.microbatches)), strict=True)

@@ -1,12 +1,12 @@
-"""Kills a run of several processes again and again, and compares what it ends with with a run that nobody touched.
+"""Kills a run of several processes many times, and compares its result with that of an uninterrupted run.
 
     python tools/soak.py --kills 50 --processes 2
 
 Trains a small digits recipe in `--processes` processes on this machine. A random process gets SIGTERM or SIGKILL at a
 random moment: while it starts or compiles, between steps, or while a checkpoint is being written. All processes must
-end in bounded time, with the exit codes that are promised; then the same command is given again, until the run is done.
+end within a time limit, with the documented exit codes; then the same command is run again, until the run is finished.
 Parameters, optimizer state, EMA and the metrics of every step must equal those of the uninterrupted run bit for bit.
-Prints a row for each kill and a summary; exits with 1 if anything is not as promised.
+Prints a row for each kill and a summary; exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OPTIONS = (
 )
 MAX_STEPS_A_LIFE = 10
 BOUND_S = 150.0
-"""Within which all processes end once one was killed; the start timeout is the longest of the waits."""
+"""Time within which all processes must end after one was killed; the longest wait in it is the start timeout."""
 UNREPEATABLE = ("throughput/", "time/")
 
 Moment = Literal["start", "step", "save"]
@@ -51,27 +51,27 @@ class Life:
     """The processes of a run from one start to its end."""
 
     start_step: int | None
-    """Step that it went on from; None if it ended before that."""
+    """Step from which it continued; None if it ended before that."""
     last_step: int
     """Last step that it reported."""
     first_step_s: float | None
-    """From the start of the processes to the end of the first step; None if it did not come so far."""
+    """Seconds from the start of the processes to the end of the first step; None if there was no first step."""
     had_begun: bool
-    """Whether the loop ran when the signal was sent, so that a SIGTERM is answered by saving."""
+    """Whether the loop was running when the signal was sent, so that SIGTERM makes it save."""
     exit_codes: tuple[int, ...]
     ending_s: float
-    """From the signal to the end of the last process."""
+    """Seconds from the signal to the end of the last process."""
     printed: str
 
 
 def lines_of(folder: Path, index: int) -> str:
-    """What a process has printed so far."""
+    """The text that a process has printed so far."""
     path = folder / f"{index}.txt"
     return path.read_text() if path.exists() else ""
 
 
 def live(workdir: Path, folder: Path, options: list[str], count: int, plan: "Plan | None") -> Life:
-    """Starts or continues the run, carries the plan out, and waits for the end of all processes."""
+    """Starts or continues the run, sends the signal of the plan, and waits for the end of all processes."""
     folder.mkdir()
     started = time.monotonic()
     outputs = [(folder / f"{index}.txt").open("w") for index in range(count)]
@@ -113,22 +113,23 @@ class Plan:
     process: int
     moment: Moment
     after_s: float
-    """From the start, for the moment `start`."""
+    """For the moment `start`: seconds after the start of the processes."""
     after_steps: int
-    """Reported by this life, for the others; a save is then waited for."""
+    """For the moments `step` and `save`: number of steps that this life has reported; for `save`, the signal is sent at
+    the next save after that."""
 
     def is_due(self, workdir: Path, printed: str, elapsed_s: float) -> bool:
-        """Whether the signal is to be sent now."""
+        """Whether the signal has to be sent now."""
         if self.moment == "start":
             return elapsed_s > self.after_s
         if len(re.findall(r"^step +\d+/", printed, re.MULTILINE)) < self.after_steps:
             return False
-        # A checkpoint that is being written has a name of its own until it is complete.
+        # A checkpoint that is being written has a temporary name until it is complete.
         return self.moment == "step" or any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
 def draw(rng: random.Random, num_processes: int, start_s: float) -> Plan:
-    """A random plan; `start_s` is how long a start takes about."""
+    """A random plan; `start_s` is about the time that a start takes, in seconds."""
     return Plan(
         number=rng.choice((signal.SIGTERM, signal.SIGKILL)),
         process=rng.randrange(num_processes),
@@ -144,8 +145,8 @@ def as_promised(plan: Plan, life: Life) -> bool:
         return False
     if plan.number is signal.SIGTERM and life.had_begun:
         return all(code == EXIT_STOPPED for code in life.exit_codes)
-    # Before the loop runs, nothing is there to be saved, and the signal ends the process as any other program.
-    # JAX aborts the others where process 0 died.
+    # Before the loop runs, there is nothing to save, and the signal ends the process like any other program. If process
+    # 0 died, JAX aborts the others.
     allowed = {EXIT_LOST, -signal.SIGABRT, EXIT_STOPPED}
     return all(
         code in allowed | {-plan.number} if index == plan.process else code in allowed
@@ -154,7 +155,7 @@ def as_promised(plan: Plan, life: Life) -> bool:
 
 
 def soak(folder: Path, options: list[str], num_kills: int, num_processes: int, rng: random.Random) -> bool:
-    """Kills the run `num_kills` times, prints a row for each, and lets it end."""
+    """Kills the run `num_kills` times, prints a row for each, and then lets the run finish."""
     workdir = folder / "killed"
     print(f"{'':>4}{'signal':>9}{'to':>4}{'at':>7}{'from':>6}{'last':>6}{'first step s':>14}{'end s':>7}  exit codes")
     lives: list[Life] = []
@@ -200,7 +201,7 @@ def summarise(lives: list[Life]) -> None:
 
 
 def is_equal(whole: Path, killed: Path, num_steps: int) -> bool:
-    """Whether two runs ended with the same bits and logged the same, each step once; prints what differs."""
+    """Whether two runs ended with the same bits and have equal metrics, each step once; prints the differences."""
     want, got = (runs.saved_arrays(workdir, num_steps) for workdir in (whole, killed))
     unequal = [name for name in want.keys() | got.keys() if name not in want or name not in got]
     unequal += [name for name in want.keys() & got.keys() if want[name].tobytes() != got[name].tobytes()]
@@ -217,15 +218,16 @@ def is_equal(whole: Path, killed: Path, num_steps: int) -> bool:
 
 
 def main() -> int:
-    """Runs all of it."""
+    """Runs the uninterrupted and the killed run, and compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how often a process is killed")
-    parser.add_argument("--processes", type=int, default=2, help="of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of signals, processes and moments")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes of the run")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of signals, processes and moments")
     options = parser.parse_args()
-    # Compiling is most of a life, and how fast the program is does not matter.
+    # Most of the time is compilation, and the speed of the program does not matter.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    # A life ends within so many steps of the last checkpoint; so the run cannot be done before the last kill.
+    # A life ends at most this number of steps after the last checkpoint, so the run is not finished before the last
+    # kill.
     num_steps = (MAX_STEPS_A_LIFE + 10) * options.kills + 15
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:

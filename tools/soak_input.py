@@ -1,11 +1,11 @@
-"""Soaks the input in real processes: runs that are asked to stop, workers that are killed, and bytes of every layout.
+"""Tests the input in real processes: runs that are stopped, workers that are killed, and the batches of every layout.
 
     python tools/soak_input.py --repeats 20
 
-Stops one run of the digits recipe with two worker processes again and again by a SIGTERM to its process group, each
-time a little later; it goes on from its own checkpoint, which shows that the checkpoint is whole. Then kills a worker
-of that run `--kills` times. Then compares the batches of all numbers of processes and workers. Prints tables; exits
-with 1 if anything is not as promised.
+Stops a run of the digits recipe with two worker processes many times by a SIGTERM to its process group, each time a
+little later. The run continues from its own checkpoint, which shows that the checkpoint is complete. Then kills a
+worker of that run `--kills` times. Then compares the batches for several numbers of processes and workers. Prints
+tables; exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -49,13 +49,13 @@ class Ending:
     seconds: float
     printed: str
     survivors: int
-    """Workers that outlived the run."""
+    """Number of workers that still run after the end of the run."""
     shared_memory: int
-    """Files left in /dev/shm."""
+    """Number of files left in /dev/shm."""
 
 
 def shared_memory() -> set[str]:
-    """Names in /dev/shm."""
+    """Names of the files in /dev/shm."""
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
@@ -156,7 +156,7 @@ def make_images(root: Path) -> DataConfig:
 
 
 def digest(config: DataConfig, start: int, count: int, num_processes: int) -> str:
-    """Of the global batches of `count` steps."""
+    """Digest of the global batches of `count` steps."""
     source = pipeline.open_split(config, "train")
     parts = []
     for index in range(num_processes):
@@ -192,7 +192,7 @@ def compare_layouts(root: Path) -> bool:
 
 
 def main() -> int:
-    """Runs all of it."""
+    """Runs all tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="how often the run is asked to stop")
     parser.add_argument("--kills", type=int, default=3, help="how often a worker is killed")

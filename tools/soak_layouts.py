@@ -1,12 +1,12 @@
-"""One run on several layouts of processes and devices, and one that is moved between them: the same bits everywhere.
+"""Checks that a run has the same bits on several layouts of processes and devices, and if it is moved between them.
 
     python tools/soak_layouts.py
 
-Trains a small digits recipe (dropout, stochastic depth and augmentation on) on real processes of this machine, with
-forced host devices. First a run on each layout, compared bit for bit with that of one device: parameters, momentum, EMA
-and the metrics of every step. Then one run that is stopped or killed, and goes on elsewhere each time:
-1x4 -> SIGTERM -> 2x2 -> SIGKILL of one process -> 4x1 -> SIGTERM during an evaluation -> 1x8. Exits with 1 if anything
-differs. With `--fast`: the layouts with `reproducible` off, which may differ by 1e-5.
+Trains a small digits recipe (dropout, stochastic depth and augmentation on) in real processes on this machine, with
+forced host devices. First, a run on each layout is compared bit for bit with that on one device: parameters, momentum,
+EMA and the metrics of every step. Then one run is stopped or killed several times, and continues on another layout each
+time: 1x4 -> SIGTERM -> 2x2 -> SIGKILL of one process -> 4x1 -> SIGTERM during an evaluation -> 1x8. Exits with 1 if
+anything differs. With `--fast`: the layouts with `reproducible` off, which may differ by 1e-5.
 """
 
 import argparse
@@ -42,15 +42,16 @@ OPTIONS = (
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 1), (2, 4))
 FAST = ("--execution.no-reproducible", "--execution.num-microbatches=None")
 TOLERANCE = 1e-5
-"""Of the fast mode, relative."""
+"""Largest relative difference that is accepted with `--fast`."""
 UNREPEATABLE = ("throughput/", "time/")
 
 
 def start(workdir: Path, num_processes: int, num_devices: int, *options: str) -> list[subprocess.Popen[str]]:
-    """Starts a run on so many processes with so many devices each; they print into files beside the workdir."""
+    """Starts a run with given numbers of processes and of devices per process; they print into files next to the
+    workdir."""
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        # Compiling is most of it, and how fast the program is does not matter.
+        # Most of the time is compilation, and the speed of the program does not matter.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     life = len(list(workdir.parent.glob(f"{workdir.name}.*.0.txt")))
@@ -62,13 +63,13 @@ def start(workdir: Path, num_processes: int, num_devices: int, *options: str) ->
 
 
 def printed(workdir: Path) -> str:
-    """What the first process of the newest life printed."""
+    """The text that the first process of the newest start has printed."""
     files = sorted(workdir.parent.glob(f"{workdir.name}.*.0.txt"), key=lambda path: int(path.name.split(".")[1]))
     return files[-1].read_text()
 
 
 def end(workdir: Path, processes: list[subprocess.Popen[str]], *allowed: int) -> None:
-    """Waits for all processes of a life and checks their exit codes."""
+    """Waits for the end of all processes and checks their exit codes."""
     codes = [process.wait(timeout=600) for process in processes]
     if any(code not in allowed for code in codes):
         raise SystemExit(f"{workdir.name}: exit codes {codes}, allowed {allowed}\n{printed(workdir)}")
@@ -77,7 +78,7 @@ def end(workdir: Path, processes: list[subprocess.Popen[str]], *allowed: int) ->
 def signal_when(
     workdir: Path, processes: list[subprocess.Popen[str]], pattern: str, to: int, number: signal.Signals
 ) -> None:
-    """Sends a signal to one process as soon as the run has printed something."""
+    """Sends a signal to one process as soon as the run has printed a text that matches a pattern."""
     while not re.search(pattern, printed(workdir), re.MULTILINE):
         if any(process.poll() is not None for process in processes):
             raise SystemExit(f"{workdir.name}: a process ended too early\n{printed(workdir)}")
@@ -94,7 +95,7 @@ def rows_of(workdir: Path) -> list[dict[str, float]]:
 
 
 def compare(want: Path, got: Path) -> bool:
-    """Whether two runs ended alike; prints what differs."""
+    """Whether two runs ended with the same bits and metrics; prints the differences."""
     arrays = [runs.saved_arrays(workdir, NUM_STEPS) for workdir in (want, got)]
     unequal = [name for name in arrays[0] if arrays[0][name].tobytes() != arrays[1][name].tobytes()]
     rows = [rows_of(workdir) for workdir in (want, got)]
@@ -116,9 +117,9 @@ def distance(want: np.ndarray, got: np.ndarray) -> float:
 
 
 def compare_roughly(want: Path, got: Path) -> bool:
-    """Whether losses, parameters, momentum and EMA of two runs are equal to `TOLERANCE`; prints how far they are apart.
+    """Whether losses, parameters, momentum and EMA of two runs are equal to `TOLERANCE`; prints the differences.
 
-    A kind of array is compared as a whole, by the norm of its difference. The single array that is farthest off is
+    All arrays of a kind are compared together, by the norm of the difference. The array with the largest difference is
     named.
     """
     losses = [np.array([row["train/loss"] for row in rows_of(workdir)]) for workdir in (want, got)]
@@ -138,7 +139,7 @@ def compare_roughly(want: Path, got: Path) -> bool:
 
 
 def moved(folder: Path) -> Path:
-    """The run that is moved."""
+    """Trains a run that is moved between layouts, and returns its folder."""
     workdir = folder / "moved"
     processes = start(workdir, 1, 4)
     signal_when(workdir, processes, r"^step +7/", 0, signal.SIGTERM)
@@ -154,11 +155,11 @@ def moved(folder: Path) -> Path:
 
 
 def main() -> int:
-    """Runs all of it."""
+    """Runs all layouts and compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only-moved", action="store_true", help="the layout of one device and the moved run alone")
+    parser.add_argument("--only-moved", action="store_true", help="only the layout of one device and the moved run")
     parser.add_argument("--fsdp", action="store_true", help="also divide parameters over 2 and 4 devices, and compare")
-    parser.add_argument("--fast", action="store_true", help="the layouts alone, without the fixed order of sums")
+    parser.add_argument("--fast", action="store_true", help="only the layouts, with `reproducible` off")
     options = parser.parse_args()
     words, alike = (FAST, compare_roughly) if options.fast else ((), compare)
     os.environ.setdefault("NPROC", "8")
@@ -174,7 +175,7 @@ def main() -> int:
         for fsdp in (2, 4) if options.fsdp else ():
             workdir = folder / f"1x4 fsdp {fsdp}"
             end(workdir, start(workdir, 1, 4, f"--execution.fsdp={fsdp}", *words), EXIT_DONE)
-            # On CPUs equal to rounding only: the update is compiled for another shape.
+            # On CPUs the result is equal only up to rounding, because the update is compiled for another shape.
             good &= alike(reference, workdir) or not options.fast
         if not options.fast:
             good &= compare(reference, moved(folder))

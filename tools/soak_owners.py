@@ -1,13 +1,13 @@
-"""Starts one run twice again and again, and compares what it ends with with a run that nobody disturbed.
+"""Starts a run twice at the same time, in many trials, and compares its result with that of an undisturbed run.
 
     python tools/soak_owners.py --trials 20
 
-In each trial one process trains, and a second one is started on the same folder at a random moment: while the first
-one starts, compiles, trains or saves. Now and then the first one was killed by SIGKILL just before. One of the two must
-own the folder and go on; the other one must end with code 2 and change nothing, unless the first one is gone; and a
-restart after SIGKILL must not wait. Then the owner is stopped by a random signal, and the next trial goes on there.
-In the end no checkpoint and no row of the metrics may be missing, and the state must be equal bit for bit. Prints a row
-for each trial and a summary; exits with 1 if anything is not as promised.
+In each trial one process trains, and a second one is started on the same folder at a random moment: while the first one
+starts, compiles, trains or saves. In some trials the first one is killed by SIGKILL just before. One of the two must
+own the folder and continue. The other one must end with code 2 and change nothing, unless the first one was killed; and
+a restart after SIGKILL must not wait. Then the owner is stopped by a random signal, and the next trial continues the
+run. At the end no checkpoint and no row of the metrics may be missing, and the state must be equal bit for bit. Prints
+a row for each trial and a summary; exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BOUND_S = 150.0
 
 
 class Started:
-    """A process of the run, and what it printed."""
+    """A process of the run, and the file that it prints to."""
 
     def __init__(self, workdir: Path, log: Path, *options: str) -> None:
         self.log = log
@@ -42,15 +42,15 @@ class Started:
             self.process = runs.start(workdir, *OPTIONS, *options, output=output)
 
     def printed(self) -> str:
-        """So far."""
+        """The text that it has printed so far."""
         return self.log.read_text()
 
     def num_steps(self) -> int:
-        """Reported so far."""
+        """Number of steps that it has reported so far."""
         return len(re.findall(r"^step +\d+/", self.printed(), re.MULTILINE))
 
     def wait(self, bound_s: float | None = BOUND_S) -> int:
-        """Its exit code; killed after `bound_s`, in seconds; None: it may take as long as it likes."""
+        """Waits for its end and returns the exit code; kills it after `bound_s` seconds; None: there is no limit."""
         try:
             return self.process.wait(bound_s)
         except subprocess.TimeoutExpired:
@@ -59,7 +59,7 @@ class Started:
 
 
 def trial(workdir: Path, folder: Path, options: list[str], rng: random.Random) -> bool:
-    """Two starts and the end of both; prints a row, and says whether all was as promised."""
+    """Starts two processes and waits for the end of both; prints a row, and returns whether everything was right."""
     folder.mkdir()
     saved_before = steps_in(workdir / "checkpoints")
     delay_s, is_killed = rng.uniform(0.0, MAX_DELAY_S), rng.random() < 0.4
@@ -71,7 +71,7 @@ def trial(workdir: Path, folder: Path, options: list[str], rng: random.Random) -
     second = Started(workdir, folder / "second.txt", *options)
     both = (first, second)
     deadline = time.monotonic() + BOUND_S
-    # The owner is the one that trains; it is let go on for some steps once the other one has ended.
+    # The owner is the process that trains; it may train some steps after the other one has ended.
     alive = (second,) if is_killed else both
     while time.monotonic() < deadline and all(each.num_steps() < STEPS_A_TRIAL for each in alive):
         if all(each.process.poll() is not None for each in both):
@@ -90,7 +90,7 @@ def trial(workdir: Path, folder: Path, options: list[str], rng: random.Random) -
     else:
         refused = [each for each, code in zip(both, codes, strict=True) if code == EXIT_BAD_INPUT]
         good = sorted(codes) == sorted([EXIT_BAD_INPUT, expected]) and "in use: process" in refused[0].printed()
-    # Nobody deleted what the last owner needs: the newest checkpoint of before is still there, or a newer one is.
+    # No process deleted what the last owner needs: the newest checkpoint still exists, or there is a newer one.
     good &= not saved_before or max(steps_in(workdir / "checkpoints"), default=0) >= saved_before[0]
     good &= "Traceback" not in first.printed() + second.printed()
     print(
@@ -104,12 +104,12 @@ def trial(workdir: Path, folder: Path, options: list[str], rng: random.Random) -
 
 
 def main() -> int:
-    """Runs all of it."""
+    """Runs the undisturbed run and the trials, and compares the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20, help="how often two processes are started")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and signals")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of moments and signals")
     arguments = parser.parse_args()
-    # Compiling is most of a start, and how fast the program is does not matter.
+    # Most of the time is compilation, and the speed of the program does not matter.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     num_steps = 4 * STEPS_A_TRIAL * arguments.trials + 15
     options, rng = [f"--num-steps={num_steps}"], random.Random(arguments.seed)

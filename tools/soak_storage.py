@@ -1,9 +1,9 @@
-"""A full and a read-only disk under a real training run: it must stop with the reason, and its checkpoints must stand.
+"""Tests a training run on a disk that becomes full or read-only: it must report the reason and keep its checkpoints.
 
-Mounts a small tmpfs in user and mount namespaces of its own (so no rights are needed where the system allows these)
+Mounts a small tmpfs in its own user and mount namespaces (so no special rights are needed if the system allows these)
 and starts `nfnet train` on it: once until the disk is full, and once until its folder of checkpoints is made read-only.
-Each time the run must end with exit code 6 and name the folder and the reason, and go on from its newest checkpoint
-when that is mended.
+Each time the run must end with exit code 6 and name the folder and the reason. When the disk is repaired, the run must
+continue from its newest checkpoint.
 
 Usage: python tools/soak_storage.py   (about two minutes)
 """
@@ -22,7 +22,7 @@ OPTIONS = [
     *("--model.widths", "16", "32", "--model.depths", "1", "1"),
 ]
 SIZE = "12m"
-"""Of the disk: room for some of the checkpoints."""
+"""Size of the disk: there is space for some of the checkpoints."""
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
@@ -37,7 +37,7 @@ def start(workdir: Path) -> subprocess.Popen[str]:
 
 
 def check_stopped(printed: str, returncode: int, reason: str) -> int:
-    """Of a run that the disk stopped; returns the last step that it logged."""
+    """Checks how a run ended that the disk stopped; returns the last step that it logged."""
     print(printed.splitlines()[-1])
     assert returncode == 6, printed
     assert re.search(rf"the run's folder failed: /.*{reason}", printed), printed
@@ -46,7 +46,7 @@ def check_stopped(printed: str, returncode: int, reason: str) -> int:
 
 
 def main() -> None:
-    """Both disks, one after the other."""
+    """Tests both kinds of disk, one after the other."""
     if "--inside" not in sys.argv:
         namespaces = ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
         sys.exit(subprocess.run([*namespaces, sys.executable, __file__, "--inside"], check=False).returncode)

@@ -2,16 +2,16 @@
 # Formats, lints, type-checks and tests, in the same .venv as the demo. Takes seconds to start when nothing changed.
 #
 #   bash tools/test.sh [PYTEST OPTION ...]           everything
-#   bash tools/test.sh --fast [PYTEST OPTION ...]    the same checks, and of the tests those that a change most often breaks
+#   bash tools/test.sh --fast [PYTEST OPTION ...]    the same checks, and only the tests that changes break most often
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What --fast runs: two minutes on two idle cores, static checks included. `pytest --durations=0` measures a new test.
+# The files that --fast tests: two minutes on two idle cores, with static checks. `pytest --durations=0` times new tests.
 fast_files=(
     tests/test_{structure,docs,paths,recipes,options,cli,metrics,lease,optim,weight_files,hlo}.py
     tests/test_{classes,image_folder,data,transforms}.py
 )
-too_slow=( # of those files
+too_slow=( # tests in these files that --fast leaves out
     tests/test_structure.py::test_models_and_step_need_no_tensorflow_grain_clu_or_tfds
     tests/test_docs.py::test_commands_and_code_run
     tests/test_recipes.py::test_a_debug_run_goes_through_everything

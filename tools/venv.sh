@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh with the name of an extra: makes and activates .venv, and installs the package with the
-# extra unless that was done before for the same pyproject.toml. PYTHON chooses the interpreter of a new .venv.
+# extra, unless this was already done for the same pyproject.toml. PYTHON chooses the interpreter for a new .venv.
 # shellcheck shell=bash
 PYTHON=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ]; then

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# One run on a TPU VM of any number of hosts. It is called where the checkout is: on a laptop, or on a small machine
-# that stays on, as `run` has to.
+# Trains a run on a TPU VM with any number of hosts. Call it where the checkout is: on a laptop, or, for `run`, on a
+# small machine that is not switched off.
 #
-#   tpu_vm.sh create    ask for the TPU and wait until it is there
+#   tpu_vm.sh create    request the TPU and wait until it is ready
 #   tpu_vm.sh setup     copy this checkout to all hosts, install it, mount the shared disk
-#   tpu_vm.sh start     start training on all hosts; it goes on without this machine
+#   tpu_vm.sh start     start training on all hosts; it continues without this machine
 #   tpu_vm.sh logs      follow what the first host prints
 #   tpu_vm.sh status    the state of the TPU, and of the run on each host: running, lost, or its exit code
-#   tpu_vm.sh run       all of it: create, setup, start, and start again until the run is done (exit code 0), cannot go
-#                       on (2 or 3), or has failed MAX_FAILURES times; being stopped or preempted is no failure
-#   tpu_vm.sh stop      SIGTERM: save and exit with code 75. A `run` that is still going would start it again
-#   tpu_vm.sh delete    give the TPU back; the shared disk stays
+#   tpu_vm.sh run       create, setup and start, and start again until the run is done (exit code 0), cannot continue (2
+#                       or 3), or has failed MAX_FAILURES times; being stopped or preempted does not count as a failure
+#   tpu_vm.sh stop      send SIGTERM: save and exit with code 75. A `run` that is still active would start it again
+#   tpu_vm.sh delete    release the TPU; the shared disk is kept
 #
 # Every variable can be set in the environment. Needs gcloud, logged in (`gcloud auth login`).
 set -euo pipefail
 
 PROJECT=${PROJECT:?set PROJECT to the name of the cloud project}
 ZONE=${ZONE:?set ZONE, such as us-west4-a}
-NAME=${NAME:-nfnet}                                       # of the TPU, and of the request for it
+NAME=${NAME:-nfnet}                                       # name of the TPU and of the request for it
 ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-256}       # 64 hosts of 4 chips; `nfnet plan` calls it v5e:16x16
 RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}   # image of the hosts; belongs to the accelerator type
 CAPACITY=${CAPACITY---spot}                               # --spot, --reserved, or empty: on demand
@@ -26,10 +26,10 @@ SHARED=${SHARED:-/mnt/shared}                             # where the hosts moun
 DATA=${DATA:-$SHARED/imagenet}                            # what tools/prepare_imagenet.py wrote
 WORKDIR=${WORKDIR:-$SHARED/runs/f0}
 RECIPE=${RECIPE:-recipes/nfnet_imagenet.py:variant=f0}
-OPTIONS=${OPTIONS:---execution.num-microbatches 256}      # more words of `nfnet train`, as a shell reads them
-POLL_S=${POLL_S:-30}                                      # between two looks at the run, and before a new start
-MAX_FAILURES=${MAX_FAILURES:-10}                          # of the run, in all
-MAX_SILENT_POLLS=${MAX_SILENT_POLLS:-20}                  # without an answer from all hosts; then the TPU is replaced
+OPTIONS=${OPTIONS:---execution.num-microbatches 256}      # more options of `nfnet train`, in the syntax of a shell
+POLL_S=${POLL_S:-30}                                      # seconds between two checks, and before a new start
+MAX_FAILURES=${MAX_FAILURES:-10}                          # total number of failures after which `run` ends
+MAX_SILENT_POLLS=${MAX_SILENT_POLLS:-20}                  # checks without an answer after which the TPU is replaced
 
 cd "$(dirname "$0")/../.."
 self=$PWD/tools/launch/tpu_vm.sh
@@ -39,7 +39,7 @@ on_host() { # WORKER COMMAND
     gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker="$1" --command="$2"
 }
 
-state_of() { # queued-resources|tpu-vm FIELD: the state, NOT_FOUND, or UNKNOWN if the question was not answered
+state_of() { # queued-resources|tpu-vm FIELD: prints the state, NOT_FOUND, or UNKNOWN if there was no answer
     local answer
     if answer=$(gcloud compute tpus "$1" describe "$NAME" "${where[@]}" --format="value($2)" 2>&1); then
         echo "${answer##*$'\n'}"
@@ -60,7 +60,7 @@ create() {
                 --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" ${CAPACITY:+"$CAPACITY"}
             ;;
         "SUSPENDED "* | "ACTIVE PREEMPTED" | "ACTIVE TERMINATED" | "ACTIVE NOT_FOUND")
-            delete # a request that lost its TPU gets no other one
+            delete # a request that lost its TPU does not get another one
             ;;
         "FAILED "*)
             gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" >&2
@@ -98,7 +98,7 @@ python3 -m pip install --quiet --user uv   # the image's own Python may be older
 ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
 }
 
-start() { # a host keeps in ~/nfnet_flax the process id of the run's shell and, later, the run's exit code
+start() { # each host stores the process id of the run's shell and, later, the run's exit code in ~/nfnet_flax
     on_host all "set -eu
 cd ~/nfnet_flax
 if [ ! -e exit_code ] && kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then echo 'is running already'; exit; fi
@@ -113,7 +113,7 @@ nohup bash train.sh >>train.log 2>&1 </dev/null &
 echo \$! >pid"
 }
 
-host_states() { # one line each, marked, as gcloud prints lines of its own
+host_states() { # prints one line for each host, with a prefix, because gcloud also prints lines
     on_host all "cd ~/nfnet_flax
 if [ -s exit_code ]; then echo run-state: \$(cat exit_code)
 elif kill -0 \$(cat pid) 2>/dev/null; then echo run-state: running
@@ -151,14 +151,14 @@ wait_for_end() { # sets outcome: 0, 2, 3, 75, preempted, silent, or 'failed' wit
 run() {
     local failures=0 is_set_up=no outcome
     ARCHIVE=$(mktemp)
-    export ARCHIVE # every TPU of this run gets the same code, whatever happens to the checkout meanwhile
+    export ARCHIVE # every TPU of this run gets the same code, even if the checkout changes meanwhile
     pack "$ARCHIVE"
     if [[ $(host_states 2>/dev/null) == *running* ]]; then
-        is_set_up=yes # and `start` leaves it alone
+        is_set_up=yes # `start` does not start a run that is already running
     fi
     while true; do
         outcome="not started"
-        # Processes of their own: within a condition, bash ignores `set -e`.
+        # In separate processes, because bash ignores `set -e` within a condition.
         if bash "$self" create && { [[ $is_set_up == yes ]] || bash "$self" setup; } && bash "$self" start; then
             is_set_up=yes
             wait_for_end
@@ -166,7 +166,7 @@ run() {
         echo "the run ended: $outcome"
         case $outcome in
         0) return 0 ;;
-        2 | 3) return "$outcome" ;; # the same again would end alike; `logs` says why
+        2 | 3) return "$outcome" ;; # a new start would end in the same way; `logs` shows why
         75) ;;
         preempted) is_set_up=no ;;
         *)
@@ -176,7 +176,7 @@ run() {
                 return 1
             fi
             if [[ $outcome == silent ]]; then
-                bash "$self" delete || true # `create` looks again
+                bash "$self" delete || true # if it fails, `create` checks the state again
             fi
             sleep "$POLL_S"
             ;;
