@@ -123,7 +123,7 @@ def run_two(script: str, *num_devices: int) -> list[str]:
 def test_processes_with_unequal_devices_and_devices_out_of_order_are_refused() -> None:
     for printed in run_two(PROCESS, 2, 1):
         unequal, disordered = printed.splitlines()
-        assert unequal.startswith("devices = {0: 2, 1: 1}: every process needs equally many devices")
+        assert unequal.startswith("devices = {0: 2, 1: 1}: every process must have the same number of devices")
         assert disordered.startswith("devices = 'one of process 0 after one of process 1': must be ordered by process")
 
 

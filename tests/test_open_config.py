@@ -225,7 +225,7 @@ def test_a_network_without_blocks_is_one() -> None:
         ),
         ("bfloat16", r"scale of Net = 'bfloat16': parameters must be float32"),
         ("kernel", r"stem\.kernel of Net = \(3, 4, 5\): a kernel is \(I, O\) or HWIO"),
-        ("stray gain", r"head\.kernel of Dense: a kernel is standardized if a gain lies beside it"),
+        ("stray gain", r"head\.kernel of Dense: a kernel is standardized if its module has a gain"),
         ("digits", r"parts\.1\.\w+ of Net: a part of a name is an attribute, or the position in an nnx\.List"),
     ],
 )

@@ -181,7 +181,7 @@ def test_who_waits_in_vain_says_for_what() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, cwd=runs.ROOT)
     assert done.returncode == exit_codes.EXIT_LOST, done.stderr
     assert done.stdout == f"process 1: waiting for 2 processes at {address} for up to 2 s\n"
-    assert f"process 1 waited 2 s for 2 processes at {address}, and not all came" in done.stderr
+    assert f"process 1 waited 2 s for 2 processes at {address}, and not all of them connected" in done.stderr
     assert "--distributed.start-timeout-s" in done.stderr
 
 

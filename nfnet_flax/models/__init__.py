@@ -1,4 +1,4 @@
-"""Networks of the NFNet papers, and the baselines they compare with, as Flax NNX modules."""
+"""Networks of the NFNet papers, and the baselines with which the papers compare them, as Flax NNX modules."""
 
 from nfnet_flax.models.classifier import Classifier, ExecutionConfig
 from nfnet_flax.models.config import ImageSizes, ModelConfig

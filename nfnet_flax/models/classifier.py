@@ -1,4 +1,4 @@
-"""What every network shares: blocks and how they are run, features, pool, dropout, dense head, signal statistics."""
+"""The base class of all networks: runs the blocks, computes features, pool, dropout, dense head, signal statistics."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ HEAD_NORMAL = nnx.initializers.normal(0.01)
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """What a residual block needs to know of its place in the network."""
+    """What a residual block needs to know about its place in the network."""
 
     index: int
-    """Of all blocks, from 0."""
+    """Number of the block among all blocks of the network, counted from 0."""
     beta: float
     """1 / expected standard deviation of the block's input; 1 in networks with BatchNorm."""
     drop_path_rate: float
@@ -39,7 +39,7 @@ def block_specs(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) 
         stage = []
         for position in range(depth):
             stage.append(BlockSpec(index, 1.0 / expected_std, stochdepth_rate * index / sum(depths)))
-            # A stage's first block normalises its shortcut, too, so the variance starts anew there.
+            # A stage's first block also normalises its shortcut, so the variance is reset there.
             expected_std = ((1.0 if position == 0 else expected_std**2) + alpha**2) ** 0.5
             index += 1
         specs.append(tuple(stage))
@@ -48,25 +48,27 @@ def block_specs(depths: Sequence[int], *, alpha: float, stochdepth_rate: float) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How a network is computed in training: memory, speed and compile time, but not which function it is."""
+    """How a network is computed in training. It changes memory, speed and compile time, but not the network's
+    function."""
 
     rematerialization: Rematerialization = "none"
-    """What the backward pass computes again instead of keeping: nothing; the inside of each block; or also the inputs
-    of most blocks: of n blocks of a stage it holds about 2 sqrt(n) at a time. CPUs' compiler undoes all of it."""
+    """What the backward pass computes again instead of storing it. `none`: nothing; `blocks`: the inside of each block;
+    `full`: also the inputs of most blocks, so that for a stage of n blocks about 2 sqrt(n) of them are in memory at a
+    time. The compiler for CPUs undoes it."""
     num_microbatches: int | None = 8
-    """Equal parts into which the global batch is cut, and whose gradients are added (gradient accumulation). Each
-    device takes equally many of them, one after the other, so their number is a multiple of the number of devices.
-    None, where `reproducible` is off: one for each device; not with BatchNorm or SAM, which compute over parts, so that
-    another number of devices would be another training."""
+    """Number of equal parts (microbatches) into which the global batch is cut. Each device computes the same number of
+    parts, one after the other, and their gradients are added (gradient accumulation); so it must be a multiple of the
+    number of devices. None (only if `reproducible` is off): one part for each device; not possible with BatchNorm or
+    SAM, which compute over a part, so that the number of devices would change the training."""
     reproducible: bool = True
-    """Add the parts in a fixed order: the same number of microbatches then gives the same bits on any number of
-    devices. Off: sums in whatever order is fastest; equal to rounding, not to the bit."""
+    """Add the gradients of the parts in a fixed order: the same number of microbatches then gives the same bits on any
+    number of devices. Off: in the fastest order; the results are equal up to rounding."""
     fsdp: int = 1
-    """Number of devices over which kernels, momentum and EMA are divided, gathered for each step; divides the number of
-    devices."""
+    """Number of devices over which kernels, momentum and EMA are divided; kernels are gathered for each step. It must
+    divide the number of devices."""
     spatial: int = 1
-    """Number of neighbouring devices that share the images they compute, each a part of the height: for resolutions
-    that do not fit one. Equal to rounding, not to the bit, to any other number."""
+    """Number of neighbouring devices over which the height of each image is divided, for resolutions that do not fit on
+    one device. Results with different values are equal up to rounding."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -80,18 +82,18 @@ class ExecutionConfig:
 
 
 class Classifier(nnx.Module):
-    """Stem, residual blocks, a last transformation, mean pool, dropout, dense head.
+    """A network with a stem, residual blocks, a last transformation, mean pool, dropout and a dense head.
 
-    Call it in training mode (`model.train()`, the state after construction) or evaluation mode (`model.eval()`). A
-    family sets `stages` (lists of blocks that map `(x, keys, spec)` to `(y, residual branch)`), calls `_add_head`, and
-    says what comes before and after the blocks in `_stem` and `_final`.
+    Call it in training mode (`model.train()`, the mode after construction) or evaluation mode (`model.eval()`). A
+    family's constructor calls `_add_blocks`, with blocks that map `(x, keys, spec)` to `(y, residual branch)`, and
+    `_add_head`. Its methods `_stem` and `_final` compute what comes before and after the blocks.
     """
 
     stages: nnx.List
     config: ModelConfig
     is_foldable: ClassVar[bool] = False
-    """Whether `fold` can make an inference form of it: of what is made of `NFBlock`s, and in which every activation
-    outside of them is scaled where `is_folded` is not set (`convolutions_after_activations`)."""
+    """Whether `fold` can make an inference form of the network. Its blocks must be `NFBlock`s; and an activation in
+    front of one of the `convolutions_after_activations` must be scaled only if `is_folded` is not set."""
 
     def _add_blocks(
         self,
@@ -125,7 +127,8 @@ class Classifier(nnx.Module):
         self.deterministic = False
 
     def convolutions_after_activations(self) -> list[nnx.Module]:
-        """Convolutions outside of the blocks whose input is a scaled activation (`fold` takes the scale into them)."""
+        """Convolutions outside of the blocks whose input is a scaled activation; `fold` multiplies their kernels by the
+        scale."""
         return []
 
     def _stem(self, x: jax.Array) -> jax.Array:
@@ -135,7 +138,7 @@ class Classifier(nnx.Module):
         raise NotImplementedError
 
     def _begin(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """What the stem gives, of images and keys that are looked at first."""
+        """Checks images and keys, and returns the output of the stem."""
         check_images(images)
         check_example_keys(keys, len(images))
         return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
@@ -151,7 +154,7 @@ class Classifier(nnx.Module):
           (N, num_features) float32 (float64 under float64 compute).
 
         Raises:
-          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
+          ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
         x = self._begin(images, keys)
         for stage, specs in zip(self.stages, self.specs, strict=True):
@@ -171,7 +174,7 @@ class Classifier(nnx.Module):
 
         Raises:
           ValueError: keys are needed and missing.
-          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
+          ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
         pooled = self.features(images, keys)
         if self.drop_rate > 0 and not self.deterministic:
@@ -184,7 +187,7 @@ class Classifier(nnx.Module):
 
         Args:
           images: (N, H, W, 3) normalised images.
-          keys: as for a call.
+          keys: as for a call of the network.
 
         Returns:
           float32 arrays over depth: `avg_sq_mean` and `avg_var` (num_blocks + 1,), the squared mean and the variance of
@@ -192,7 +195,7 @@ class Classifier(nnx.Module):
           same variance of each block's residual branch, before stochastic depth and skip gain.
 
         Raises:
-          ConfigError: images are of another shape or integers, or there are more or fewer keys than images.
+          ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
         x = self._begin(images, keys)
         outputs, branches = [x], []
@@ -211,7 +214,7 @@ class Classifier(nnx.Module):
 
 
 def check_images(images: jax.Array) -> None:
-    """Raises `ConfigError` unless a network can be given these images; looks at their shape and type alone."""
+    """Raises `ConfigError` unless images are valid input of a network; only shape and type are checked."""
     remedy = "give a jax.Array of (N, height, width, 3)"
     require(isinstance(images, jax.Array | np.ndarray), "images", type(images).__name__, remedy)
     is_batch = images.ndim == 4 and images.shape[-1] == 3 and min(images.shape[1:3]) >= 1

@@ -1,7 +1,7 @@
-"""What every network's configuration offers: it says how the network is built.
+"""Base classes of the networks' configurations; a configuration builds its network.
 
-A family of one's own is a frozen dataclass that derives from `ModelConfig`, and a `Classifier` that its `build` makes.
-The names that parameters must have are in the docstring of `params.py`.
+To add a family, derive a frozen dataclass from `ModelConfig`, whose `build` makes a network, which derives from
+`Classifier`. The docstring of `params.py` says which names parameters must have.
 """
 
 import abc
@@ -22,32 +22,35 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSizes:
-    """Height and width of the images that a network was published with, in pixels. A network takes any size; what a
-    run has is in its `DataConfig`."""
+    """Height and width of the images that a network was published with, in pixels. A network takes images of any size;
+    the sizes of a run are in its `DataConfig`."""
 
     train: int
+    """Size in training."""
     test: int
+    """Size in evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(OpenConfig, abc.ABC):
-    """A network, up to the number of its classes."""
+    """Configuration of a network, without the number of classes."""
 
     compute_dtype: ComputeDtype = "float32"
-    """Type of images, activations and kernels in the computation; parameters are float32."""
+    """Type of images, activations and kernels in the computation; the stored parameters are float32."""
 
     @abc.abstractmethod
     def build(self, num_classes: int, rngs: nnx.Rngs) -> "Classifier":
-        """The network with random parameters, in training mode. Callers use `build_model`, which checks.
+        """The network with random parameters, in training mode. Callers use `build_model`, which also checks the
+        network.
 
         Args:
-          num_classes: outputs of the head.
+          num_classes: number of outputs of the head.
           rngs: source of the initial parameters.
         """
 
     def small(self) -> Self:
-        """A network of the same kind that trains a few steps of 32 px in seconds, for `nfnet train --debug`; by default
-        the network itself."""
+        """Configuration of a network of the same kind that trains a few steps on images of 32 px in seconds, for
+        `nfnet train --debug`; by default the configuration itself."""
         return self
 
     @property
@@ -57,21 +60,21 @@ class ModelConfig(OpenConfig, abc.ABC):
 
     @property
     def num_blocks(self) -> int:
-        """At most so many residual blocks as the network has: a weight file with fewer arrays is refused before the
-        network is built. By default 0, which refuses none."""
+        """Number of residual blocks, or a lower bound. A weight file with fewer arrays is refused before the network is
+        built; by default 0, which refuses none."""
         return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagedConfig(ModelConfig, abc.ABC):
-    """A network of residual blocks in up to four stages; all but the first halve the resolution."""
+    """A network of residual blocks in up to four stages; all but the first stage halve the resolution."""
 
     widths: tuple[int, ...]
-    """Output channels of each stage."""
+    """Number of output channels of each stage."""
     depths: tuple[int, ...]
-    """Residual blocks of each stage."""
+    """Number of residual blocks of each stage."""
     drop_rate: float = 0.0
-    """Dropout before the head."""
+    """Probability of dropout before the head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,12 +88,12 @@ class StagedConfig(ModelConfig, abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalizerFreeConfig(StagedConfig, abc.ABC):
-    """A network whose residual branches `x + alpha * f(x / expected_std(x))` keep the variance (arXiv 2101.08692)."""
+    """A network whose residual blocks `x + alpha * f(x / expected_std(x))` control the variance (arXiv 2101.08692)."""
 
     alpha: float = 0.2
-    """Scale of a residual branch."""
+    """Factor on a residual branch."""
     activation: ActivationName = "relu"
-    """Activation function, scaled to unit variance; timm's NFNet weights want `gelu_erf`."""
+    """Activation function, scaled to unit variance; weights that were trained with timm need `gelu_erf`."""
     stochdepth_rate: float = 0.1
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
 
@@ -100,7 +103,7 @@ class NormalizerFreeConfig(StagedConfig, abc.ABC):
 
 
 def check_stages(widths: Sequence[int], depths: Sequence[int]) -> None:
-    """Raises `ConfigError` unless there are a width and a depth for each of at most four stages."""
+    """Raises `ConfigError` unless there are a width and a depth for each stage, and at most four stages."""
     for name, values in (("widths", widths), ("depths", depths)):
         remedy = "give one number for each stage, of which the published networks have 4 and none may have more"
         require(1 <= len(values) <= 4 and len(values) == len(widths), f"model.{name}", values, remedy)
@@ -109,12 +112,12 @@ def check_stages(widths: Sequence[int], depths: Sequence[int]) -> None:
 
 
 def check_rates(**rates: float) -> None:
-    """Raises `ConfigError` unless fields of the model lie in [0, 1)."""
+    """Raises `ConfigError` unless the given fields of the model lie in [0, 1)."""
     for name, rate in rates.items():
         require(0 <= rate < 1, f"model.{name}", rate, "must lie in [0, 1)")
 
 
 def check_positive(**numbers: float | None) -> None:
-    """Raises `ConfigError` unless fields of the model are positive; None stands for a part that is left out."""
+    """Raises `ConfigError` unless the given fields of the model are positive, or None, which turns a part off."""
     for name, value in numbers.items():
         require(value is None or value > 0, f"model.{name}", value, "must be positive")

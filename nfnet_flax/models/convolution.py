@@ -1,14 +1,15 @@
-"""How a convolution and an average pool are computed on each kind of device: the only file that decides it.
+"""How a convolution and an average pool are computed on each kind of device; only this file decides it.
 
 All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is,
-and its windowed sum for the pool (by the TPU compiler's estimate half the time of a reshape and a sum, both ways).
-XLA's CPU compiler has four weaknesses that are worth factors of 2 to 400 (`python tools/bench_convolution.py`):
+and its windowed sum for the pool (by the TPU compiler's estimate it takes half the time of a reshape and a sum, forward
+and backward together). XLA's CPU compiler has four weaknesses that cost factors of 2 to 400
+(`python tools/bench_convolution.py`):
 
-- the gradient of a grouped convolution runs naive code, so groups are computed as separate plain convolutions;
-- a depthwise convolution runs naive code both ways, so it is computed as a sum of shifted products;
-- inside a loop it cannot rewrite the layouts of any convolution's gradient, so both gradients are stated here as
-  ordinary NHWC/HWIO convolutions with explicit transposes;
-- a 1x1 convolution is slower than the matrix product it is.
+- the gradient of a grouped convolution is slow generic code, so groups are computed as separate plain convolutions;
+- a depthwise convolution and its gradient are slow generic code, so it is computed as a sum of shifted products;
+- inside a loop the compiler cannot change the layouts of a convolution's gradient, so both gradients are written here
+  as ordinary NHWC/HWIO convolutions with explicit transposes;
+- a 1x1 convolution is slower than the equivalent matrix product.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ _library_convolutions: contextvars.ContextVar[bool] = contextvars.ContextVar("li
 
 @contextlib.contextmanager
 def for_platform(platform: str) -> Iterator[None]:
-    """Traces the convolutions inside for `platform` ("cpu", "gpu" or "tpu"), whatever the default backend is."""
+    """Within the context, convolutions are traced for `platform` ("cpu", "gpu" or "tpu"), not the default backend."""
     token = _platform.set(platform)
     try:
         yield
@@ -39,7 +40,7 @@ def for_platform(platform: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def library_convolutions() -> Iterator[None]:
-    """Traces the convolutions inside as the library has them, on every device: the yardstick of the benchmarks."""
+    """Within the context, convolutions are the library's on every device, as a reference for benchmarks."""
     token = _library_convolutions.set(True)
     try:
         yield
@@ -52,12 +53,12 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
 
     Args:
       x: (N, H, W, I) images.
-      kernel: (kh, kw, I / groups, O), of the same dtype as `x`.
-      stride: of both spatial axes.
-      groups: number of feature groups; divides I and O.
+      kernel: (kh, kw, I / groups, O), with the same dtype as `x`.
+      stride: stride of both spatial axes.
+      groups: number of feature groups; it must divide I and O.
 
     Returns:
-      (N, ceil(H / stride), ceil(W / stride), O), of the dtype of `x`.
+      (N, ceil(H / stride), ceil(W / stride), O), with the dtype of `x`.
     """
     if not _is_for_cpu():
         return lax.conv_general_dilated(
@@ -74,7 +75,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1)
 
 
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """2x2 average pool with stride 2 and SAME padding; a window over the border averages what lies inside."""
+    """2x2 average pool with stride 2 and SAME padding; a window over the border averages only the pixels inside."""
     batch, height, width, channels = x.shape
     rows = jnp.full((-(-height // 2), 1, 1), 2, x.dtype).at[-1].add(-(height % 2))
     columns = jnp.full((-(-width // 2), 1), 2, x.dtype).at[-1].add(-(width % 2))
@@ -125,7 +126,8 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
     spatial = tuple(zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True))
     low = [_same_padding(size, window, stride)[0] for size, window, _ in spatial]
 
-    # Input gradient: the zero-interleaved output gradient under the flipped, in/out-transposed kernel.
+    # Input gradient: a convolution of the output gradient, with zeros inserted between its pixels, and the kernel,
+    # flipped and with input and output channels exchanged.
     interior = stride - 1
     zero = jnp.zeros((), dy.dtype)
     spread = lax.pad(dy, zero, ((0, 0, 0), (0, 0, interior), (0, 0, interior), (0, 0, 0))) if stride > 1 else dy
@@ -136,7 +138,8 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     dx = lax.conv_general_dilated(spread, flipped, (1, 1), padding, dimension_numbers=_DIMENSIONS)
 
-    # Kernel gradient: channels act as the batch, the batch as channels, the output gradient as a dilated kernel.
+    # Kernel gradient: a convolution with channels as batch, the batch as channels, the output gradient as dilated
+    # kernel.
     padding = []
     for (size, window, out), pad_low in zip(spatial, low, strict=True):
         padding.append((pad_low, window - 1 + (out - 1) * stride + 1 - size - pad_low))

@@ -1,6 +1,6 @@
-"""Parameters and multiply-adds of the named networks: a table, as counting all of them takes a minute.
+"""Numbers of parameters and multiply-adds of the named networks: a table, as counting all of them takes a minute.
 
-`tests/test_models.py` counts again, by `flops.forward_flops` and by the shapes of the parameters.
+`tests/test_models.py` compares it with `flops.forward_flops` and with the shapes of the parameters.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 
 class Counts(NamedTuple):
-    """Of one network with 1000 classes."""
+    """Numbers for one network with 1000 classes."""
 
     parameters: int
+    """Number of parameters."""
     multiply_adds: int
-    """Of one image's forward pass at the training resolution; `flops.forward_flops` says what counts."""
+    """Multiply-adds of one image's forward pass at the training resolution, as `flops.forward_flops` counts them."""
 
 
 COUNTS: Mapping[str, Counts] = {

@@ -1,4 +1,4 @@
-"""Baseline: EfficientNet B0-B7 (Tan and Le 2019, arXiv 1905.11946), the family that NFNets are measured against."""
+"""Baseline: EfficientNet B0-B7 (Tan and Le 2019, arXiv 1905.11946), with which the NFNet papers compare."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from nfnet_flax.models.classifier import BlockSpec, Classifier, block_specs
 from nfnet_flax.models.config import ImageSizes, ModelConfig, check_positive, check_rates
 from nfnet_flax.models.layers import AnyRngs, BatchNorm, Conv, InitRngs, SqueezeExcite
 
-# Expansion of the input, window, stride, output channels and blocks of each stage of B0 (table 1).
+# Expansion of the input channels, window, stride, output channels and number of blocks of each stage of B0 (table 1).
 _STAGES = (
     (1, 3, 1, 16, 1),
     (6, 3, 2, 24, 2),
@@ -33,18 +33,19 @@ _HEAD_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EfficientNetConfig(ModelConfig):
-    """Shape and regularization of one EfficientNet, as multiples of B0."""
+    """Shape and regularization of one EfficientNet, relative to B0."""
 
     width_multiplier: float = 1.0
-    """Multiplies channels; the products are rounded to multiples of 8."""
+    """Factor on the numbers of channels of B0; the products are rounded to multiples of 8."""
     depth_multiplier: float = 1.0
-    """Multiplies the blocks of each stage; the products are rounded up."""
+    """Factor on the numbers of blocks of B0's stages; the products are rounded up."""
     se_ratio: float = 0.25
     """Hidden channels of squeeze-excite as a share of the block's input channels."""
     drop_rate: float = 0.2
-    """Dropout before the head."""
+    """Probability of dropout before the head."""
     stochdepth_rate: float = 0.2
-    """Drop-connect: block k of n is dropped with probability `stochdepth_rate * k / n`; what is kept is rescaled."""
+    """Stochastic depth (drop-connect): block k of n is dropped with probability `stochdepth_rate * k / n`; otherwise
+    its branch is rescaled."""
     batch_norm_decay: float = 0.99
     """Decay of the running mean and variance."""
     batch_norm_epsilon: float = 1e-3
@@ -59,13 +60,13 @@ class EfficientNetConfig(ModelConfig):
         check_positive(se_ratio=self.se_ratio, batch_norm_epsilon=self.batch_norm_epsilon)
 
     def channels(self, base: int) -> int:
-        """Channels for `base` channels of B0: the nearest multiple of 8 that is at least 90% of the product."""
+        """Number of channels where B0 has `base`: the nearest multiple of 8 that is at least 90% of the product."""
         scaled = base * self.width_multiplier
         rounded = max(8, int(scaled + 4) // 8 * 8)
         return rounded + 8 if rounded < 0.9 * scaled else rounded
 
     def depth(self, base: int) -> int:
-        """Blocks for `base` blocks of B0."""
+        """Number of blocks where B0 has `base`."""
         return math.ceil(base * self.depth_multiplier)
 
     def build(self, num_classes: int, rngs: nnx.Rngs) -> "EfficientNet":

@@ -1,4 +1,4 @@
-"""Counting multiply-adds of a network from its traced program."""
+"""Counts the multiply-adds of a network in its traced program."""
 
 import math
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from nfnet_flax.models.params import merge, split
 def forward_flops(model: Classifier, image_size: int) -> int:
     """Multiply-adds of one image's forward pass in evaluation mode, as the papers count FLOPs.
 
-    Convolutions and matrix products count; additions of biases, activations and pools do not. Nothing is computed: the
-    network may be abstract (`nnx.eval_shape`).
+    Convolutions and matrix products are counted; additions of biases, activations and pools are not. Nothing is
+    computed: the network may be abstract (`nnx.eval_shape`).
     """
     graphdef, params, batch_stats = split(model)
 
     def forward(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         network = merge(graphdef, params, batch_stats)
         network.eval()
-        with convolution.for_platform("tpu"):  # whole convolutions, not the pieces that suit a CPU
+        with convolution.for_platform("tpu"):  # on a CPU a convolution is computed in pieces
             return network(images)
 
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)

@@ -12,18 +12,18 @@ from nfnet_flax.models.standardization import standardize
 
 
 def fold(model: Classifier) -> Classifier:
-    """A copy in evaluation mode whose convolutions are plain.
+    """A copy for inference, in evaluation mode, with plain convolutions.
 
-    Kernels are standardized once, with their gains, the activations' gammas and the blocks' constants in them, and kept
-    in the type that the network computes in. Logits, features and signal statistics equal the original's up to
-    rounding; there is nothing left to train.
+    Kernels are standardized once, multiplied by their gains, the activations' gammas and the blocks' constants, and
+    stored in the type that the network computes in. Logits, features and signal statistics equal the original's up to
+    rounding. The copy cannot be trained.
 
     Raises:
-      ConfigError: it is no network, of a family without this form, or folded already.
+      ConfigError: it is not a network, belongs to a family that cannot be folded, or is already folded.
     """
     require(isinstance(model, Classifier), "model", model, "give a network, such as nfnet_flax.create_model makes")
     if not model.is_foldable:
-        raise ConfigError(f"fold: {type(model).__name__} has no such form; NFNet, NF-ResNet and NF-RegNet have")
+        raise ConfigError(f"fold: {type(model).__name__} cannot be folded; NFNet, NF-ResNet and NF-RegNet can")
     if model.is_folded:
         raise ConfigError("fold: the network is folded already; give it as create_model makes it")
     folded: Classifier = nnx.clone(model)
@@ -59,5 +59,5 @@ def _fold_convolution(conv: WSConv, factor: float) -> None:
 
     conv.kernel = nnx.Param(plain(conv.kernel[...], conv.gain[...]))
     conv.bias = nnx.Param(conv.bias[...].astype(dtype))
-    conv.gain = nnx.Param(jnp.ones((0,), jnp.float32))  # it is in the kernel
+    conv.gain = nnx.Param(jnp.ones((0,), jnp.float32))  # the kernel is already multiplied by it
     conv.is_prepared = True

@@ -1,4 +1,4 @@
-"""PRNG keys: of a run's first parameters, of a step, and of each example of a batch."""
+"""PRNG keys for a run's initial parameters, for a step, and for each example of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,18 @@ import jax.numpy as jnp
 from nfnet_flax.config import require
 
 _INITIAL = 2**32 - 1
-"""Beyond every step (an int32), so that no key of a step equals one that a parameter is drawn from."""
+"""Number from which the key of the initial parameters is made; larger than any step (an int32), so that it differs from
+the key of every step."""
 
 
 def check_seed(field: str, seed: int) -> None:
-    """Raises `ConfigError` for a seed of which a key would hold only the lower 32 bits: two seeds would be one run."""
+    """Raises `ConfigError` for a seed of more than 32 bits: a key uses only the lower 32, so two seeds would be
+    equal."""
     require(0 <= seed < 2**32, field, seed, "must lie in [0, 2**32)")
 
 
 def initial_key(seed: int) -> jax.Array:
-    """Key of a run's first parameters.
+    """Key for the initial parameters of a run.
 
     Raises:
       ConfigError: the seed is negative, or does not fit into 32 bits.
@@ -25,7 +27,7 @@ def initial_key(seed: int) -> jax.Array:
 
 
 def key_of_step(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
-    """Key of all that is drawn in a step, counted from 0.
+    """Key for everything that is drawn at random in a step; steps are counted from 0.
 
     Raises:
       ConfigError: the seed is negative, or does not fit into 32 bits.
@@ -35,7 +37,7 @@ def key_of_step(seed: int, step: jax.typing.ArrayLike) -> jax.Array:
 
 
 def example_keys(step_key: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
-    """One key per example from its row in the *global* batch, so that the cut of the batch over devices is immaterial.
+    """One key per example, made from its row in the *global* batch, so that the division over devices has no effect.
 
     Args:
       step_key: scalar PRNG key of the step.
@@ -45,7 +47,7 @@ def example_keys(step_key: jax.Array, rows: jax.typing.ArrayLike) -> jax.Array:
       (N,) PRNG keys.
 
     Raises:
-      ConfigError: `step_key` is no single key, or `rows` is not one-dimensional or not integer.
+      ConfigError: `step_key` is not a single key, or `rows` is not one-dimensional or not integer.
     """
     is_one_key = isinstance(step_key, jax.Array) and step_key.ndim == _num_dims_of_keys(step_key)
     require(is_one_key, "step_key", _named(step_key), "give a single key, such as jax.random.key(0)")
@@ -68,5 +70,5 @@ def _named(value: jax.typing.ArrayLike) -> str:
 
 
 def _num_dims_of_keys(keys: jax.Array) -> int:
-    """Of a single key: 0, or 1 of the old kind, which is an array of numbers."""
+    """Number of axes of a single key: 0, or 1 for JAX's old kind of key, which is an array of integers."""
     return 0 if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else 1

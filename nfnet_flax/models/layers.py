@@ -1,9 +1,8 @@
-"""Building blocks shared by the families.
+"""Layers that the families of networks use.
 
-Parameters are float32; `compute_dtype` is what images, activations and kernels are computed in. Statistics of weight
-standardization and of BatchNorm are never less than float32. Layers hold no random state: whatever is drawn at random
-is drawn from one key per example, which the caller gives (see `example_keys`), so no way of cutting a batch changes
-what is drawn.
+Parameters are float32; images, activations and kernels are computed in `compute_dtype`. Statistics of weight
+standardization and of BatchNorm are at least float32. Layers have no random state: random numbers are drawn from one
+key per example, which the caller gives (see `example_keys`), so they do not depend on how a batch is divided.
 """
 
 import functools
@@ -47,10 +46,10 @@ ACTIVATIONS: dict[ActivationName, tuple[Callable[[jax.Array], jax.Array], float]
 
 
 class InitRngs:
-    """`nnx.Rngs` for a constructor: one key, and a count that is a Python number.
+    """Replacement of `nnx.Rngs` within a constructor: one key, and a counter that is a Python number.
 
-    The count of `nnx.Rngs` is an array; under `eval_shape` each use of it costs time that grows with the network, which
-    made the shapes of all 16 variants take 76 s instead of 8.
+    The counter of `nnx.Rngs` is an array; under `eval_shape` each use of it takes time that grows with the network:
+    computing the shapes of all 16 variants took 76 s instead of 8.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
@@ -67,19 +66,19 @@ AnyRngs = nnx.Rngs | InitRngs
 
 
 def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Of statistics, means and logits under a compute type: float32, or float64 under float64."""
+    """Type of statistics, means and logits for a compute type: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def activate(name: ActivationName, x: jax.Array, *, scaled: bool = True) -> jax.Array:
-    """Activation, times its gamma unless a folded network has that in the next kernel; in the dtype of `x`."""
+    """Activation in the dtype of `x`, multiplied by its gamma if `scaled`; in a folded network the next kernel is."""
     function, gamma = ACTIVATIONS[name]
     return function(x) * jnp.asarray(gamma, x.dtype) if scaled else function(x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _initial(init: nnx.Initializer, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    # Under `jit`, so that equal shapes of a deep network are traced and compiled once.
+    # Under `jit`, so that arrays of the same shape are traced and compiled once.
     return init(key, shape, jnp.float32)
 
 
@@ -88,7 +87,7 @@ FAN_IN_TRUNCATED = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_n
 
 
 class WSConv(nnx.Module):
-    """Convolution with scaled weight standardization, a gain and a bias per output channel, SAME padding."""
+    """Convolution with scaled weight standardization, a gain and a bias per output channel, and SAME padding."""
 
     def __init__(
         self,
@@ -118,17 +117,17 @@ class WSConv(nnx.Module):
         return y + bias
 
     def without_bias(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The convolution (N, H / stride, W / stride, O), and the bias (O,) that belongs on it."""
+        """The convolution (N, H / stride, W / stride, O), and the bias (O,) that has to be added to it."""
         dtype = DTYPES[self.compute_dtype]
         kernel = self.kernel[...]
-        if not self.is_prepared:  # else it was standardized once for many calls (`params.prepare`)
+        if not self.is_prepared:  # otherwise it is already standardized, once for many calls (`params.prepare`)
             kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
         kernel = kernel.astype(dtype)
         return conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups), self.bias[...].astype(dtype)
 
 
 class Conv(nnx.Module):
-    """Plain convolution without bias, SAME padding: of the BatchNorm networks."""
+    """Plain convolution without bias and with SAME padding, for the networks with BatchNorm."""
 
     def __init__(
         self,
@@ -155,11 +154,11 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization over N, H and W (Ioffe and Szegedy 2015), the published baselines' form.
+    """Batch normalization over N, H and W (Ioffe and Szegedy 2015), in the form of the published baselines.
 
-    In training mode it normalises with the statistics of the batch it is given (a microbatch, where the step cuts the
-    batch) and moves the running ones; in evaluation mode it uses the running ones. Their average is free of the bias of
-    its start: after n batches the newest weighs `(1 - decay) / (1 - decay ** n)`.
+    In training mode it normalises with the statistics of the batch it is given (a microbatch if the step cuts the
+    batch) and updates the running statistics; in evaluation mode it uses the running statistics. Their average is not
+    biased towards its initial value: after n batches the newest has the weight `(1 - decay) / (1 - decay ** n)`.
     """
 
     def __init__(self, channels: int, *, decay: float, epsilon: float) -> None:
@@ -189,7 +188,7 @@ class BatchNorm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """Affine map of the last axis."""
+    """Dense layer: an affine map of the last axis."""
 
     def __init__(
         self,
@@ -234,8 +233,8 @@ class SqueezeExcite(nnx.Module):
     def gate(self, y: jax.Array, bias: jax.Array) -> jax.Array:
         """`self(y + bias) * (y + bias)` for a convolution (N, H, W, C) and its bias (C,).
 
-        Written so that the gradient of the bias comes out of sums per example, which the gate's gradient takes anyway,
-        and not of a pass of its own over the images.
+        In this form the gradient of the bias follows from sums per example, which the gate's gradient needs anyway, so
+        it takes no separate pass over the images.
         """
         factor = self._of_mean(jnp.mean(y, axis=(1, 2), keepdims=True) + bias)
         return factor * y + factor * bias
@@ -250,10 +249,10 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
 
 
 def layer_keys(keys: jax.Array | None, layer: jax.typing.ArrayLike) -> jax.Array:
-    """The examples' keys for one layer.
+    """The keys of the examples for one layer.
 
     Raises:
-      ValueError: no keys were given although the layer draws at random.
+      ValueError: no keys were given, although the layer draws random numbers.
     """
     if keys is None:
         raise ValueError(
@@ -264,10 +263,10 @@ def layer_keys(keys: jax.Array | None, layer: jax.typing.ArrayLike) -> jax.Array
 
 
 def drop_path(x: jax.Array, rate: jax.typing.ArrayLike, keys: jax.Array, *, rescale: bool = False) -> jax.Array:
-    """Stochastic depth: zeroes a whole example with probability `rate`.
+    """Stochastic depth: sets all values of an example to zero with probability `rate`.
 
-    What is kept is divided by `1 - rate` if `rescale` (EfficientNet's drop-connect), and stays as it is otherwise (the
-    normalizer-free networks).
+    The other examples are divided by `1 - rate` if `rescale` (EfficientNet's drop-connect), and are unchanged otherwise
+    (normalizer-free networks).
     """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate))(keys)
     scale = jnp.where(keep, 1.0 / (1.0 - rate) if rescale else 1.0, 0.0).astype(x.dtype)
@@ -275,6 +274,6 @@ def drop_path(x: jax.Array, rate: jax.typing.ArrayLike, keys: jax.Array, *, resc
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """Inverted dropout of (N, C) features: kept ones are divided by `1 - rate`."""
+    """Inverted dropout of (N, C) features: features that are kept are divided by `1 - rate`."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -1,4 +1,4 @@
-"""The frame of a normalizer-free residual block (arXiv 2101.08692)."""
+"""The common part of all normalizer-free residual blocks (arXiv 2101.08692)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from nfnet_flax.models.layers import ActivationName, WSConv, activate
 class NFBlock(nnx.Module):
     """`shortcut + alpha * skip_gain * branch(h)` with `h = activation(x) * beta`.
 
-    A family gives `_branch` and the modules that it needs; `conv_shortcut` is the projection of the shortcut, if any.
+    A family defines `_branch` and the modules that it needs; `conv_shortcut` is the projection of the shortcut, if any.
     """
 
     def __init__(

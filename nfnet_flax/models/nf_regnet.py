@@ -1,4 +1,4 @@
-"""NF-RegNet: normalizer-free networks of EfficientNet's cost, built of grouped bottlenecks (arXiv 2101.08692)."""
+"""NF-RegNet: normalizer-free networks as cheap as EfficientNets, built of grouped bottlenecks (arXiv 2101.08692)."""
 
 import dataclasses
 import functools
@@ -19,15 +19,15 @@ class NFRegNetConfig(NormalizerFreeConfig):
     """Shape and regularization of one NF-RegNet."""
 
     widths: tuple[int, ...]
-    """Output channels of each stage, before `width_multiplier`."""
+    """Number of output channels of each stage, before it is multiplied by `width_multiplier`."""
     width_multiplier: float = 0.75
-    """Multiplies the widths; the products are rounded down."""
+    """Factor on the widths; the products are rounded down."""
     expansion: float = 2.25
-    """Bottleneck channels as a multiple of a block's *input* channels; the very first block has 1."""
+    """Bottleneck channels as a multiple of a block's *input* channels; in the first block of the network it is 1."""
     group_width: int = 8
-    """Channels of one group of the grouped 3x3 convolutions."""
+    """Number of channels in each group of the grouped 3x3 convolutions."""
     se_ratio: float = 0.5
-    """Hidden share of squeeze-excite."""
+    """Hidden channels of squeeze-excite as a share of its input channels."""
     activation: ActivationName = "silu"
 
     def __post_init__(self) -> None:

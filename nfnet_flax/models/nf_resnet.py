@@ -1,4 +1,4 @@
-"""NF-ResNet: a pre-activation ResNet whose signal is kept by scaled weight standardization (arXiv 2101.08692)."""
+"""NF-ResNet: pre-activation ResNet with scaled weight standardization instead of BatchNorm (arXiv 2101.08692)."""
 
 import dataclasses
 import functools
@@ -23,11 +23,12 @@ class NFResNetConfig(NormalizerFreeConfig):
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
     stem_width: int = 64
-    """Channels of the 7x7 convolution."""
+    """Number of channels of the first, 7x7 convolution."""
     expansion: float = 0.25
     """Bottleneck channels as a share of a block's output channels."""
     se_ratio: float | None = None
-    """Hidden share of squeeze-excite after a block's last convolution (published: 0.25); None: without."""
+    """Hidden channels of squeeze-excite after a block's last convolution, as a share of its input channels (published:
+    0.25); None: no squeeze-excite."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

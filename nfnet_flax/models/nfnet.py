@@ -1,7 +1,8 @@
-"""NFNet: the normalizer-free descendant of SE-ResNeXt-D (Brock et al. 2021, arXiv 2102.06171, section 4).
+"""NFNet: a normalizer-free network based on SE-ResNeXt-D (Brock et al. 2021, arXiv 2102.06171, section 4).
 
-Nothing in it couples the examples of a batch. Signal variance is kept by standardized weights, activations scaled to
-unit variance, and the two constants of a residual block `x + alpha * f(x / expected_std(x))`.
+The examples of a batch do not influence one another. The variance of the signal is controlled by standardized weights,
+activations that are scaled to unit variance, and the two constants of a residual block
+`x + alpha * f(x / expected_std(x))`.
 """
 
 import dataclasses
@@ -35,14 +36,14 @@ class NFNetConfig(NormalizerFreeConfig):
     """Shape and regularization of one NFNet."""
 
     group_width: int = 128
-    """Channels of one group of the grouped 3x3 convolutions."""
+    """Number of channels in each group of the grouped 3x3 convolutions."""
     expansion: float = 0.5
     """Bottleneck channels as a share of a block's output channels."""
     se_ratio: float = 0.5
-    """Hidden share of squeeze-excite."""
+    """Hidden channels of squeeze-excite as a share of its input channels."""
     activation: ActivationName = "gelu"
     standardization: StandardizationName = "published"
-    """Form of the weight standardization; timm's weights want `timm`."""
+    """Form of the weight standardization; weights that were trained with timm need `timm`."""
     stochdepth_rate: float = 0.25
     """Stochastic depth: block k of n is dropped with probability `stochdepth_rate * k / n`."""
 

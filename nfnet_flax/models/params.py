@@ -1,20 +1,21 @@
 """A network as a pure function of a flat `{"stages.0.1.conv0.kernel": array}` dict.
 
-The training state, parameter groups, converters and checkpoints all speak these names. A name is the path of attributes
+The training state, parameter groups, converters and checkpoints all use these names. A name is the path of attributes
 and positions in lists that leads from the network to an `nnx.Param`, or to an `nnx.BatchStat` for running statistics.
-What the step, the optimizer and the shardings take from it, and every family has to keep to (`check_names`):
+The step, the optimizer and the shardings rely on the names, so every family has to follow these rules (`check_names`):
 
-- There are no other variables. In particular, layers hold no random state: what is drawn at random is drawn from the
-  keys of the examples that a call is given (`layers.dropout`, `layers.drop_path`).
-- Parameters are float32, whatever the network computes in.
-- `X.kernel` is a matrix (I, O) or a window HWIO. Its last axis are the output units: adaptive gradient clipping takes
-  the norm of each over all other axes, and `fsdp` divides it. It is cast to the type of the computation once per step.
-- `X.gain` beside `X.kernel` says that the kernel is standardized, once per step and outside of the network: X is a
-  `layers.WSConv`, which then takes the kernel as it is. A gain by itself (BatchNorm) says nothing.
-- `X.bias` beside `X.kernel` is cast with it.
-- `head` holds the last layer: the last axis of its parameters are the classes, in the order of the labels.
-- Anything else is a parameter like any other: a vector is one unit for clipping, and stays whole under `fsdp`. The
-  groups of `OptimConfig` go by name, too: by default `*.bias` and `*gain` are not decayed.
+- There are no other variables. In particular, layers have no random state: random numbers are drawn from the keys of
+  the examples, which a call is given (`layers.dropout`, `layers.drop_path`).
+- Parameters are float32, whatever type the network computes in.
+- `X.kernel` is a matrix (I, O) or a convolution kernel HWIO. Its last axis is the output units: adaptive gradient
+  clipping takes the norm of each unit over all other axes, and `fsdp` divides the kernel along this axis. The kernel is
+  cast to the type of the computation once per step.
+- `X.gain` together with `X.kernel` means that the kernel is standardized, once per step and outside of the network: X
+  is a `layers.WSConv`, which then uses the kernel as it is. A gain without a kernel (BatchNorm) has no meaning.
+- `X.bias` together with `X.kernel` is cast with it.
+- `head` is the last layer: the last axis of its parameters is the classes, in the order of the labels.
+- All other parameters have no special meaning: a vector is one unit for clipping, and is not divided by `fsdp`. The
+  groups of `OptimConfig` are chosen by name, too: by default `*.bias` and `*gain` are not decayed.
 """
 
 from collections.abc import Collection, Container
@@ -34,7 +35,7 @@ Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
 """Running statistics of BatchNorm; empty for the normalizer-free networks."""
 GraphDef = Any
-"""Structure of a network without its arrays; static and hashable."""
+"""Structure of a network without its arrays; hashable, so that it can be a static argument."""
 
 
 def split(model: nnx.Module) -> tuple[GraphDef, Params, BatchStats]:
@@ -49,8 +50,8 @@ def batch_stats_of(model: nnx.Module) -> BatchStats:
 
 
 def merge(graphdef: GraphDef, params: Params, batch_stats: BatchStats) -> Any:
-    """The network of a structure with these arrays; the inverse of `split`. Cheap, but not for every step: call it
-    while tracing."""
+    """The network with a given structure and arrays; the inverse of `split`. It is too slow to be called in every step:
+    call it while tracing."""
     return nnx.merge(graphdef, _nested(params | batch_stats))
 
 
@@ -60,23 +61,23 @@ def update(model: nnx.Module, arrays: dict[str, Any]) -> None:
 
 
 class KernelFacts(NamedTuple):
-    """What is found out about kernels on the way to a prepared network, and needed on the way back."""
+    """Facts about kernels that `prepare` computes and `pull_back` needs."""
 
     statistics: dict[str, KernelStatistics]
-    """Of each kernel that was standardized."""
+    """Statistics of each kernel that was standardized."""
     norms: dict[str, jax.Array]
-    """Of each output channel of every kernel, with the reduced axes kept."""
+    """L2 norm of each output channel of every kernel, with the reduced axes kept."""
 
 
 def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFacts]:
-    """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
+    """Standardizes the kernels, once for many calls of a network that is marked as prepared.
 
     Args:
-      params: of a network.
-      form: of the weight standardization.
+      params: parameters of a network.
+      form: form of the weight standardization.
 
     Returns:
-      The parameters, and what `pull_back` needs to know of the kernels.
+      The parameters with standardized kernels, and the facts about the kernels that `pull_back` needs.
     """
     prepared = dict(params)
     facts = KernelFacts({}, {})
@@ -88,24 +89,24 @@ def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFa
             prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics, form)
             facts.norms[name] = jnp.sqrt(standardization.squared_norm(kernel, statistics))
         else:
-            # Here, beside the cast to the type of the computation, it costs no pass over the kernel of its own.
+            # Computed here, together with the cast to the compute type, it needs no separate pass over the kernel.
             facts.norms[name] = _unit_norms(kernel)
     return prepared, facts
 
 
 UnitNorms = dict[str, tuple[jax.Array, jax.Array] | None]
-"""Name of a parameter -> norms of its gradient and of itself, of each output channel of a kernel (with the reduced axes
-kept); None for all that is not a kernel."""
+"""Name of a parameter -> for a kernel, the norms of each output channel of its gradient and of itself, with the reduced
+axes kept; None for all other parameters."""
 
 
 def differentiated(trained: Collection[str], names: Container[str]) -> frozenset[str]:
-    """Names of the prepared parameters whose gradient `pull_back` needs for that of the `trained` ones.
+    """Names of the prepared parameters whose gradients `pull_back` needs to compute those of the `trained` parameters.
 
-    A gain's gradient comes out of that of its standardized kernel, be the kernel trained or not.
+    The gradient of a gain is computed from that of its standardized kernel, even if the kernel is not trained.
 
     Args:
-      trained: names whose gradient is wanted.
-      names: of all parameters of the network.
+      trained: names of the parameters whose gradient is wanted.
+      names: names of all parameters of the network.
     """
     kernels = (f"{name.removesuffix('.gain')}.kernel" for name in trained if name.endswith(".gain"))
     return frozenset(trained) | {name for name in kernels if is_standardized(name, names)}
@@ -118,18 +119,18 @@ def pull_back(
     form: StandardizationName,
     frozen: Container[str] = (),
 ) -> tuple[Params, UnitNorms]:
-    """Takes a gradient with respect to prepared parameters back through `prepare`.
+    """Computes the gradient with respect to the parameters from that with respect to the prepared parameters.
 
     Args:
-      gradient: of all prepared parameters, or of those that `differentiated` names.
-      params: of the network, all of them.
-      facts: of `prepare`.
-      form: of the weight standardization.
+      gradient: gradient of all prepared parameters, or of those that `differentiated` names.
+      params: all parameters of the network.
+      facts: result of `prepare`.
+      form: form of the weight standardization.
       frozen: names of parameters to leave out.
 
     Returns:
-      The gradient with respect to `params`, and the kernels' norms: where a kernel was standardized they come out of
-      the same sums, without a pass over it of their own.
+      The gradient with respect to `params`, and the norms of the kernels. For a standardized kernel the norms follow
+      from the same sums as the gradient, without a separate pass over the kernel.
     """
     result = dict(gradient)
     norms: UnitNorms = dict.fromkeys(gradient)
@@ -149,19 +150,19 @@ def pull_back(
 
 
 def _unit_norms(kernel: jax.Array) -> jax.Array:
-    # (I, O) or HWIO.
+    # A kernel is (I, O) or HWIO.
     fan_in = tuple(range(kernel.ndim - 1))
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=fan_in, keepdims=True))
 
 
 def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
-    """L2 norm over all of a gradient, from the kernels' norms."""
+    """L2 norm of the whole gradient, for which the known norms of the kernels are used."""
     parts = [value if (known := norms[name]) is None else known[0] for name, value in gradient.items()]
     return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 
 
 def is_standardized(name: str, names: Container[str]) -> bool:
-    """Whether an array is a kernel that is standardized: one with a gain beside it, of all the names of a network."""
+    """Whether a parameter is a standardized kernel, that is, whether `names` (of all parameters) has a gain for it."""
     return name in names and name.endswith(".kernel") and _gain_of(name) in names  # BatchNorm has a gain alone
 
 
@@ -170,7 +171,7 @@ def _gain_of(kernel_name: str) -> str:
 
 
 def cast(params: Params, compute_dtype: jnp.dtype) -> Params:
-    """All kernels and their biases in the type that a network computes in; everything else as it is."""
+    """Casts kernels and their biases to the type that a network computes in; other parameters are unchanged."""
     return {
         name: value.astype(compute_dtype)
         if name.endswith(".kernel") or (name.endswith(".bias") and f"{name.removesuffix('bias')}kernel" in params)
@@ -180,24 +181,24 @@ def cast(params: Params, compute_dtype: jnp.dtype) -> Params:
 
 
 def mark_prepared(model: nnx.Module) -> None:
-    """Tells a network's convolutions that their kernels are standardized already."""
+    """Marks a network's convolutions, so that they take their kernels for standardized."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, WSConv):
             module.is_prepared = True
 
 
 def check_names(model: Classifier) -> None:
-    """Checks that the arrays of a network are what their names say (see above), before anything relies on it.
+    """Checks that the arrays of a network follow the rules for names (see the docstring of this file).
 
     Raises:
-      ConfigError: one is not; the message names it.
+      ConfigError: an array does not follow them; the message names it.
     """
     of = f"of {type(model).__name__}"
     shapes = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         if any(isinstance(part, str) and (not part or "." in part or part.isdigit()) for part in path):
-            raise ConfigError(f"{name} {of}: a part of a name is an attribute, or the position in an nnx.List")
+            raise ConfigError(f"{name} {of}: a part of a name must be an attribute, or the position in an nnx.List")
         if not isinstance(variable, nnx.Param | nnx.BatchStat):
             raise ConfigError(
                 f"{name} {of} is an nnx.{type(variable).__name__}: a network holds nnx.Param and nnx.BatchStat alone; "
@@ -218,7 +219,7 @@ def check_names(model: Classifier) -> None:
         name = ".".join(map(str, (*path, "kernel")))
         if is_standardized(name, shapes) != isinstance(module, WSConv):
             raise ConfigError(
-                f"{name} of {type(module).__name__}: a kernel is standardized if a gain lies beside it; so a WSConv "
+                f"{name} of {type(module).__name__}: a kernel is standardized if its module has a gain; so a WSConv "
                 "needs a gain, and any other module must give its kernel or its gain another name"
             )
 

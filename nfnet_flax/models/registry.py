@@ -1,4 +1,4 @@
-"""Names of networks: one table over all families; and the one function that builds a network."""
+"""The table of named networks of all families, and the function that builds a network."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ IMAGE_SIZES: Mapping[str, ImageSizes] = {
     **resnet.IMAGE_SIZES,
     **efficientnet.IMAGE_SIZES,
 }
-"""Name of a network -> the sizes of images that it was published with."""
+"""Name of a network -> sizes of the images that it was published with."""
 
 PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {
     # arXiv 2102.06171, table 3; F6 with SAM.
@@ -57,7 +57,7 @@ PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {
     "efficientnet_b6": 84.0,
     "efficientnet_b7": 84.3,
 }
-"""ImageNet top-1 of the papers, where one is given for the very network."""
+"""Name of a network -> ImageNet top-1 accuracy, if a paper gives one for exactly this network."""
 
 
 def list_models() -> list[str]:
@@ -86,12 +86,12 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Cla
     """The network of a configuration, with random parameters, in training mode.
 
     Args:
-      config: of any family, also of one's own.
-      num_classes: outputs of the head.
+      config: configuration of any family, which may be a user's own.
+      num_classes: number of outputs of the head.
       rngs: source of the initial parameters.
 
     Raises:
-      ConfigError: a value is invalid, or a family of one's own does not make what the package can train.
+      ConfigError: a value is invalid, or a user's own family makes a network that the package cannot train.
     """
     is_count = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
     require(is_count and num_classes >= 1, "num_classes", num_classes, "must be an integer and at least 1")
@@ -107,7 +107,7 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Cla
 
 
 def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
-    """Raises `ConfigError` unless what a configuration has built is a whole network."""
+    """Raises `ConfigError` unless a configuration has built a complete network."""
     made_by = f"{type(config).__name__}.build"
     if not isinstance(model, Classifier):
         remedy = "return a network that derives from Classifier (nfnet_flax.models)"
@@ -125,7 +125,7 @@ def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
 
 
 def _has_blocks(model: Classifier) -> bool:
-    """Whether there is a list of blocks for each row of specs, with as many blocks."""
+    """Whether there is a list of blocks for each row of specs, with the same number of blocks."""
     stages = model.stages
     if not isinstance(stages, nnx.List) or not all(isinstance(stage, nnx.List) for stage in stages):
         return False

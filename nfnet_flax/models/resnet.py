@@ -1,7 +1,7 @@
-"""Baselines with BatchNorm: pre-activation ResNet (He et al. 2016), and SE-ResNeXt-D, from which NFNets descend.
+"""Baselines with BatchNorm: pre-activation ResNet (He et al. 2016), and SE-ResNeXt-D, on which NFNets are based.
 
-The D form (He et al. 2019, arXiv 1812.01187) has a stem of three 3x3 convolutions and pools before it projects a
-shortcut; ResNeXt groups the 3x3 convolutions; squeeze-excite (Hu et al. 2018) gates a block's output.
+The D form (He et al. 2019, arXiv 1812.01187) has a stem of three 3x3 convolutions, and an average pool before the
+projection of a shortcut; ResNeXt groups the 3x3 convolutions; squeeze-excite (Hu et al. 2018) gates a block's output.
 """
 
 import dataclasses
@@ -27,15 +27,17 @@ class ResNetConfig(StagedConfig):
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
     stem_width: int = 64
-    """Channels after the stem."""
+    """Number of channels after the stem."""
     expansion: float = 0.25
     """Bottleneck channels as a share of a block's output channels."""
     num_groups: int = 1
-    """Groups of the 3x3 convolutions, the same in all stages (ResNeXt: 32)."""
+    """Number of groups of the 3x3 convolutions, the same in all stages (ResNeXt: 32)."""
     se_ratio: float | None = None
-    """Hidden share of squeeze-excite after a block's last convolution; None: without."""
+    """Hidden channels of squeeze-excite after a block's last convolution, as a share of its input channels; None: no
+    squeeze-excite."""
     is_d: bool = False
-    """Three 3x3 convolutions instead of the 7x7, and an average pool before a strided shortcut's projection."""
+    """The D form: three 3x3 convolutions instead of one of 7x7 in the stem, and an average pool before the projection
+    of a strided shortcut."""
     batch_norm_decay: float = 0.9
     """Decay of the running mean and variance."""
     batch_norm_epsilon: float = 1e-5
@@ -97,7 +99,7 @@ class ResNetBlock(nnx.Module):
             self.squeeze_excite = SqueezeExcite(out_channels, hidden, compute_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None, spec: BlockSpec) -> tuple[jax.Array, jax.Array]:
-        """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch; draws nothing."""
+        """(N, H, W, I) -> (N, H / stride, W / stride, O): the block's output, and its branch; keys are not used."""
         del keys, spec
         h = jax.nn.relu(self.bn0(x))
         shortcut = x
@@ -169,7 +171,7 @@ VARIANTS: dict[str, ResNetConfig] = {
     "resnet101": ResNetConfig(depths=(3, 4, 23, 3)),
     "resnet152": ResNetConfig(depths=(3, 8, 36, 3)),
     "resnet200": ResNetConfig(depths=(3, 24, 36, 3)),
-    # 32 groups of 4 to 32 channels, reduction 16: as ResNeXt-50 32x4d and SENet have them.
+    # 32 groups of 4 to 32 channels as in ResNeXt-50 32x4d, and a reduction of 16 as in SENet.
     "se_resnext_d50": ResNetConfig(depths=(3, 4, 6, 3), expansion=0.5, num_groups=32, se_ratio=1 / 16, is_d=True),
 }
 IMAGE_SIZES = dict.fromkeys(VARIANTS, ImageSizes(train=224, test=224))

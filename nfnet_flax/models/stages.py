@@ -1,4 +1,4 @@
-"""What the backward pass of a stage keeps of the forward pass, and what it computes again (arXiv 1604.06174)."""
+"""Runs the blocks of a stage, and decides which activations are stored or computed again (arXiv 1604.06174)."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ Rematerialization = Literal["none", "blocks", "full"]
 
 
 class Block(Protocol):
-    """A residual block, which is an `nnx.Module`."""
+    """A residual block; it must be an `nnx.Module`."""
 
     def __call__(self, x: jax.Array, keys: jax.Array | None, spec: "BlockSpec") -> tuple[jax.Array, jax.Array]:
-        """The output, and the residual branch within it."""
+        """The block's output, and its residual branch alone."""
 
 
 def run_stage(
@@ -27,15 +27,16 @@ def run_stage(
     specs: Sequence["BlockSpec"],
     rematerialization: Rematerialization,
 ) -> jax.Array:
-    """The blocks of a stage, one after the other. None of the choices changes what is computed.
+    """Runs the blocks of a stage, one after the other. The result does not depend on `rematerialization`.
 
     Args:
-      blocks: of the stage.
+      blocks: blocks of the stage.
       x: (N, H, W, C) input.
       keys: (N,) PRNG keys, one per example.
       specs: a `BlockSpec` per block.
-      rematerialization: keep everything; or the input of each block; or, of n blocks, the inputs of groups of about
-        sqrt(n), and those within a group while the gradient passes it.
+      rematerialization: what is stored for the backward pass. "none": everything; "blocks": the input of each block;
+        "full": the inputs of groups of about sqrt(n) of the n blocks, and the inputs of a group's blocks while the
+        gradient of that group is computed.
 
     Returns:
       (N, H', W', C') output. Running statistics of BatchNorm are updated in the modules.

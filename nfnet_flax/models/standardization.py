@@ -1,9 +1,9 @@
 """Scaled weight standardization and its gradient (arXiv 2101.08692, equation 3), in few passes over the kernels.
 
-A large network's kernels are hundreds of megabytes, and each pass over them costs an accelerator about 1.5% of a step.
-So the sums that either direction needs are taken side by side, and the norms that adaptive gradient clipping asks for
-come out of the same sums. All functions take HWIO kernels, or stacks of them along leading axes; statistics keep the
-reduced axes: (..., 1, 1, 1, O).
+A large network's kernels are hundreds of megabytes, and each pass over them takes about 1.5% of a step on an
+accelerator. So all sums for the forward pass are computed in one pass, and so are those for the backward pass; the
+norms for adaptive gradient clipping follow from the same sums. All functions take HWIO kernels, or stacks of them along
+leading axes; statistics keep the reduced axes: (..., 1, 1, 1, O).
 """
 
 import functools
@@ -15,49 +15,50 @@ import jax.numpy as jnp
 from jax import lax
 
 StandardizationName = Literal["published", "timm"]
-"""What keeps a constant kernel finite: the published code bounds `variance * fan_in` from below by 1e-4, timm adds 1e-5
-to the variance."""
+"""How a division by zero is avoided for a constant kernel: the published code bounds `variance * fan_in` from below by
+1e-4, timm adds 1e-5 to the variance."""
 _FAN_IN = (-4, -3, -2)
 
 
 class KernelStatistics(NamedTuple):
-    """Of each output channel of a kernel."""
+    """Mean and variance of each output channel of a kernel."""
 
     mean: jax.Array
     variance: jax.Array
 
 
 class GradientSums(NamedTuple):
-    """Over the fan-in of each output channel: of the gradient `dy` with respect to the standardized kernel."""
+    """Sums over the fan-in of each output channel, where `dy` is the gradient of the standardized kernel."""
 
     total: jax.Array
-    """Of `dy`."""
+    """Sum of `dy`."""
     product: jax.Array
-    """Of `dy` times the kernel less its mean."""
+    """Sum of `dy * (kernel - mean)`."""
     squares: jax.Array
-    """Of `dy**2`."""
+    """Sum of `dy**2`."""
 
 
 class KernelGradient(NamedTuple):
-    """What goes back through the standardization."""
+    """Gradients of a kernel and its gain."""
 
     kernel: jax.Array
+    """Gradient of the kernel."""
     gain: jax.Array
-    """(..., O)."""
+    """(..., O) gradient of the gain."""
     squared_norm: jax.Array
-    """Of each output channel of `kernel`."""
+    """Squared L2 norm of each output channel of the kernel's gradient."""
 
 
 def fan_in(kernel: jax.Array) -> int:
-    """H * W * I of a kernel (I per group)."""
+    """Fan-in of a kernel: H * W * I, where I is the number of input channels of a group."""
     return math.prod(kernel.shape[-4:-1])
 
 
 def kernel_statistics(kernel: jax.Array) -> KernelStatistics:
-    """Mean and variance in one pass.
+    """Mean and variance of each output channel, in one pass.
 
-    Both sums are of the kernel less a rough mean, that of a few entries: so the difference of squares cancels little,
-    however far the mean is from zero.
+    A rough mean, that of a few entries, is subtracted from the kernel first. So the difference of squares loses little
+    precision, however far the mean is from zero.
     """
     rough = jnp.mean(kernel[..., :1, :1, :8, :], axis=_FAN_IN, keepdims=True)
     centred = kernel - rough
@@ -67,7 +68,7 @@ def kernel_statistics(kernel: jax.Array) -> KernelStatistics:
 
 
 def squared_norm(kernel: jax.Array, statistics: KernelStatistics) -> jax.Array:
-    """Of each output channel of the kernel."""
+    """Squared L2 norm of each output channel of the kernel."""
     return fan_in(kernel) * (statistics.variance + jnp.square(statistics.mean))
 
 
@@ -77,13 +78,14 @@ def _inverse_scale(kernel: jax.Array, variance: jax.Array, form: Standardization
 
 
 def apply(kernel: jax.Array, gain: jax.Array, statistics: KernelStatistics, form: StandardizationName) -> jax.Array:
-    """The standardized kernel: zero mean, variance `gain**2 / fan_in` per output channel; `gain` is (..., O)."""
+    """The standardized kernel, with mean zero and variance `gain**2 / fan_in` per output channel; `gain` is (...,
+    O)."""
     scale = _inverse_scale(kernel, statistics.variance, form)
     return (kernel - statistics.mean) * (scale * gain[..., None, None, None, :])
 
 
 def gradient_sums(dy: jax.Array, kernel: jax.Array, statistics: KernelStatistics) -> GradientSums:
-    """The one pass over gradient and kernel that `kernel_gradient` needs."""
+    """The sums that `kernel_gradient` needs, in one pass over gradient and kernel."""
     terms = (dy, dy * (kernel - statistics.mean), jnp.square(dy))
     return GradientSums(*(jnp.sum(term, axis=_FAN_IN, keepdims=True) for term in terms))
 
@@ -96,11 +98,11 @@ def kernel_gradient(
     sums: GradientSums,
     form: StandardizationName,
 ) -> KernelGradient:
-    """Takes the gradient `dy` with respect to the standardized kernel back to the kernel and its gain.
+    """Computes the gradients of the kernel and its gain from the gradient `dy` of the standardized kernel.
 
-    The kernel's gradient is elementwise in `dy` and the kernel, given the sums, and so is free where another pass over
-    both follows. It lies orthogonal to the constant and (but for what keeps a constant kernel finite) to the centred
-    kernel, which gives its norm.
+    Given the sums, the kernel's gradient is elementwise in `dy` and the kernel, so a compiler can fuse it with a later
+    pass over both. It is orthogonal to a constant kernel and (except for the bound on the variance) to the centred
+    kernel; so its norm follows from the sums.
     """
     size = fan_in(kernel)
     scale = _inverse_scale(kernel, statistics.variance, form)
@@ -122,7 +124,7 @@ def kernel_gradient(
 def standardize(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -> jax.Array:
     """Scaled weight standardization over the fan-in axes of a kernel; `gain` is (..., O).
 
-    Its gradient is stated: differentiated step by step, it cost a CPU half of a whole training step.
+    Its gradient is written by hand: with automatic differentiation it took half of a training step on a CPU.
     """
     return apply(kernel, gain, kernel_statistics(kernel), form)
 

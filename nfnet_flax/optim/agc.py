@@ -11,17 +11,17 @@ from nfnet_flax.config import require
 
 
 class AdaptiveGradClipState(NamedTuple):
-    """What the last update saw; it does not influence the next one."""
+    """A measurement of the last update; it does not influence the next one."""
 
     clipped_fraction: jax.Array
     """Share of units whose gradient was scaled down."""
 
 
 def unitwise_norm(x: jax.Array) -> jax.Array:
-    """L2 norm of each unit, shaped to broadcast against `x`.
+    """L2 norm of each unit, in a shape that broadcasts against `x`.
 
-    Scalars and vectors are one unit; (I, O) and (H, I, O) kernels have a unit per index of the later axes, with the
-    norm over axis 0; HWIO kernels have one per output channel.
+    Scalars and vectors are one unit; (I, O) and (H, I, O) kernels have a unit for each index of the later axes, with
+    the norm over axis 0; HWIO kernels have one for each output channel.
 
     Raises:
       ValueError: `x` has more than 4 axes.
@@ -38,15 +38,15 @@ def clip_units(
     """Clips one parameter's gradient; also returns which units were scaled down (arXiv 2102.06171, equation 3).
 
     Args:
-      gradient: of the parameter.
-      norm: of each unit of the gradient, shaped to broadcast against it.
-      weight_norm: of each unit of the parameter.
-      clipping: lambda.
+      gradient: gradient of the parameter.
+      norm: norm of each unit of the gradient, in a shape that broadcasts against it.
+      weight_norm: norm of each unit of the parameter.
+      clipping: lambda, the largest allowed ratio of `norm` to `weight_norm`.
       eps: lower bound of `weight_norm`.
     """
     limit = clipping * jnp.maximum(weight_norm, eps)
     too_large = norm > limit
-    # Where the gradient is too large its norm is positive; the maximum only keeps the unused branch finite.
+    # If the gradient is too large, its norm is positive; the maximum only keeps the unused branch finite.
     factor = jnp.where(too_large, limit / jnp.maximum(norm, 1e-6 * eps), 1.0)
     return gradient * factor, too_large
 
@@ -58,14 +58,14 @@ def adaptive_grad_clip(
 
     Args:
       clipping: lambda, the largest allowed ratio of gradient norm to parameter norm.
-      eps: lower bound of the parameter norm, which lets units that start at zero move.
-      mask: tree of booleans (or a function from the parameters to one); False exempts a parameter. The published recipe
-        exempts the kernel of the final dense layer. None clips all.
+      eps: lower bound of the parameter norm, without which units that start at zero would never change.
+      mask: tree of booleans, or a function that makes one from the parameters; False exempts a parameter. The published
+        recipe exempts the kernel of the final dense layer. None: all parameters are clipped.
 
     Returns:
       A transformation to put first in an `optax.chain`; its update needs the parameters. It also takes `unit_norms`, a
-      tree like the parameters: where it holds a pair of arrays, these are the norms of the gradient's and the
-      parameter's units, which the caller knows already; elsewhere (None) and without it they are computed.
+      tree like the parameters: a pair of arrays in it is the norms of the gradient's and the parameter's units, if the
+      caller already knows them. Where it has None, or if it is not given, they are computed.
 
     Raises:
       ConfigError: `clipping` or `eps` is not positive.
@@ -85,7 +85,7 @@ def adaptive_grad_clip(
         unit_norms: Any | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdaptiveGradClipState]:
-        del state, extra_args  # of other links of a chain
+        del state, extra_args  # the latter are for other transformations of a chain
         if params is None:
             raise ValueError("adaptive_grad_clip compares gradients with parameters: call update(..., params=params)")
         tree: Any = jax.tree.structure(updates)

@@ -1,6 +1,6 @@
-"""How gradients are clipped before a method sees them: one frozen configuration for each way.
+"""How gradients are clipped before the optimization method uses them: one frozen configuration for each way.
 
-Clipping of one's own is a frozen dataclass that derives from `Clipping`.
+To add a way of clipping, derive a frozen dataclass from `Clipping`.
 """
 
 import abc
@@ -20,48 +20,53 @@ from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clipping(OpenConfig, abc.ABC):
-    """What a recipe's `optim.clipping` must offer."""
+    """Base class of a recipe's `optim.clipping`."""
 
     @abc.abstractmethod
     def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
-        """An Optax transformation of gradients, `{name: array}`, which may ask for what the step knows already.
+        """An Optax transformation of gradients, `{name: array}`.
 
-        Its update takes, by keyword and optionally: `unit_norms`, see `adaptive_grad_clip`; and `global_norm`, the L2
-        norm over all gradients that it is given.
+        Its update may use numbers that the step has already computed. They are passed as keyword arguments:
+        `unit_norms`, see `adaptive_grad_clip`; and `global_norm`, the L2 norm over all gradients that are passed to the
+        update.
 
         Args:
-          names: of all parameters of the network. Those that are not trained never get to the transformation.
+          names: names of all parameters of the network. Parameters that are not trained are not passed to the
+            transformation.
 
         Raises:
           ConfigError: the numbers do not fit the network.
         """
 
     def clipped(self, names: Sequence[str]) -> frozenset[str]:
-        """Names of the parameters whose gradient may be clipped, of `names`, those of the network."""
+        """Names of the parameters whose gradients may be clipped; `names` are those of all parameters of the
+        network."""
         return frozenset(names)
 
     def metrics(self, state: Any) -> dict[str, jax.Array]:
-        """What the metrics show of the transformation's state after an update, by name: scalars."""
+        """Metrics that are read from the transformation's state after an update: name -> scalar."""
         del state
         return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AGC(Clipping):
-    """Adaptive gradient clipping: by the norm of the unit's own parameters (arXiv 2102.06171, equation 3).
+    """Adaptive gradient clipping: limits a unit's gradient by the norm of its parameters (arXiv 2102.06171, equation
+    3).
 
     The metric `agc/clipped_fraction` is the share of units whose gradient was scaled down.
     """
 
     ratio: float = 0.01
-    """Largest norm of a unit's gradient, as a share of that of its parameters: lambda in the paper. The published 0.01
-    is for batch 4096: smaller batches want a larger one."""
+    """Largest norm of a unit's gradient, as a share of the norm of its parameters: lambda in the paper. The published
+    0.01 is for batch 4096; smaller batches need a larger value."""
     eps: float = 1e-3
-    """Lower bound of the norm of a unit's parameters, which lets units that start at zero move."""
+    """Lower bound of the norm of a unit's parameters, without which units that start at zero would never change."""
     groups: tuple[ParamGroup, ...] = dataclasses.field(
         default=(ParamGroup("head.kernel", 0.0), ParamGroup("*", 1.0)), repr=False
     )
-    """1 clips a parameter, 0 exempts it; the first pattern that matches counts."""
+    """Patterns of parameter names, each with 1 (the gradient is clipped) or 0 (it is not); the first pattern that
+    matches a name counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +89,7 @@ class AGC(Clipping):
 
 
 class GlobalNormState(NamedTuple):
-    """What the last update saw; it does not influence the next one."""
+    """A measurement of the last update; it does not influence the next one."""
 
     was_clipped: jax.Array
     """float32: 1 if the gradient was scaled down, else 0."""
@@ -92,14 +97,14 @@ class GlobalNormState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlobalNorm(Clipping):
-    """The gradient as a whole is scaled down to a largest norm (arXiv 1211.5063).
+    """Scales the whole gradient down if its norm exceeds a limit (arXiv 1211.5063).
 
-    The metric `global_norm/clipped` is 1 where it was, else 0. With `execution.fsdp` the norm is a sum over devices:
-    the same up to rounding on any number of them.
+    The metric `global_norm/clipped` is 1 if the gradient was scaled down, else 0. With `execution.fsdp` the norm is a
+    sum over devices, so it is equal only up to rounding on different numbers of devices.
     """
 
     max_norm: float = 1.0
-    """Largest L2 norm over the gradients of all parameters that are trained."""
+    """Largest allowed L2 norm over the gradients of all parameters that are trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +113,8 @@ class GlobalNorm(Clipping):
         )
 
     def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
-        # Not `optax.clip_by_global_norm`, which takes a pass over all gradients for the norm that the step knows.
+        # Not `optax.clip_by_global_norm`, which needs a pass over all gradients for the norm that the step already
+        # knows.
         del names
 
         def init(params: optax.Params) -> GlobalNormState:
@@ -123,7 +129,7 @@ class GlobalNorm(Clipping):
             global_norm: jax.Array | None = None,
             **extra_args: Any,
         ) -> tuple[optax.Updates, GlobalNormState]:
-            del state, params, extra_args  # the last is of other links of a chain
+            del state, params, extra_args  # the last are for other transformations of a chain
             norm = optax.tree.norm(updates) if global_norm is None else global_norm
             is_too_large = norm > self.max_norm
             factor = jnp.where(is_too_large, self.max_norm / norm, 1.0)
@@ -138,10 +144,10 @@ class GlobalNorm(Clipping):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipValue(Clipping):
-    """Every element of the gradient is brought into [-max_abs, max_abs] by itself."""
+    """Limits each element of the gradient to [-max_abs, max_abs]."""
 
     max_abs: float = 0.01
-    """Largest size of an element."""
+    """Largest allowed absolute value of an element."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What the parameter groups of a recipe come to for a network: a table for the start of a run."""
+"""A table for the start of a run: how the parameters of a network are updated, after the recipe's parameter groups."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class _Treatment:
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """As the table shows it."""
+        """Learning rate, weight decay and clipping as the table shows them."""
         if self.learning_rate == 0:
             return "frozen", "-", "-"
         return f"x {self.learning_rate:.3g}", f"{self.weight_decay:.3g}", "yes" if self.is_clipped else "no"
@@ -33,14 +33,14 @@ _FROZEN = _Treatment(0.0, 0.0, is_clipped=False)
 
 
 def groups_table(config: OptimConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """A line for each way in which parameters are updated, the slowest first; one line if there is but one way.
+    """One line for each way in which parameters are updated, lowest learning rate first; or a single line for one way.
 
     Args:
-      config: of the run.
-      shapes: of the network's parameters, by name.
+      config: optimizer configuration of the run.
+      shapes: name -> shape of each of the network's parameters.
 
     Raises:
-      ConfigError: a group of the configuration matches no parameter or leaves one out, or all parameters are frozen.
+      ConfigError: a pattern matches no parameter, no pattern matches a parameter, or all parameters are frozen.
     """
     names = list(shapes)
     factors = learning_rate_factors(config, names)

@@ -1,7 +1,7 @@
-"""How a step is made of a gradient: one frozen configuration for each method, made of Optax's transformations.
+"""How an update is computed from a gradient: one frozen configuration for each method, made of Optax's transformations.
 
-A method of one's own is a frozen dataclass that derives from `Method`. No transformation sees several layers in one
-array: a layer-wise method does the same to a layer whatever the depth of the network.
+To add a method, derive a frozen dataclass from `Method`. Each layer has its own arrays, so a layer-wise method has the
+same effect on a layer whatever the depth of the network.
 """
 
 import abc
@@ -18,26 +18,27 @@ from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(OpenConfig, abc.ABC):
-    """What a recipe's `optim.method` must offer."""
+    """Base class of a recipe's `optim.method`."""
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether the same gradient gives an update of the same bits on any number of devices, each of which holds
-        whole parameters; by default it does."""
+        """Whether the same gradient gives the same bits of the update on any number of devices, if parameters are not
+        divided over devices; by default True."""
         return True
 
     @abc.abstractmethod
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
     ) -> optax.GradientTransformation:
-        """An Optax transformation from gradients to what is added to the parameters: both are `{name: array}`.
+        """An Optax transformation from gradients to updates, which are added to the parameters: both `{name: array}`.
 
         Args:
-          learning_rate: of a step counted from 0. What is added to a parameter must be proportional to it, since
-            `optim.learning_rate_groups` multiplies what this transformation gives.
-          decay: adds `weight_decay * parameter` to what passes through it. Before the momentum it makes part of the
-            gradient; before the learning rate alone it is decoupled (arXiv 1711.05101).
-          names: of all parameters of the network. Those that are not trained never get to the transformation.
+          learning_rate: learning rate as a function of the step, counted from 0. The update must be proportional to it,
+            because the factors of `optim.learning_rate_groups` are multiplied with the update.
+          decay: transformation that adds `weight_decay * parameter` to its input. Put before the momentum, weight decay
+            is a part of the gradient; put directly before the learning rate, it is decoupled (arXiv 1711.05101).
+          names: names of all parameters of the network. Parameters that are not trained are not passed to the
+            transformation.
 
         Raises:
           ConfigError: the method's numbers do not fit the network.
@@ -46,12 +47,12 @@ class Method(OpenConfig, abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGD(Method):
-    """Gradient descent with momentum; decay is part of the gradient. With these numbers, as published for NFNets."""
+    """Gradient descent with momentum; weight decay is part of the gradient. The defaults are published for NFNets."""
 
     momentum: float = 0.9
-    """Share of the last step's momentum that stays."""
+    """Factor on the momentum of the previous step."""
     nesterov: bool = True
-    """Nesterov's form, which looks one step of the momentum ahead."""
+    """Whether to use Nesterov's form of momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,16 +70,16 @@ class SGD(Method):
 class RMSProp(Method):
     """RMSProp as TensorFlow computes it, for EfficientNets (arXiv 1905.11946, section 5.2).
 
-    Decay is part of the gradient, the average of squared gradients starts at 1, and the momentum is of the steps:
-    the learning rate counts before it.
+    Weight decay is part of the gradient, the average of squared gradients starts at 1, and the momentum is computed
+    from updates that are already multiplied by the learning rate.
     """
 
     decay: float = 0.9
-    """Share of the last step's average of squared gradients that stays."""
+    """Decay rate of the average of squared gradients."""
     eps: float = 1e-3
-    """Added to that average, under the root."""
+    """Number added to that average, under the root."""
     momentum: float = 0.9
-    """Share of the last step that is repeated."""
+    """Factor on the previous update, which is added to the new one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,11 +101,11 @@ class RMSProp(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Decoupled(Method, abc.ABC):
-    """A method whose weight decay is multiplied by the learning rate alone (arXiv 1711.05101)."""
+    """A method with decoupled weight decay, which is multiplied by the learning rate only (arXiv 1711.05101)."""
 
     @abc.abstractmethod
     def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
-        """From gradients to steps, but for decay and learning rate."""
+        """Transformation from gradients to updates, without weight decay and learning rate."""
 
     def transformation(
         self, learning_rate: optax.Schedule, decay: optax.GradientTransformation, names: Sequence[str]
@@ -117,11 +118,11 @@ class _AdamLike(_Decoupled, abc.ABC):
     """A method with averages of gradients and of their squares."""
 
     b1: float = 0.9
-    """Share of the last step's average gradient that stays."""
+    """Decay rate of the average of gradients."""
     b2: float = 0.999
-    """Share of the last step's average of squared gradients that stays."""
+    """Decay rate of the average of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of that average."""
+    """Number added to the root of the average of squared gradients."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +142,8 @@ class AdamW(_AdamLike):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RAdam(_AdamLike):
-    """Rectified Adam (arXiv 1908.03265): no division by the root until its variance is known; decoupled decay."""
+    """Rectified Adam (arXiv 1908.03265), which does not divide by the root in the first steps, while its variance is
+    unknown; decoupled weight decay."""
 
     def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
@@ -150,13 +152,14 @@ class RAdam(_AdamLike):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAMB(_AdamLike):
-    """Adam whose step, decay included, has the size of the parameter, layer by layer (arXiv 1904.00962).
+    """Adam whose update of each layer, weight decay included, is scaled to the norm of the layer (arXiv 1904.00962).
 
-    With `execution.fsdp` the norm of a layer is a sum over devices: the same up to rounding on any number of them.
+    With `execution.fsdp` the norm of a layer is a sum over devices, so it is equal only up to rounding on different
+    numbers of devices.
     """
 
     eps: float = 1e-6
-    """Added to the root of that average."""
+    """Number added to the root of the average of squared gradients."""
 
     def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
@@ -171,12 +174,13 @@ class LAMB(_AdamLike):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion(_Decoupled):
-    """The sign of an average gradient (arXiv 2302.06675), with decoupled decay. Half the memory of Adam's state."""
+    """Lion (arXiv 2302.06675): the update is the sign of an average gradient; decoupled weight decay. Its state takes
+    half the memory of Adam's."""
 
     b1: float = 0.9
-    """Share of the momentum in what the sign is taken of; the rest is of the gradient."""
+    """Weight of the momentum in the average whose sign is the update; the gradient has the rest."""
     b2: float = 0.99
-    """Share of the last step's momentum that stays."""
+    """Decay rate of the momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,22 +194,26 @@ class Lion(_Decoupled):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor(_Decoupled):
-    """Adam whose average of squared gradients is kept by rows and columns (arXiv 1804.04235); decoupled decay.
+    """Adafactor (arXiv 1804.04235): the average of squared gradients is stored by rows and columns; decoupled weight
+    decay.
 
-    Decay is multiplied by the learning rate, as in the other methods; `optax.adafactor` leaves that to its caller. With
-    `execution.fsdp` its sums go over devices: the same up to rounding on any number of them.
+    Weight decay is multiplied by the learning rate, as in the other methods; in `optax.adafactor` the caller has to do
+    that. With `execution.fsdp` its sums are over devices, so they are equal only up to rounding on different numbers of
+    devices.
     """
 
     decay_rate: float = 0.8
-    """At step t, counted from 1, `1 - t ** -decay_rate` of the average of squared gradients stays."""
+    """Exponent of the decay rate of the average of squared gradients, which is `1 - t ** -decay_rate` at step t,
+    counted from 1."""
     eps: float = 1e-30
-    """Added to squared gradients."""
+    """Number added to squared gradients."""
     min_dim_size_to_factor: int = 128
-    """An array is kept by rows and columns where its two longest axes are at least so long."""
+    """The average for an array is stored by rows and columns if its two longest axes are at least this long."""
     clipping_threshold: float | None = 1.0
-    """Largest root mean square of a layer's step before it is multiplied by the learning rate; None: any."""
+    """Largest root mean square of a layer's update before it is multiplied by the learning rate; None: no limit."""
     multiply_by_parameter_scale: bool = True
-    """Multiply a layer's step by the root mean square of its parameters: the learning rate is relative to it."""
+    """Multiply a layer's update by the root mean square of its parameters, so that the learning rate is relative to
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,32 +241,34 @@ class Adafactor(_Decoupled):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon(_Decoupled):
-    """Momentum whose matrices are made nearly orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon).
+    """Muon: momentum whose matrices are made nearly orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
-    The kernel of a convolution is the matrix of its inputs (height, width and channels) by its outputs. All that is no
-    matrix, and the head, is moved by Adam, as its authors do, with the same learning rate. Decay is decoupled.
+    The kernel of a convolution is taken as a matrix of inputs (height, width and channels) by outputs. Parameters that
+    are not matrices, and the head, are updated by Adam with the same learning rate, as its authors do. Weight decay is
+    decoupled.
 
-    Its last bits follow the number of devices, as on CPUs programs for another number of them add the squares of a
-    matrix in another order: so a recipe with it has `execution.reproducible` off.
+    Its last bits depend on the number of devices: on CPUs, programs for another number of devices add the squares of a
+    matrix in another order. So a recipe with Muon must turn `execution.reproducible` off.
     """
 
     momentum: float = 0.95
-    """Share of the last step's momentum that stays."""
+    """Factor on the momentum of the previous step."""
     nesterov: bool = True
-    """Nesterov's form, which looks one step of the momentum ahead; of Adam's part, too."""
+    """Whether to use Nesterov's form of momentum, also in Adam's part."""
     num_iterations: int = 5
-    """Newton-Schulz iterations, which make a matrix nearly orthogonal."""
+    """Number of Newton-Schulz iterations, which make a matrix nearly orthogonal."""
     eps: float = 1e-8
-    """Added to the norm of a matrix, and by Adam to the root of its average of squared gradients."""
+    """Number added to the norm of a matrix, and in Adam's part to the root of the average of squared gradients."""
     consistent_rms: float | None = None
-    """Root mean square of a matrix's step before the learning rate, whatever its shape: 0.2 is about Adam's, so that
-    its learning rates fit (arXiv 2502.16982); None: `sqrt(max(1, outputs / inputs))` times an orthogonal matrix."""
+    """Root mean square of a matrix's update before the learning rate, whatever its shape: 0.2 is about that of Adam, so
+    Adam's learning rates can be used (arXiv 2502.16982); None: the update is `sqrt(max(1, outputs / inputs))` times an
+    orthogonal matrix."""
     adam_b1: float = 0.9
-    """Share of the last step's average gradient that stays, in Adam's part."""
+    """Decay rate of the average of gradients in Adam's part."""
     adam_b2: float = 0.999
-    """Share of the last step's average of squared gradients that stays, in Adam's part."""
+    """Decay rate of the average of squared gradients in Adam's part."""
     groups: tuple[ParamGroup, ...] = (ParamGroup("head.*", 0.0), ParamGroup("*.kernel", 1.0), ParamGroup("*", 0.0))
-    """1: a matrix for Muon, 0: for Adam; the first pattern that matches counts."""
+    """Patterns of parameter names, each with 1 (Muon) or 0 (Adam); the first pattern that matches a name counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,7 +291,7 @@ class Muon(_Decoupled):
             return {name: _as_matrix(value) if flags[name] else None for name, value in params.items()}
 
         return optax.contrib.muon(
-            -1.0,  # neither size nor sign: both are given below, behind the decay
+            -1.0,  # changes neither size nor sign: the learning rate is applied later, after the weight decay
             ns_steps=self.num_iterations,
             beta=self.momentum,
             eps=self.eps,
@@ -294,7 +304,7 @@ class Muon(_Decoupled):
 
 
 def _as_matrix(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-    """Inputs by outputs, which lie along the last axis."""
+    """A kernel as a matrix of inputs by outputs; the outputs are the last axis."""
     last = kernel.ndim - 1
     return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(range(last)), output_axis=last)
 

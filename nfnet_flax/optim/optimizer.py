@@ -24,38 +24,39 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """What makes an update of a gradient. The defaults are published (arXiv 2102.06171, section 4 and appendix A)."""
+    """How parameters are updated. The defaults are published (arXiv 2102.06171, section 4 and appendix A)."""
 
     method: Method = dataclasses.field(default_factory=SGD)
     """Optimization method: how an update is computed from the gradient."""
     clipping: Clipping | None = dataclasses.field(default_factory=AGC)
-    """How gradients are clipped before the method sees them; None: no clipping."""
+    """How gradients are clipped before the method uses them; None: no clipping."""
     schedule: Schedule = dataclasses.field(default_factory=Cosine)
     """Learning rate after the warm-up."""
     learning_rate_per_256: float | None = 0.1
-    """Peak learning rate for a batch of 256; it grows linearly with the batch size. None where `learning_rate` is
-    given: one of the two counts."""
+    """Peak learning rate for a batch of 256; the peak grows linearly with the batch size. Exactly one of this and
+    `learning_rate` must be given; the other is None."""
     learning_rate: float | None = None
-    """Peak learning rate whatever the batch size."""
+    """Peak learning rate, independent of the batch size; None if `learning_rate_per_256` is given."""
     warmup_epochs: float = 5.0
-    """Length of the linear warm-up from 0, whatever the length of the run."""
+    """Length of the linear warm-up from 0, in epochs; it does not depend on the length of the run."""
     learning_rate_groups: tuple[ParamGroup, ...] = (ParamGroup("*", 1.0),)
-    """Factor on the learning rate; the first pattern that matches counts. 0 freezes a parameter: it stays as it is,
-    without decay, gradient and momentum."""
+    """Patterns of parameter names, each with a factor on the learning rate; the first pattern that matches a name
+    counts. The factor 0 freezes a parameter: it does not change, and has no weight decay, gradient or momentum."""
     layer_decay: float = 1.0
-    """Further factor on the learning rate for each block between a parameter and the head, such as 0.75 to fine-tune
+    """Further factor on the learning rate for each block between a parameter and the head, such as 0.75 for fine-tuning
     (`nfnet_flax.optim.layer_decay`)."""
     weight_decay: float = 2e-5
-    """Coefficient of `weight_decay * parameter`. With SGD and RMSProp it is added to the gradient after clipping; with
-    the other methods it is decoupled: multiplied by the learning rate alone."""
+    """Coefficient of weight decay, `weight_decay * parameter`. With SGD and RMSProp this is added to the gradient after
+    clipping; with the other methods it is decoupled, that is, multiplied by the learning rate only."""
     weight_decay_groups: tuple[ParamGroup, ...] = (
         ParamGroup("*.bias", 0.0),
         ParamGroup("*gain", 0.0),
         ParamGroup("*", 1.0),
     )
-    """Factor on `weight_decay`; the first pattern that matches counts."""
+    """Patterns of parameter names, each with a factor on `weight_decay`; the first pattern that matches a name
+    counts."""
     ema_decay: float = 0.99999
-    """Decay of the moving average of the parameters; at step t it is at most (1 + t) / (10 + t)."""
+    """Decay rate of the moving average (EMA) of the parameters; at step t it is at most (1 + t) / (10 + t)."""
     sam: SAMConfig | None = None
     """Sharpness-aware minimization, as the published F6 was trained with; None: off."""
 
@@ -69,7 +70,7 @@ class OptimConfig:
             "exponential_decay": ("schedule", "ExponentialDecay"),
         }
     )
-    """Fields of earlier versions -> the field, and its type, that says the same now. For messages."""
+    """Field of earlier versions -> the field that replaces it, and the type that this must have. For messages."""
 
     def __post_init__(self) -> None:
         _refuse_number(self.clipping)
@@ -90,7 +91,7 @@ class OptimConfig:
             require(group.value >= 0, "optim.learning_rate_groups", group, "must not be negative; 0 freezes")
 
     def peak_learning_rate(self, batch_size: int) -> float:
-        """What the warm-up leads to."""
+        """The learning rate at the end of the warm-up."""
         if self.learning_rate_per_256 is None:
             assert self.learning_rate is not None
             return self.learning_rate
@@ -98,7 +99,7 @@ class OptimConfig:
 
 
 def _refuse_number(clipping: object) -> None:
-    """Raises `ConfigError` for the clipping of earlier versions, a number."""
+    """Raises `ConfigError` for a number, which `clipping` was in earlier versions."""
     if isinstance(clipping, int | float):
         raise ConfigError(f"optim.clipping = {clipping!r}: give AGC(ratio={clipping!r})")
 
@@ -106,7 +107,7 @@ def _refuse_number(clipping: object) -> None:
 def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: float, num_steps: int) -> optax.Schedule:
     """The learning rate of a run, as a function of the step counted from 0.
 
-    The warm-up does not depend on `num_steps`: a run that ends within it ends below the peak.
+    The warm-up does not depend on `num_steps`: a run that is shorter than its warm-up does not reach the peak.
 
     Raises:
       ConfigError: the warm-up has more steps than can be counted.
@@ -120,30 +121,30 @@ def make_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: floa
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """All that makes an update of a gradient. `init` and `update` are those of an Optax transformation.
+    """The complete optimizer. `init` and `update` are the functions of an Optax transformation.
 
-    They take `{name: array}` and leave the frozen parameters out: those have no state and no update.
+    They take `{name: array}` and ignore frozen parameters, which have no state and no update.
     """
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateExtraArgsFn
     schedule: optax.Schedule
-    """The learning rate of a step counted from 0, as the metrics show it."""
+    """The learning rate as a function of the step counted from 0, for the metrics."""
     ema_decay: float
-    """Decay of the moving average of the parameters."""
+    """Decay rate of the moving average of the parameters."""
     sam: SAMConfig | None
     """Sharpness-aware minimization; None: off."""
     frozen: frozenset[str]
-    """Names of the parameters that stay as they are."""
+    """Names of the parameters that are not trained."""
     metrics: Callable[[optax.OptState], dict[str, jax.Array]]
-    """What the metrics show of the state after an update."""
+    """Function that reads metrics from the optimizer's state after an update."""
 
 
 def learning_rate_factors(config: OptimConfig, names: Iterable[str]) -> dict[str, float]:
-    """Factor on the learning rate of each parameter; 0: frozen.
+    """Name of each parameter -> factor on its learning rate; 0: frozen.
 
     Raises:
-      ConfigError: a group matches no parameter or leaves one out, or all are frozen.
+      ConfigError: a pattern matches no parameter, no pattern matches a parameter, or all parameters are frozen.
     """
     names = list(names)
     factors = assign("optim.learning_rate_groups", config.learning_rate_groups, names)
@@ -156,15 +157,16 @@ def learning_rate_factors(config: OptimConfig, names: Iterable[str]) -> dict[str
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]) -> Optimizer:
-    """Clipping, then the method, which has weight decay and learning rate in it, then the factors of the groups.
+    """The optimizer: clipping, then the method, which includes weight decay and learning rate, then the groups'
+    factors.
 
     Args:
-      config: the choices and their numbers.
-      schedule: learning rate of a step counted from 0.
-      names: of the network's parameters.
+      config: optimizer configuration.
+      schedule: learning rate as a function of the step counted from 0.
+      names: names of the network's parameters.
 
     Raises:
-      ConfigError: a group of the configuration matches no parameter or leaves one out, or all parameters are frozen.
+      ConfigError: a pattern matches no parameter, no pattern matches a parameter, or all parameters are frozen.
     """
     names = list(names)
     factors = learning_rate_factors(config, names)
@@ -216,10 +218,10 @@ def update_ema(
     decay: float,
     frozen: Container[str] = (),
 ) -> dict[str, jax.Array]:
-    """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay.
+    """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay rate.
 
-    Whole numbers (BatchNorm's counts) are copied. The average of what is frozen stays as it is: it was equal at the
-    start, and a weighted mean of equal numbers may be off by a rounding.
+    Integers (BatchNorm's counts) are copied. The average of a frozen parameter is not changed: it was equal to the
+    parameter at the start, and a weighted mean of equal numbers may differ by a rounding error.
     """
     count = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))

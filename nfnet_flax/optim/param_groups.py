@@ -1,4 +1,4 @@
-"""Ordered (pattern -> value) lists that give every parameter a value by its name."""
+"""Ordered lists of patterns with values, which assign a value to every parameter by its name."""
 
 import dataclasses
 import fnmatch
@@ -12,10 +12,12 @@ _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 
 @dataclasses.dataclass(frozen=True)
 class ParamGroup:
-    """Parameters whose name matches a shell-style pattern, such as `*.bias`, and their value."""
+    """A shell-style pattern of parameter names, and the value of the parameters that match it."""
 
     pattern: str
+    """Shell-style pattern of names, such as `*.bias`."""
     value: float
+    """Value of these parameters."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -28,15 +30,15 @@ def require_flags(field: str, groups: tuple[ParamGroup, ...], remedy: str) -> No
 
 
 def assign(field: str, groups: tuple[ParamGroup, ...], names: Iterable[str]) -> dict[str, float]:
-    """The value of the first group that matches, for every name.
+    """Name of each parameter -> value of the first group whose pattern matches it.
 
     Args:
-      field: of the recipe, for the message of an error.
-      groups: tried in order.
-      names: of all parameters.
+      field: name of the recipe's field, for the message of an error.
+      groups: groups, which are tried in order.
+      names: names of all parameters.
 
     Raises:
-      ConfigError: a parameter is in no group, or a pattern matches no parameter at all.
+      ConfigError: no pattern matches a parameter, or a pattern matches no parameter.
     """
     names = list(names)
     for group in groups:
@@ -52,15 +54,15 @@ def assign(field: str, groups: tuple[ParamGroup, ...], names: Iterable[str]) -> 
 
 
 def layer_decay(decay: float, names: Iterable[str]) -> tuple[ParamGroup, ...]:
-    """Factors on the learning rate that fall from the head to the stem, as for fine-tuning.
+    """Factors on the learning rate that decrease from the head to the stem, for fine-tuning.
 
-    All behind the last block (a final convolution, the head) has 1, the last block `decay`, the block before it
-    `decay ** 2`, and so on through all stages; the stem has one power more than the first block. So ELECTRA (arXiv
-    2003.10555) and BEiT (arXiv 2106.08254) are fine-tuned.
+    Layers after the last block (a final convolution, the head) have the factor 1, the last block `decay`, the block
+    before it `decay ** 2`, and so on through all stages; the stem's exponent is one more than that of the first block.
+    ELECTRA (arXiv 2003.10555) and BEiT (arXiv 2106.08254) are fine-tuned in this way.
 
     Args:
       decay: ratio of the factors of neighbouring blocks, in (0, 1].
-      names: of the network's parameters, of which blocks have names that begin with `stages.STAGE.BLOCK.`.
+      names: names of the network's parameters; those of blocks begin with `stages.STAGE.BLOCK.`.
 
     Returns:
       Groups as `OptimConfig.learning_rate_groups` takes them.

@@ -10,13 +10,13 @@ from nfnet_flax.config import check_types, require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SAMConfig:
-    """The update takes the gradient not where the parameters are, but a short way uphill."""
+    """Sharpness-aware minimization: the gradient is computed at parameters that were moved a short way uphill."""
 
     rho: float = 0.05
     """Length of the step uphill, as an L2 norm over all parameters that are trained."""
     fraction: float = 0.2
-    """Share of each microbatch, from its first rows on, that gives the direction of the ascent: a fifth costs 20 to 40%
-    more time."""
+    """Share of each microbatch (its first rows) from which the direction uphill is computed; a fifth takes 20 to 40%
+    more time than a step without SAM."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -27,6 +27,7 @@ class SAMConfig:
 def ascend(
     params: dict[str, jax.Array], gradient: dict[str, jax.Array], norm: jax.Array, *, rho: float
 ) -> dict[str, jax.Array]:
-    """Parameters moved by `rho` along the gradient, whose L2 norm is `norm` (equation 2); without one, they stay."""
+    """Parameters moved by `rho` along the gradient, whose L2 norm is `norm` (equation 2). Parameters without a gradient
+    do not change."""
     scale = rho / jnp.maximum(norm, 1e-12)
     return params | {name: params[name] + scale * value for name, value in gradient.items()}

@@ -1,6 +1,6 @@
-"""Learning rates of a run: each begins with a linear warm-up, and what follows is one frozen configuration.
+"""Learning rate schedules: each begins with a linear warm-up; a frozen configuration describes the part after it.
 
-A schedule of one's own is a frozen dataclass that derives from `Schedule`.
+To add a schedule, derive a frozen dataclass from `Schedule`.
 """
 
 import abc
@@ -17,28 +17,28 @@ from nfnet_flax.open_config import OpenConfig, declare_kinds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunLength:
-    """How long a run and its parts are, in steps."""
+    """Lengths of a run and its parts, in steps."""
 
     warmup_steps: int
     """Length of the linear warm-up; the run may end within it."""
     num_steps: int
     """Length of the whole run."""
     steps_per_epoch: float
-    """Of one pass over the training set; no whole number in general."""
+    """Length of one pass over the training set; in general not a whole number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule(OpenConfig, abc.ABC):
-    """What a recipe's `optim.schedule` must offer."""
+    """Base class of a recipe's `optim.schedule`."""
 
     @abc.abstractmethod
     def after_warmup(self, peak: float, run: RunLength) -> optax.Schedule:
         """The learning rate after the warm-up, as a function of the step (a float32 scalar).
 
         Args:
-          peak: learning rate that the warm-up leads to.
-          run: its length. Steps are counted from the beginning of the run; what the function gives for those of the
-            warm-up is not used.
+          peak: learning rate at the end of the warm-up.
+          run: lengths of the run and its parts. Steps are counted from the beginning of the run; the values of the
+            function for the steps of the warm-up are not used.
         """
 
     def learning_rate(self, peak: float, run: RunLength) -> optax.Schedule:
@@ -64,7 +64,7 @@ class Cosine(Schedule):
         _require_final(self.final_learning_rate)
 
     def after_warmup(self, peak: float, run: RunLength) -> optax.Schedule:
-        # Not Optax's, which divides in another order: the published runs would get other last bits.
+        # Not Optax's schedule, which divides in another order, so that its last bits differ from the published ones.
         def schedule(step: jax.typing.ArrayLike) -> jax.Array:
             progress = jnp.clip((step - run.warmup_steps) / max(run.num_steps - run.warmup_steps, 1), 0.0, 1.0)
             cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
@@ -75,7 +75,7 @@ class Cosine(Schedule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    """The peak until the end of the run."""
+    """The peak learning rate until the end of the run."""
 
     def after_warmup(self, peak: float, run: RunLength) -> optax.Schedule:
         del run
@@ -103,9 +103,9 @@ class Steps(Schedule):
     """A learning rate that is multiplied by `factor` at given epochs."""
 
     at_epochs: tuple[float, ...]
-    """Epochs counted from the beginning of the run, in increasing order."""
+    """Epochs at which the learning rate changes, counted from the beginning of the run, in increasing order."""
     factor: float = 0.1
-    """What the learning rate is multiplied by at each of them."""
+    """Factor by which the learning rate is multiplied at each of these epochs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,12 +123,12 @@ class Steps(Schedule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExponentialDecay(Schedule):
-    """A learning rate that falls in equal ratios (arXiv 1905.11946, section 5.2)."""
+    """A learning rate that is multiplied by `factor` at regular intervals (arXiv 1905.11946, section 5.2)."""
 
     factor: float = 0.97
-    """What the learning rate is multiplied by each time."""
+    """Factor by which the learning rate is multiplied each time."""
     every_epochs: float = 2.4
-    """Epochs from one time to the next, counted from the beginning of the run."""
+    """Interval in epochs, counted from the beginning of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +141,7 @@ class ExponentialDecay(Schedule):
 
     def learning_rate(self, peak: float, run: RunLength) -> optax.Schedule:
         relative = super().learning_rate(1.0, run)
-        # The peak outside the choice of the two parts, as ever: compilers round `peak * (step / steps)` otherwise.
+        # The peak is multiplied last, as in earlier versions: compilers round `peak * (step / steps)` differently.
         return lambda step: peak * relative(step)
 
 

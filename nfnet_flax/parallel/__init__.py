@@ -1,1 +1,1 @@
-"""Device meshes and what is reduced over them."""
+"""Device meshes, sums over devices, and the processes of a run."""

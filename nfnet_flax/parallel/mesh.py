@@ -1,4 +1,4 @@
-"""The device mesh, its axis names, and the shardings of what lives on it."""
+"""The device mesh, its axis names, and the shardings of batches and parameters."""
 
 import itertools
 import math
@@ -16,20 +16,25 @@ from nfnet_flax.config import require
 DATA_AXIS = "data"
 """Mesh axis over which the rows of a batch are divided, together with `fsdp`."""
 FSDP_AXIS = "fsdp"
-"""Mesh axis over which kernels, their momentum and their EMA are divided, too. Neighbouring devices lie along it."""
+"""Mesh axis over which kernels, their momentum and their EMA are divided, in addition to the rows of a batch.
+Neighbouring devices lie along it."""
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
-"""In the order of devices: row r of a batch of B rows lies on shard `r * num_batch_shards // B`."""
+"""Mesh axes over which rows are divided, in the order of devices: row r of a batch of B rows lies on shard
+`r * num_batch_shards // B`."""
 SPATIAL_AXIS = "spatial"
-"""Mesh axis over which the height of the images is divided; only of a mesh that divides it. The nearest neighbours."""
+"""Mesh axis over which the height of the images is divided; a mesh has it only if the height is divided. Its devices
+are the nearest neighbours."""
 
 
 class LayoutProblem(NamedTuple):
-    """Why devices, batches and images do not fit together."""
+    """A reason why devices, batches and images do not fit together."""
 
     field: str
-    """Of the recipe, or "devices"."""
+    """Name of the recipe's field, or "devices"."""
     value: object
+    """Value of the field."""
     remedy: str
+    """What to change."""
 
 
 def layout_problems(
@@ -41,14 +46,14 @@ def layout_problems(
     batch_sizes: Mapping[str, int] = MappingProxyType({}),
     image_sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> list[LayoutProblem]:
-    """What keeps a recipe from running on given devices; empty if nothing does. It needs no device.
+    """The reasons why a recipe cannot run on given devices; empty if it can. No device is needed for this.
 
     Args:
       processes: for each device, in the order of the mesh, the index of the process that owns it.
-      fsdp: devices along `fsdp`.
-      spatial: devices along `spatial`.
-      num_microbatches: parts of a batch; None: one for each shard of the mesh.
-      batch_sizes: name of a field -> rows of a global batch.
+      fsdp: number of devices along `fsdp`.
+      spatial: number of devices along `spatial`.
+      num_microbatches: number of parts of a batch; None: one for each shard of the mesh.
+      batch_sizes: name of a field -> number of rows of a global batch.
       image_sizes: name of a field -> height of images in pixels.
     """
     found = _device_problems(processes, fsdp=fsdp, spatial=spatial)
@@ -56,7 +61,7 @@ def layout_problems(
         if size % spatial != 0:
             found.append(LayoutProblem(field, size, f"must be divisible by execution.spatial = {spatial}"))
     if len(processes) % spatial != 0:
-        return found  # rows cannot be counted
+        return found  # the number of shards is unknown
     shards = len(processes) // spatial
     named = f"{shards} devices" if spatial == 1 else f"{shards} groups of {spatial} devices"
     if num_microbatches is not None and num_microbatches % shards != 0:
@@ -75,7 +80,7 @@ def _device_problems(processes: Sequence[int], *, fsdp: int, spatial: int) -> li
     found = []
     counts = Counter(processes)
     if len(set(counts.values())) > 1:
-        remedy = "every process needs equally many devices; the numbers are those of each process"
+        remedy = "every process must have the same number of devices; shown is the number for each process"
         found.append(LayoutProblem("devices", dict(sorted(counts.items())), remedy))
     for before, after in itertools.pairwise(processes):
         if after < before:
@@ -101,16 +106,17 @@ def _refuse(problems: list[LayoutProblem]) -> None:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, spatial: int = 1) -> Mesh:
-    """Devices along `data`, `fsdp` and, where it divides anything, `spatial`.
+    """A mesh of devices along `data`, `fsdp` and, if it is more than 1, `spatial`.
 
     Args:
-      devices: ordered by process, as each process holds consecutive rows of a batch; None: all of all processes.
-      fsdp: devices along `fsdp`.
-      spatial: devices along `spatial`.
+      devices: the devices, ordered by process, as each process has consecutive rows of a batch; None: all devices of
+        all processes.
+      fsdp: number of devices along `fsdp`.
+      spatial: number of devices along `spatial`.
 
     Raises:
-      ConfigError: `fsdp` or `spatial` does not divide the number of devices, an image's parts would lie in several
-        processes, processes have unequal numbers of devices, or the devices are not ordered by process.
+      ConfigError: `fsdp` or `spatial` does not divide the number of devices, an image would be divided over several
+        processes, processes have different numbers of devices, or the devices are not ordered by process.
     """
     # JAX orders devices by number, and on some TPU pods the numbers of two hosts alternate.
     chosen = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
@@ -127,17 +133,18 @@ def batch_shape(mesh: Mesh) -> dict[str, int]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Parts into which rows are divided: the number of devices, or of groups of them that share images."""
+    """Number of parts into which rows are divided: the number of devices, or of groups of devices that share images."""
     return math.prod(batch_shape(mesh).values())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Sharding of an array of which every device has a whole copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, num_dims: int = 1) -> NamedSharding:
-    """Rows divided over all devices; of images, which have four dimensions, also the height where the mesh says so."""
+    """Sharding of rows over all devices; for images, which have four dimensions, also of the height if the mesh has the
+    axis `spatial`."""
     is_divided = num_dims == 4 and SPATIAL_AXIS in mesh.shape
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SPATIAL_AXIS) if is_divided else PartitionSpec(BATCH_AXES))
 
@@ -145,27 +152,28 @@ def batch_sharding(mesh: Mesh, num_dims: int = 1) -> NamedSharding:
 def sharded_axis(name: str, shape: tuple[int, ...], mesh: Mesh) -> int | None:
     """The axis of a parameter (or of its momentum, or its EMA) that is divided over `fsdp`, or None.
 
-    Kernels are divided along their output channels, the last axis: so no sum of the standardization or of gradient
-    clipping crosses a device. All else stays whole, and kernels whose output channels cannot be divided evenly.
+    Kernels are divided along their output channels, the last axis, so that the sums of the standardization and of
+    gradient clipping stay within a device. Other parameters, and kernels whose output channels cannot be divided
+    evenly, are not divided.
     """
     devices = mesh.shape[FSDP_AXIS]
     return len(shape) - 1 if devices > 1 and name.endswith(".kernel") and shape[-1] % devices == 0 else None
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How a parameter, its momentum or its EMA lies on the mesh."""
+    """How a parameter, its momentum or its EMA is divided over the mesh."""
     axis = sharded_axis(name, shape, mesh)
     return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP_AXIS)
 
 
 def check_batch_size(field: str, batch_size: int, mesh: Mesh, num_microbatches: int | None = None) -> None:
-    """Raises `ConfigError` unless a batch consists of equally many equal parts on every device.
+    """Raises `ConfigError` unless every device gets the same number of equal parts of a batch.
 
     Args:
-      field: names the batch size in the message.
-      batch_size: rows of the global batch.
-      mesh: that it is divided over.
-      num_microbatches: parts of the batch; None: one for each device.
+      field: name of the batch size in the message.
+      batch_size: number of rows of the global batch.
+      mesh: mesh over which the batch is divided.
+      num_microbatches: number of parts of the batch; None: one for each device.
     """
     sizes = {field: batch_size}
     _refuse(layout_problems(**_layout_of(mesh), num_microbatches=num_microbatches, batch_sizes=sizes))
@@ -177,14 +185,14 @@ def check_image_size(field: str, image_size: int, mesh: Mesh) -> None:
 
 
 def count_turns(num_microbatches: int | None, mesh: Mesh) -> int:
-    """Parts of a batch that each shard of the mesh computes, one after the other.
+    """Number of parts of a batch that each shard of the mesh computes, one after the other.
 
     Args:
-      num_microbatches: parts of the batch; None: one for each shard.
-      mesh: that the batch is divided over.
+      num_microbatches: number of parts of the batch; None: one for each shard.
+      mesh: mesh over which the batch is divided.
 
     Raises:
-      ConfigError: the parts cannot be shared out equally.
+      ConfigError: the parts cannot be divided equally.
     """
     _refuse(layout_problems(**_layout_of(mesh), num_microbatches=num_microbatches))
     return 1 if num_microbatches is None else num_microbatches // num_batch_shards(mesh)

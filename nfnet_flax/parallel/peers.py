@@ -1,7 +1,8 @@
-"""Who is still there: every process says every few seconds what it is doing, and hears of the others.
+"""Which processes are alive: every process reports every few seconds what it is doing, and reads the others' reports.
 
-JAX's own heartbeats end a process with an abort (exit code 134) and name a number. These say which process, in which
-step and phase, and come first; JAX's remain behind them, and are what is left when process 0, their hub, dies.
+If a process dies, JAX's own heartbeats abort the others (exit code 134) and name only a number. The reports here are
+noticed earlier, and name the process, its step and its phase. JAX's heartbeats remain active, and are needed if process
+0 dies, which stores the reports.
 """
 
 import contextlib
@@ -19,15 +20,16 @@ from nfnet_flax.parallel.processes import Processes, leave
 from nfnet_flax.run_clock import RunClock
 
 BEAT_INTERVAL_S = 2.0
-"""How often each process says what it is doing."""
+"""Interval at which each process reports what it is doing."""
 _MAX_GAP_S = 5 * BEAT_INTERVAL_S
-"""A longer time between two looks is one in which this process itself did not run: nobody was silent meanwhile."""
+"""If the time between two readings is longer, this process itself did not run, so the others are not considered
+silent."""
 _SILENT_AFTER_S = 4 * BEAT_INTERVAL_S
-"""After an error that a dead process may have caused, one that was not heard of for so long is taken for dead."""
+"""After an error that a dead process may have caused, a process without a report for this time is considered dead."""
 _ORDERLY_TIMEOUT_S = 60.0
-"""How long a process that is done waits for the others, which may still be writing."""
+"""Longest time that a process that is done waits for the others, which may still be writing."""
 _FAILED_TIMEOUT_S = 6.0
-"""How long a process that failed waits for the others to hear of it and leave, too."""
+"""Longest time that a process that failed waits until the others have read this and end, too."""
 
 
 @dataclasses.dataclass
@@ -37,41 +39,41 @@ class _Heard:
 
 
 class Peers:
-    """Watches the other processes of a run from a thread of its own."""
+    """Watches the other processes of a run, in a thread of its own."""
 
     def __init__(self, processes: Processes, *, heartbeat_timeout_s: float) -> None:
-        """Starts watching, unless this process is by itself."""
+        """Starts watching, unless this is the only process of the run."""
         self._processes = processes
         self._timeout_s = heartbeat_timeout_s
-        self._lock = threading.Lock()  # guards the table of what was heard, and who is the one to leave
+        self._lock = threading.Lock()  # guards the reports, and the choice of the thread that ends this process
         self._clock = RunClock(max_gap_s=_MAX_GAP_S)
         self._heard = {index: _Heard(None, self._clock.seconds()) for index in range(processes.count)}
         self._is_leaving = False
         self.describe: Callable[[], str] = lambda: "starting"
-        """What this process is doing, for the others; replaced by who knows better."""
+        """Returns what this process is doing, for its reports; the caller replaces this function."""
         if processes.count > 1:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def positions(self) -> list[str]:
-        """One line per process: what it was doing when it was last heard of."""
+        """One line per process: what its last report says, and how old that report is."""
         with self._lock:
             now = self._clock.seconds()
             return [
-                f"process {index}: {heard.beat[1] if heard.beat else 'not heard of'} ({now - heard.at:.0f} s ago)"
+                f"process {index}: {heard.beat[1] if heard.beat else 'no report yet'} ({now - heard.at:.0f} s ago)"
                 for index, heard in self._heard.items()
             ]
 
     def leave(self, code: int) -> NoReturn:
-        """Ends this process together with the others, which end as well, each with a code of its own."""
+        """Ends this process when the others end, too, each with its own exit code."""
         self._claim_the_end()
         leave(self._processes, code, timeout_s=_ORDERLY_TIMEOUT_S)
 
     def fail(self, code: int, reason: str) -> NoReturn:
-        """Tells the others why this process ends, and ends it.
+        """Reports to the others why this process ends, and ends it.
 
         Args:
-          code: exit code, which the others end with as well.
-          reason: in a few words.
+          code: exit code, with which the others end as well.
+          reason: short text for the others' messages.
         """
         self._claim_the_end()
         if self._processes.count > 1:
@@ -86,8 +88,8 @@ class Peers:
             time.sleep(2 * _ORDERLY_TIMEOUT_S)  # another thread of this process is about to end it
 
     def fail_if_another_is_lost(self) -> None:
-        """After an error that the death of another process may have caused: waits until that would be known, and then
-        names that process and ends this one; returns if all others are alive."""
+        """To be called after an error that the death of another process may have caused. Waits until such a death would
+        be noticed; if there was one, names that process and ends this one, and returns otherwise."""
         if self._processes.count == 1:
             return
         deadline = time.monotonic() + _SILENT_AFTER_S + BEAT_INTERVAL_S
@@ -118,8 +120,8 @@ class Peers:
                 self._processes.put(f"beat/{self._processes.index}", [time.monotonic(), self.describe()])
                 beats, failed = self._processes.of_all("beat"), self._processes.of_all("failed")
             except jax.errors.JaxRuntimeError as error:
-                # JAX ends this process in a moment, if it has not yet.
-                reason = "process 0, which all others depend on, cannot be reached: it died or its network did"
+                # JAX will soon abort this process, so it ends itself with a message now.
+                reason = "process 0, which all others depend on, cannot be reached: it died, or its network failed"
                 print(f"nfnet: {reason} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
                 self.fail(EXIT_LOST, reason)
             with self._lock:

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find one another, agree before the first step, and leave together.
+"""The processes of a run: they connect to one another, compare their settings before the first step, and end together.
 
-What they tell one another goes through the key-value store of JAX's coordination service, which lives in process 0:
-no device takes part, so it works before the first computation and while the devices are busy or hang.
+They exchange data through the key-value store of JAX's coordination service, which runs in process 0. No device is
+needed for this, so it works before the first computation and while the devices are busy or hang.
 """
 
 import contextlib
@@ -23,34 +23,36 @@ from nfnet_flax.config import ConfigError, check_types, require
 from nfnet_flax.exit_codes import EXIT_LOST
 
 Platform = Literal["any", "accelerator", "gpu", "tpu"]
-"""Kind of device that a recipe wants: `accelerator` is anything but a CPU."""
+"""Kind of device that a recipe needs: `accelerator` is any device that is not a CPU."""
 _PREFIX = "nfnet_flax"
 _START_MARGIN_S = 60
-"""JAX aborts where it waited too long; it is given so much more time, so that our message comes first."""
+"""Time that is added to JAX's limit for the start: JAX aborts at its limit, and our message shall come before that."""
 _DEATH_MARGIN_S = 30
-"""As above, for a process that is not heard of."""
+"""Time that is added to JAX's limit for a silent process, for the same reason."""
 _LAST_OUT_S = 1.0
-"""Process 0 leaves so much later, as JAX ends the others with an abort when it is gone."""
+"""Time by which process 0 ends after the others, which JAX would abort if process 0 ended first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How the processes of a run find one another, and how long they wait. No update depends on it.
+    """How the processes of a run connect to one another, and how long they wait. Updates do not depend on it.
 
     Nothing need be given on TPU VMs, GKE, Slurm and Open MPI, nor for a run of one process.
     """
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, reachable from all processes; None: as the cluster says (`JAX_COORDINATOR_ADDRESS` is
-    honoured)."""
+    """HOST:PORT of process 0, which all processes must be able to reach; None: detected from the cluster, or
+    `JAX_COORDINATOR_ADDRESS`."""
     num_processes: int | None = None
-    """Number of processes of the run; None: as the cluster says."""
+    """Number of processes of the run; None: detected from the cluster."""
     process_id: int | None = None
-    """Number of this process, counted from 0; None: as the cluster says."""
+    """Number of this process, counted from 0; None: detected from the cluster."""
     start_timeout_s: float = 300.0
-    """Longest time to wait for all processes to start, and then for what they are about to run, to compare it."""
+    """Longest time to wait until all processes have started, and then until they have reported their settings for
+    comparison, in seconds."""
     heartbeat_timeout_s: float = 60.0
-    """A process that gives no sign of life for so long counts as dead or frozen, and the others end."""
+    """Time without a sign of life, in seconds, after which a process is considered dead or frozen and the others
+    end."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,27 +80,29 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where a process stands among those of a run."""
+    """The place of a process among those of a run."""
 
     address: str
     """HOST:PORT of process 0."""
     num_processes: int
+    """Number of processes of the run."""
     process_id: int
+    """Number of this process, counted from 0."""
     local_device_ids: Sequence[int] | None
-    """Devices of this host that are this process's; None: all."""
+    """Devices of this host that this process uses; None: all."""
 
 
 def find_cluster(config: DistributedConfig) -> Cluster | None:
-    """The cluster that is given, or that JAX detects; None for a process by itself. Starts nothing.
+    """The cluster that is given, or that JAX detects; None for a run of one process. Starts nothing.
 
     Raises:
-      ConfigError: an address is known and the rest is not, or the cluster's environment cannot be read.
+      ConfigError: only the address is known, or the cluster's environment cannot be read.
     """
     if config.coordinator_address is not None and config.num_processes is not None and config.process_id is not None:
         return Cluster(config.coordinator_address, config.num_processes, config.process_id, None)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        # The detection of `jax.distributed.initialize`, ahead of it: the wait is to be announced.
+        # `jax.distributed.initialize` would detect it, too; it is done earlier here, to print a message before waiting.
         found = ClusterEnv.auto_detect_unset_distributed_params(
             address, None, None, None, None, round(config.start_timeout_s)
         )
@@ -116,24 +120,24 @@ def find_cluster(config: DistributedConfig) -> Cluster | None:
 
 
 def start(config: DistributedConfig) -> None:
-    """Joins the other processes; does nothing for a process by itself. To be called before JAX looks for devices.
+    """Joins the other processes; does nothing for a run of one process. To be called before JAX looks for devices.
 
-    The process ends with `EXIT_LOST` and a message where the others do not come in time.
+    If the others do not start in time, the process ends with a message and `EXIT_LOST`.
 
     Raises:
-      ConfigError: what is known of the cluster does not suffice, or process 0 cannot listen at its address.
+      ConfigError: not enough is known about the cluster, or process 0 cannot listen at its address.
     """
     cluster = find_cluster(config)
     if cluster is None or cluster.num_processes == 1:
         return
     about = f"{cluster.num_processes} processes at {cluster.address}"
     print(f"process {cluster.process_id}: waiting for {about} for up to {config.start_timeout_s:g} s", flush=True)
-    # JAX waits in C++ and aborts when it has waited too long: a timer ends the process before that.
+    # JAX waits in C++ and aborts after its time limit: a timer ends the process before that.
     timer = threading.Timer(config.start_timeout_s, _not_all_came, (cluster, config.start_timeout_s))
     timer.daemon = True
     timer.start()
     host = cluster.address.rpartition(":")[0]
-    jax.config.update("jax_enable_preemption_service", False)  # `training.preemption` owns the signals
+    jax.config.update("jax_enable_preemption_service", False)  # `training.preemption` handles the signals
     try:
         jax.distributed.initialize(
             coordinator_address=cluster.address,
@@ -143,7 +147,7 @@ def start(config: DistributedConfig) -> None:
             cluster_detection_method="deactivate",
             initialization_timeout=round(config.start_timeout_s) + _START_MARGIN_S,
             heartbeat_timeout_seconds=round(config.heartbeat_timeout_s) + _DEATH_MARGIN_S,
-            # Where all are on this machine, nobody else need reach it.
+            # If all processes are on this machine, other machines need not reach it.
             coordinator_bind_address=cluster.address if host in ("127.0.0.1", "localhost") else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -156,7 +160,7 @@ def _not_all_came(cluster: Cluster, waited_s: float) -> None:
     role = "process 0 listens there" if cluster.process_id == 0 else "this process calls there"
     print(
         f"nfnet: process {cluster.process_id} waited {waited_s:g} s for {cluster.num_processes} processes at "
-        f"{cluster.address}, and not all came ({role}). Check that as many were started, each with a "
+        f"{cluster.address}, and not all of them connected ({role}). Check that as many were started, each with a "
         "distributed.process_id of its own; that this address is that of process 0's host; and that no firewall is "
         f"between them.{_about_proxy(cluster.address)} A longer wait: --distributed.start-timeout-s",
         file=sys.stderr,
@@ -166,24 +170,26 @@ def _not_all_came(cluster: Cluster, waited_s: float) -> None:
 
 
 def _about_proxy(address: str) -> str:
-    """Says that gRPC, by which processes call one another, sends such a call to an HTTP proxy; empty if it does not."""
+    """A message if gRPC, by which the processes call one another, would send the call to an HTTP proxy; else empty."""
     host = address.rpartition(":")[0]
     name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
     spared = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if os.environ.get(name)), "")
     if name is None or any(part.strip() and host.endswith(part.strip()) for part in spared.split(",")):
         return ""
-    proxy = urllib.parse.urlsplit(os.environ[name]).hostname  # not the whole of it, which may hold a password
+    proxy = urllib.parse.urlsplit(os.environ[name]).hostname  # only the host, as the URL may contain a password
     return f" The variable {name} sends this call to the proxy {proxy}: set no_proxy={host} in all processes."
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Those of this run, seen from one of them."""
+    """The processes of this run, from the point of view of one of them."""
 
     index: int
+    """Number of this process, counted from 0."""
     count: int
+    """Number of processes."""
     store: Any
-    """Client of the coordination service; None in a process by itself."""
+    """Client of the coordination service; None in a run of one process."""
 
     @property
     def is_first(self) -> bool:
@@ -191,34 +197,36 @@ class Processes:
         return self.index == 0
 
     def put(self, key: str, value: Any) -> None:
-        """Stores JSON under a key, in place of what was there."""
+        """Stores a value as JSON under a key, and replaces an older value."""
         self.store.key_value_set(f"{_PREFIX}/{key}", json.dumps(value), allow_overwrite=True)
 
     def wait_for(self, key: str, timeout_s: float) -> Any:
-        """What is stored under a key, once it is.
+        """Waits until a value is stored under a key, and returns it.
 
         Raises:
-          jax.errors.JaxRuntimeError: it was not within the time.
+          jax.errors.JaxRuntimeError: no value was stored within the time.
         """
         return json.loads(self.store.blocking_key_value_get(f"{_PREFIX}/{key}", round(1000 * timeout_s)))
 
     def of_all(self, folder: str) -> dict[int, Any]:
-        """What each process has stored under `folder/INDEX`, as far as it has."""
+        """Index of a process -> the value it has stored under `folder/INDEX`, for the processes that have stored
+        one."""
         found = self.store.key_value_dir_get(f"{_PREFIX}/{folder}/")
         return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
     def barrier(self, name: str, timeout_s: float) -> None:
-        """Waits until all processes are here; each name is for one use.
+        """Waits until all processes have called this with the same name; each name can be used once.
 
         Raises:
-          jax.errors.JaxRuntimeError: not all came within the time.
+          jax.errors.JaxRuntimeError: not all processes called it within the time.
         """
         if self.store is not None:
             self.store.wait_at_barrier(f"{_PREFIX}/{name}", round(1000 * timeout_s))
 
 
 def current() -> Processes:
-    """The processes that `start`, or the caller's own `jax.distributed.initialize`, has joined; starts no backend."""
+    """The processes that were joined by `start` or by the caller's own `jax.distributed.initialize`; starts no
+    backend."""
     state = distributed.global_state
     if state.client is None:
         return Processes(index=0, count=1, store=None)
@@ -226,16 +234,16 @@ def current() -> Processes:
 
 
 def check_agreement(processes: Processes, topic: str, facts: dict[str, str], timeout_s: float) -> None:
-    """Compares what all processes are about to run; with one process there is nothing to compare.
+    """Compares the settings of all processes; does nothing in a run of one process.
 
     Args:
-      processes: of this run.
-      topic: names what is compared; each name is for one use.
-      facts: name, such as `jax` or `recipe.seed` -> value. To be the same in all.
-      timeout_s: longest wait for the others.
+      processes: the processes of this run.
+      topic: name of the comparison; each name can be used once.
+      facts: name, such as `jax` or `recipe.seed` -> value, which must be the same in all processes.
+      timeout_s: longest wait for the others, in seconds.
 
     Raises:
-      ConfigError: some differ, or a process did not tell in time. All processes raise it, with the same lines.
+      ConfigError: values differ, or a process did not report in time. All processes raise it, with the same lines.
     """
     if processes.count == 1:
         return
@@ -260,7 +268,7 @@ def check_agreement(processes: Processes, topic: str, facts: dict[str, str], tim
 
 
 def check_platform(wanted: Platform) -> None:
-    """Raises `ConfigError` unless JAX runs on the kind of device that a recipe wants."""
+    """Raises `ConfigError` unless JAX runs on the kind of device that a recipe needs."""
     found = jax.default_backend()
     if wanted == "any" or found == wanted or (wanted == "accelerator" and found != "cpu"):
         return
@@ -273,18 +281,18 @@ def check_platform(wanted: Platform) -> None:
 
 
 def leave(processes: Processes, code: int, *, timeout_s: float) -> NoReturn:
-    """Ends this process at once, together with the others if they leave, too.
+    """Waits until the other processes call this, too, or the time is over, and then ends this process at once.
 
-    Not by way of Python's own exit: that waits for minutes for processes that hang in a computation.
+    Python's normal exit is not used, as it would wait minutes for processes that hang in a computation.
 
     Args:
-      processes: of this run.
+      processes: the processes of this run.
       code: exit code.
-      timeout_s: longest wait for the others.
+      timeout_s: longest wait for the others, in seconds.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one is dead or hangs
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process is dead or hangs
         processes.barrier("leave", timeout_s)
     if processes.is_first and processes.count > 1:
         time.sleep(_LAST_OUT_S)

@@ -1,9 +1,9 @@
-"""Sums in a fixed order: the same bits whatever number of devices the microbatches lie on.
+"""Sums in a fixed order, which have the same bits on any number of devices.
 
 The gradients of `num_microbatches` (a power of two) equal parts of a batch are added in one binary tree over their
-positions in the batch: neighbours first, then pairs of neighbours, and so on. Each device adds those of its consecutive
-microbatches; the devices add theirs along the upper part of the same tree. Addition commutes in floating point, so the
-result depends on the parts alone.
+positions in the batch: neighbours first, then pairs of neighbours, and so on. Each device adds the gradients of its
+consecutive microbatches; the sums of the devices are added along the upper part of the same tree. Addition in floating
+point is commutative, so the result depends only on the parts.
 """
 
 import abc
@@ -22,17 +22,19 @@ from nfnet_flax.parallel.mesh import DATA_AXIS, FSDP_AXIS
 
 Arrays = dict[str, jax.Array]
 _BUCKET_BYTES = 1 << 18
-"""Arrays below this travel together: on small ones a collective's latency is all that counts."""
+"""Arrays smaller than this are sent together, because for small ones only the latency of a collective counts."""
 _MAX_PIECES = 16
-"""More devices add level by level, so many at a time: the 256th part of a kernel is less than a tile of memory."""
+"""Largest number of devices that add together. More devices add level by level, because a 256th part of a kernel is
+less than a tile of memory."""
 
 
 _AN_INDEX = jax.ShapeDtypeStruct((), jnp.int32, weak_type=True)
-"""As a loop counts: so that what is traced for its shapes is not traced again in the loop, which takes seconds."""
+"""Type of a loop's index. With the same type, a function that was traced for its shapes is not traced again in the
+loop, which would take seconds."""
 
 
 def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
-    """Sum of a power of two of arrays, neighbours first."""
+    """Sum of arrays, whose number is a power of two; neighbours are added first."""
     while len(parts) > 1:
         parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
@@ -41,18 +43,19 @@ def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a part of the batch gives, and how those of all parts make that of the whole batch."""
+    """A result of one part of the batch, and how the result of the whole batch is computed from those of the parts."""
 
     value: jax.Array
+    """The result of this part."""
     combine: Literal["sum", "same"] = dataclasses.field(default="sum", metadata={"static": True})
-    """Added, or taken from any part, as it is the same in all."""
+    """`sum`: the values of all parts are added; `same`: they are equal, so that of any part is taken."""
 
 
 Parts = dict[str, Part]
 
 
 def added(left: Parts, right: Parts) -> Parts:
-    """What two parts of a batch give together."""
+    """The combined results of two parts of a batch."""
     return {
         name: Part(left[name].value + part.value) if part.combine == "sum" else part for name, part in right.items()
     }
@@ -60,23 +63,24 @@ def added(left: Parts, right: Parts) -> Parts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reduction(OpenConfig, abc.ABC):
-    """How what every device has found in its part of the batch becomes that of the whole batch."""
+    """How the results of the devices, each of a part of the batch, become those of the whole batch."""
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether the same parts of a batch give the same bits on any number of devices; by default not."""
+        """Whether the same parts of a batch give the same bits on any number of devices; by default False."""
         return False
 
     @abc.abstractmethod
     def over_devices(
         self, parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int]
     ) -> Arrays:
-        """The sums; called on each device, under `shard_map` over the axes `data` and `fsdp`.
+        """The combined results; called on each device, under `shard_map` over the axes `data` and `fsdp`.
 
         Args:
-          parts: what this device has, by name: gradients by the names of the parameters, running statistics, metrics.
-          sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets
-            all of it.
+          parts: the results of this device, by name: gradients (with the names of the parameters), running statistics,
+            metrics.
+          sharded_axes: name of each array -> axis along which the result is divided over `fsdp`; None: every device
+            gets the whole array.
           mesh_shape: number of devices along each mesh axis.
         """
 
@@ -97,7 +101,7 @@ class OrderedSum(Reduction):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastSum(Reduction):
-    """A sum in whatever order the devices' library finds fastest."""
+    """A sum in the order that the devices' library chooses as the fastest."""
 
     def over_devices(
         self, parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int]
@@ -109,52 +113,52 @@ declare_kinds(Reduction, OrderedSum, FastSum)
 
 
 def _loop(num_turns: int, not_negative: jax.Array, turn: Callable[[jax.Array, Any], Any], held: Any) -> Any:
-    """A loop whose number of turns the compiler cannot know, as it depends on a number that is never negative.
+    """A loop whose number of turns the compiler does not know, because it depends on `not_negative`.
 
-    So a loop, be it of one turn, is neither unrolled nor fused with what surrounds it, and its body is rounded alike
-    however many turns there are.
+    So the compiler neither unrolls the loop nor fuses it with the code around it, not even for one turn, and rounding
+    in its body does not depend on the number of turns.
     """
     with jax.named_scope(f"turns_{num_turns}"):  # `hlo.py` reads the number from this name
         return lax.fori_loop(0, jnp.minimum(num_turns, num_turns + not_negative.astype(jnp.int32)), turn, held)
 
 
 def bound_to_turn(values: Any, index: jax.Array) -> Any:
-    """`values`, a tree of arrays, bound to the turn `index`.
+    """Makes `values`, a tree of arrays, depend on the turn `index` of a loop.
 
-    What is the same in every turn, as all is where there is but one, compilers move out of the loop: half of the body
-    would then be fused, and rounded, with what surrounds it.
+    Compilers move computations that are the same in every turn out of the loop; with a single turn, these are all. A
+    part of the loop's body would then be fused with the code around the loop, and rounded differently.
     """
     return lax.optimization_barrier((values, index))[0]
 
 
 def used_in_turn(value: jax.Array, index: jax.Array) -> jax.Array:
-    """`value` times a one that the compiler cannot know: what is made of it is made in the turn `index`.
+    """`value` multiplied by a one that the compiler cannot know, so that it is converted in the turn `index`.
 
-    A TPU's compiler moves the conversion of what is `bound_to_turn`, too, out of the loop, where it is a pass over
-    memory; here it becomes part of the product that it is for.
+    A TPU's compiler moves even the type conversion of a value that is `bound_to_turn` out of the loop, where it takes a
+    pass over memory; with this factor the conversion becomes part of the product that uses the value.
     """
     return value * jnp.where(index < 0, 0.0, 1.0).astype(value.dtype)
 
 
 def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negative: jax.Array) -> Parts:
-    """Adds what `turn(index)` gives for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
+    """Adds the results of `turn(index)` for index 0 to `num_turns - 1` in a binary tree, one turn after the other.
 
     Args:
-      turn: of what one part gives; see `added`.
-      num_turns: a power of two.
+      turn: function that returns the results of one part; `added` adds two of them.
+      num_turns: number of parts, a power of two.
       not_negative: any number that is never negative; see `_loop`.
 
     Returns:
-      The sum. It takes `1 + log2(num_turns)` times the memory of what one turn gives.
+      The sum. Computing it takes `1 + log2(num_turns)` times the memory of one turn's results.
     """
     num_levels = num_turns.bit_length()
     turn = jax.jit(turn, inline=True)
     shapes = jax.eval_shape(turn, _AN_INDEX)
-    # Zeros would cost a pass over memory; each level is set before it is read.
+    # Not zeros, which would take a pass over memory; each level is set before it is read.
     unset = jax.tree.map(lambda leaf: lax.empty(leaf.shape, leaf.dtype), shapes)
 
     def carry_to(level: int) -> Callable[[list[Parts], Parts], list[Parts]]:
-        # As in counting: what stands in the lower levels is added to what is carried on.
+        # As in binary counting: the sums in the lower levels are added to the sum that is carried.
         def carry(held: list[Parts], total: Parts) -> list[Parts]:
             for lower in held[:level]:
                 total = added(lower, total)
@@ -170,7 +174,7 @@ def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negativ
 
 
 def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:
-    """What `turn(index)` gives for index 0 to `num_turns - 1`, stacked along a new first axis."""
+    """The results of `turn(index)` for index 0 to `num_turns - 1`, stacked along a new first axis."""
     turn = jax.jit(turn, inline=True)
     shapes = jax.eval_shape(turn, _AN_INDEX)
     unset = {name: lax.empty((num_turns, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
@@ -187,15 +191,16 @@ def sum_over_devices(
 ) -> Arrays:
     """Adds the arrays of all devices; to be called under `shard_map` over `data` and `fsdp`.
 
-    In reproducible form every device adds one piece of each array, of which it is sent all devices' versions, in a
-    binary tree; the pieces are then gathered. That moves as many bytes as the usual ring does, and with
-    more than 16 devices a sixteenth more. Arrays that are not sharded and small travel together.
+    With `reproducible`, every device is responsible for one piece of each array: it receives this piece from all
+    devices and adds the versions in a binary tree; then the pieces are gathered. This sends as many bytes as the usual
+    ring algorithm, and with more than 16 devices a sixteenth more. Small arrays that are not sharded are sent together.
 
     Args:
-      parts: of this device's part of the batch: float32, or whole numbers, in whose sum no order shows.
-      sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets all.
+      parts: results of this device's part of the batch: float32, or integers, whose sum does not depend on the order.
+      sharded_axes: name of each array -> axis along which the result is divided over `fsdp`; None: every device gets
+        the whole array.
       mesh_shape: number of devices along each mesh axis, powers of two; neighbours lie along `fsdp`.
-      reproducible: keep the order of the tree; otherwise the library's sum.
+      reproducible: whether to add in the order of the tree; otherwise the library's sum is used.
     """
     result = {name: part.value for name, part in parts.items() if part.combine == "same"}
     values = {name: part.value for name, part in parts.items() if part.combine == "sum"}
@@ -215,13 +220,13 @@ def sum_over_devices(
 
 
 def is_float(value: jax.Array) -> bool:
-    """Whether the order of a sum shows in its bits."""
+    """Whether the bits of a sum of such arrays depend on the order."""
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
     if math.prod(mesh_shape.values()) == 1:
-        return value  # the library would copy it
+        return value  # the library's sum would copy it
     if sharded_axis is None:
         return lax.psum(value, (DATA_AXIS, FSDP_AXIS))
     value = lax.psum_scatter(value, FSDP_AXIS, scatter_dimension=sharded_axis, tiled=True)
@@ -230,7 +235,7 @@ def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, i
 
 def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
     shape, undo = value.shape, []
-    # Neighbours of the tree lie along the minor axis of the mesh.
+    # Neighbours in the tree lie along the minor axis of the mesh.
     for name in (FSDP_AXIS, DATA_AXIS):
         if name == FSDP_AXIS and sharded_axis is not None and mesh_shape[name] > 1:
             value = _sum_of_piece(value, name, mesh_shape[name], sharded_axis, None)
@@ -250,11 +255,11 @@ def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[s
 
 
 _Groups = list[list[int]] | None
-"""Positions along a mesh axis that exchange with one another; None: all."""
+"""Groups of positions along a mesh axis that exchange data; None: all positions are one group."""
 
 
 def _levels(num_devices: int) -> list[tuple[int, _Groups]]:
-    """Number of devices that add together, and their groups, level by level: neighbours first."""
+    """For each level, the number of devices that add together, and their groups; neighbours add first."""
     if num_devices <= _MAX_PIECES:
         return [(num_devices, None)] if num_devices > 1 else []
     found: list[tuple[int, _Groups]] = []
@@ -268,7 +273,7 @@ def _levels(num_devices: int) -> list[tuple[int, _Groups]]:
 
 
 def _sum_of_piece(value: jax.Array, axis_name: str, num_pieces: int, axis: int, groups: _Groups) -> jax.Array:
-    """All versions, within a group, of this device's piece of an array along an axis, added in a binary tree."""
+    """This device's piece of an array along an axis: the versions of all devices of a group, added in a binary tree."""
     size = value.shape[axis] // num_pieces
     pieces = value.reshape(*value.shape[:axis], num_pieces, size, *value.shape[axis + 1 :])
     versions = lax.all_to_all(pieces, axis_name, split_axis=axis, concat_axis=0, axis_index_groups=groups)
@@ -276,7 +281,8 @@ def _sum_of_piece(value: jax.Array, axis_name: str, num_pieces: int, axis: int, 
 
 
 def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
-    """The axis to cut: one that leaves whole tiles of 8 rows or 128 lanes if there is one, else the longest."""
+    """The axis along which to cut: one that leaves whole tiles of 8 rows or 128 lanes, if possible; else the
+    longest."""
     rows, lanes = len(shape) - 2, len(shape) - 1
     if rows >= 0 and shape[rows] % (8 * num_pieces) == 0:
         return rows
@@ -287,7 +293,7 @@ def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
 
 
 def gathered(values: Arrays, sharded_axes: Mapping[str, int | None]) -> Arrays:
-    """Whole arrays from the shards along `fsdp`; to be called under `shard_map`."""
+    """Whole arrays, gathered from their shards along `fsdp`; to be called under `shard_map`."""
     return {
         name: value if (axis := sharded_axes[name]) is None else lax.all_gather(value, FSDP_AXIS, axis=axis, tiled=True)
         for name, value in values.items()

@@ -1,1 +1,1 @@
-"""What compilers make of a training step: reading compiled programs, and planning for devices that are not here."""
+"""Analysis of compiled training steps, and planning for devices that are not available."""

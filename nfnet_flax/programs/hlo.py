@@ -1,4 +1,4 @@
-"""Reading compiled programs: what they move between devices, and what a TPU's compiler expects them to cost."""
+"""Reads compiled programs: the data that they move between devices, their FLOPs, and a TPU compiler's time estimate."""
 
 import collections
 import dataclasses
@@ -18,26 +18,26 @@ class Operation:
     name: str
     opcode: str
     result: str
-    """Its type: `f32[8,128]{1,0}`, or a tuple of them."""
+    """Type of its result: `f32[8,128]{1,0}`, or a tuple of them."""
     cycles: int
-    """The compiler's estimate; 0 where it gives none."""
+    """The compiler's estimate of its cycles; 0 if there is none."""
     source: str
-    """Where it comes from in the traced program."""
+    """Name of the operation in the traced program that it comes from."""
     called: tuple[str, ...]
-    """Computations that it runs (of a loop: condition and body), but not what is fused into it."""
+    """Computations that it runs (for a loop: condition and body), without those that are fused into it."""
     trip_count: int | None
-    """Of a loop, where the compiler says it."""
+    """Number of turns of a loop, if the compiler gives it."""
     literal: int | None
-    """Of a whole-number constant."""
+    """Value of an integer constant."""
     fused: tuple[str, ...]
     """Computations that are fused into it."""
     flops: int
-    """Of a convolution or matrix product: twice its multiplications with what is not padding."""
+    """FLOPs of a convolution or matrix product: twice the number of multiplications, without those by padding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations of a compiled program."""
+    """The computations of a compiled program."""
 
     entry: str
     computations: dict[str, list[Operation]]
@@ -90,12 +90,12 @@ def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
 
 
 def _trip_count(program: Program, operation: Operation) -> int:
-    """How often the computations of an operation run: what its name says, or the one constant in a loop's condition."""
+    """How often the computations of an operation run: for a loop, from the compiler, its name, or its condition."""
     if operation.opcode != "while":
         return 1
     if operation.trip_count is not None:
         return operation.trip_count
-    if named := re.search(r"turns_(\d+)/while$", operation.source):  # the compiler must not know: `parallel/reduce.py`
+    if named := re.search(r"turns_(\d+)/while$", operation.source):  # hidden from the compiler by `parallel/reduce.py`
         return int(named[1])
     literals = [each.literal for each in program.computations[operation.called[0]] if each.literal is not None]
     if len(literals) != 1:
@@ -107,7 +107,7 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
     """The compiler's estimate of one run, loops multiplied by their trip counts and the most expensive branch taken.
 
     Returns:
-      All cycles, and the cycles of each kind of operation: where it comes from and the shape of its result.
+      All cycles, and the cycles of each kind of operation, named by its source and the shape of its result.
     """
     by_source: collections.Counter[str] = collections.Counter()
 
@@ -137,7 +137,8 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
 
 
 def flops(program: Program) -> int:
-    """Of all convolutions and matrix products of one run on one device, loops multiplied, each branch taken."""
+    """FLOPs of all convolutions and matrix products in one run on one device: loops are multiplied by their trip
+    counts, and all branches are counted."""
 
     def walk(name: str) -> int:
         total = 0
@@ -151,14 +152,15 @@ def flops(program: Program) -> int:
 
 
 def collective_bytes(program: Program) -> dict[str, int]:
-    """Payload of each kind of collective in one run, per device: the bytes of its results, loops multiplied."""
+    """Payload of each kind of collective in one run, per device: the size of its results in bytes, with loops
+    multiplied by their trip counts."""
     found: collections.Counter[str] = collections.Counter()
 
     def walk(name: str, times: int) -> None:
         for operation in program.computations[name]:
             kind = operation.opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
-                # An asynchronous start of these also returns its operand.
+                # The result of the asynchronous start of these kinds also contains the operand.
                 halved = operation.opcode != kind and kind in ("all-gather", "collective-permute")
                 found[kind] += times * _size(operation.result) // (2 if halved else 1)
             for body in operation.called:

@@ -1,7 +1,7 @@
-"""Compiling a recipe's training step for a TPU, without one: will it fit, and what will it cost?
+"""Compiles a recipe's training step for a TPU, without having one, and reports memory, collectives, FLOPs and time.
 
-libtpu holds the real compiler, which runs on any x86 machine. What it says of memory is exact, as are
-collectives and FLOPs, counted in its program; its cycles are an estimate, good for ratios within one version of it.
+libtpu contains the real compiler, which runs on any x86 machine. Its memory figures are exact, and so are collectives
+and FLOPs, which are counted in its program. Its cycles are an estimate, which is useful for ratios within one version.
 """
 
 import collections
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from nfnet_flax.training.state import TrainState
 
-# Of each device that JAX sees: HBM in GiB, and the clock in GHz where it follows from the published peak.
+# For each kind of device: HBM in GiB, and the clock in GHz if it follows from the published peak.
 _DEVICES: dict[str, tuple[float, float | None]] = {
     "TPU v2": (8, 0.70),
     "TPU v3": (16, 0.94),
@@ -37,43 +37,44 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock guards a chip, and there is none
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock protects a chip, and there is none
 }
 _NUM_EXAMPLES = 1_281_167
-"""Of ImageNet; only the schedule depends on it."""
+"""Number of training images of ImageNet; only the schedule depends on it."""
 _REMATERIALIZATIONS: tuple[Literal["none", "blocks", "full"], ...] = ("none", "blocks", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of one training step, per device."""
+    """What the compiler reports about one training step, per device."""
 
     topology: str
     device_kind: str
     num_devices: int
     images_per_device: int
-    """Under `spatial` those of a group of devices, each of which holds a part of their height."""
+    """Number of images per device; with `spatial`, of a group of devices, each of which has a part of their height."""
     batch_size: int
     image_size: int
     rematerialization: str
     num_parameters: int
     parameter_bytes: int
-    """Of the parameters and running statistics."""
+    """Size of parameters and running statistics."""
     state_bytes: int
-    """Of parameters, optimizer and EMA together."""
+    """Size of parameters, optimizer state and EMA together."""
     temporary_bytes: int
-    """Activations, gradients and what else lives within a step."""
+    """Size of activations, gradients and other arrays that exist only within a step."""
     peak_bytes: int
     hbm_bytes: int
     flops: float
-    """Of the convolutions and matrix products of one step."""
+    """FLOPs of the convolutions and matrix products of one step."""
     collectives: dict[str, int]
-    """Kind -> payload in bytes."""
+    """Kind of collective -> payload of one step in bytes."""
     cycles: int
-    """Estimated."""
+    """The compiler's estimate of the cycles of one step."""
     clock_hz: float | None
+    """Clock of the device; None: not known."""
     most_expensive: list[tuple[str, int]]
-    """Operations by source, and their estimated cycles."""
+    """The most expensive operations, by their source in the traced program, and their estimated cycles."""
     compile_s: float
 
     @property
@@ -83,7 +84,7 @@ class Plan:
 
 
 def set_environment() -> None:
-    """Tells libtpu that there is no TPU here; to be called before JAX is imported."""
+    """Sets the environment variables that libtpu needs where there is no TPU; call it before JAX is imported."""
     os.environ.update(_ENVIRONMENT)
 
 
@@ -91,7 +92,7 @@ def plan(recipe: Recipe, topology: str, *, num_operations: int = 10) -> Plan:
     """Compiles the training step of a recipe for a topology such as `v5e:2x4`.
 
     Raises:
-      ConfigError: libtpu is missing or does not know the topology, or the batch does not divide over it.
+      ConfigError: libtpu is missing or does not know the topology, or the batch cannot be divided over it.
     """
     import jax
 
@@ -108,11 +109,11 @@ def plan(recipe: Recipe, topology: str, *, num_operations: int = 10) -> Plan:
 
 
 def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lowered]":
-    """The training step of a recipe on a mesh, ready to be compiled, and the shapes of its state. Allocates nothing on
-    the devices, and opens no images.
+    """The training step of a recipe on a mesh, ready to be compiled, and the shapes of its state. No memory of the
+    devices is allocated, and no images are opened.
 
     Raises:
-      ConfigError: the batch does not divide over the mesh, or the objective's arrays (a teacher) cannot be read.
+      ConfigError: the batch cannot be divided over the mesh, or the objective's arrays (a teacher) cannot be read.
     """
     import jax
     import jax.numpy as jnp
@@ -155,7 +156,7 @@ def _report(
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
-        raise ConfigError(f"the compiler for {topology} does not show what it has made: install another libtpu")
+        raise ConfigError(f"the compiler for {topology} does not show the compiled program: install another libtpu")
     program = parse(text)
     cycles, by_source = estimated_cycles(program)
     device = mesh.devices.flat[0]
@@ -192,10 +193,10 @@ def _report(
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology as the compiler sees them, ordered by process as in a run.
+    """The devices of a topology, as the compiler describes them, ordered by process as in a run.
 
     Raises:
-      ConfigError: libtpu is missing, or knows no such topology.
+      ConfigError: libtpu is missing, or does not know the topology.
     """
     from jax.experimental import topologies
 
@@ -204,13 +205,13 @@ def devices_of(topology: str) -> list[Any]:
         return sorted(found, key=lambda device: device.process_index)
     except Exception as error:  # libtpu's own errors have no common class
         raise ConfigError(
-            f"topology {topology!r}: {str(error).splitlines()[0]}. It takes libtpu (pip install 'nfnet_flax[tpu]') "
+            f"topology {topology!r}: {str(error).splitlines()[0]}. This needs libtpu (pip install 'nfnet_flax[tpu]') "
             "and a name such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4"
         ) from error
 
 
 def describe(found: Plan) -> str:
-    """A plan for people."""
+    """A plan as text for people."""
     lines = [
         f"{found.topology}: {found.num_devices} x {found.device_kind}, {found.images_per_device} images of "
         f"{found.image_size} px each; rematerialization {found.rematerialization}; compiled in {found.compile_s:.0f} s",
@@ -235,15 +236,15 @@ def describe(found: Plan) -> str:
 
 
 def search(recipe: Recipe, topology: str) -> list[Plan]:
-    """The largest power of two of images per device that fits, for each rematerialization; prints as it goes.
+    """Finds the largest number of images per device, a power of two, that fits, for each rematerialization.
 
-    Each device takes its images as one microbatch.
+    Each device computes its images as one microbatch. A line is printed for each plan.
 
     Returns:
-      The plans that were compiled, the one to take last.
+      The plans that were compiled; the recommended one is the last.
 
     Raises:
-      ConfigError: as `plan` does.
+      ConfigError: as for `plan`.
     """
     from nfnet_flax.parallel.mesh import make_mesh, num_batch_shards
 
@@ -256,7 +257,7 @@ def search(recipe: Recipe, topology: str) -> list[Plan]:
         while True:
             tried = dataclasses.replace(
                 recipe,
-                # Mixing happens on the host, in groups that few images per device need not fill.
+                # Mixing happens on the host, so it does not matter here; few images per device may not fill its groups.
                 data=dataclasses.replace(recipe.data, batch_size=images * num_groups, mixing=None),
                 execution=dataclasses.replace(
                     recipe.execution, rematerialization=rematerialization, num_microbatches=num_groups

@@ -1,16 +1,17 @@
-"""How many multiplications the convolutions and matrix products of a compiled program take."""
+"""Counts the multiplications of the convolutions and matrix products of a compiled program."""
 
 import math
 import re
 
 
 def product_flops(opcode: str, text: str, results: dict[str, str]) -> int:
-    """Two for each multiplication; padding and the holes of a dilation are not multiplied.
+    """FLOPs of an instruction: two for each multiplication; those by padding or by the holes of a dilation do not
+    count.
 
     Args:
       opcode: `convolution` or `dot`.
       text: the instruction after its name, as in `f32[8,16] dot(%x, %y), lhs_contracting_dims={1}, ...`.
-      results: name -> type, of the instructions before it.
+      results: name -> type of the result, for the instructions before it.
     """
     operands = re.search(rf" {opcode}\(([^)]*)\)", text)
     assert operands is not None, text
@@ -48,7 +49,7 @@ def _window(text: str) -> dict[str, list[str]]:
 
 
 def _products(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of a position of the output and one of the kernel that meet an element of the input, along one axis."""
+    """Number of pairs of an output position and a kernel position that use an element of the input, along one axis."""
     stride, spread, dilation = (int(window.get(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
     low = int(window.get("pad", "0_0").split("_")[0])
     positions = (o * stride + k * dilation - low for o in range(out) for k in range(kernel))
