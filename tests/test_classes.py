@@ -115,7 +115,7 @@ def test_training_and_held_out_examples_may_not_be_the_same(sets: Path, kind: st
         "tfds": {"eval_split": "train[:2]"},
     }
     config = data(dataclasses.replace(config_of(kind, sets), **changes[kind]))
-    with pytest.raises(ConfigError, match="an evaluation on what is trained on says nothing"):
+    with pytest.raises(ConfigError, match="an evaluation on training images means nothing"):
         open_split(config, "train")
     assert len(open_split(config, "eval", CLASSES)) > 0  # to evaluate a run on what it was trained on
     open_split(dataclasses.replace(config, num_held_out=3), "train")  # the eval split is not used

@@ -21,7 +21,7 @@ from tests.image_sets import CLASSES, config_of, copied
 from tests.runs import DIGITS
 from tests.test_classes import KINDS, data
 
-TRAINED_ON = "an evaluation on what is trained on says nothing"
+TRAINED_ON = "an evaluation on training images means nothing"
 
 
 def held_out_of_run(trained: DataConfig, config: DataConfig) -> Source:

@@ -95,7 +95,7 @@ def test_a_class_folder_that_may_not_be_entered_is_named(sets: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=runs.ROOT)
     victim.chmod(0o755)
     assert str(victim) in done.stdout, done
-    assert "cannot be looked into (Permission denied)" in done.stdout
+    assert "cannot be read (Permission denied)" in done.stdout
 
 
 def test_paths_are_resolved_and_urls_refused(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,7 @@ def test_the_command_refuses_what_the_run_trained_on(
     assert cli.main([*options, "--data.num-held-out", "3"]) == EXIT_BAD_INPUT
     assert "data.num_held_out = 3: must be None, as in the run" in capsys.readouterr().err
     assert cli.main([*options, "--data.source.eval", "train"]) == EXIT_BAD_INPUT
-    assert "what is trained on says nothing" in capsys.readouterr().err
+    assert "an evaluation on training images means nothing" in capsys.readouterr().err
     shutil.rmtree(root / "val")
     assert cli.main(options) == EXIT_BAD_INPUT
     assert "a run that has not begun can hold out training images" in capsys.readouterr().err

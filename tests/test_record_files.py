@@ -118,7 +118,7 @@ def test_a_shard_of_another_set_is_refused_at_the_start(sets: Path, tmp_path: Pa
         source=dataclasses.replace(config, train=(f"{tmp_path}/other/train-*",)), batch_size=12, on_corrupt="skip"
     )
     source = open_split(foreign, "train", (*CLASSES, f"{CLASSES[0]}_x"))
-    with pytest.raises(ConfigError, match=r"it is 'z_last/.*', but its label is 2.*the file belongs to another set"):
+    with pytest.raises(ConfigError, match=r"it is 'z_last/.*', but its label 2 is .*the file belongs to another set"):
         num_replaced(foreign, source)
 
 

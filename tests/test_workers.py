@@ -128,7 +128,8 @@ def test_a_killed_worker_is_named_with_the_step_it_owed() -> None:
         message = first_failure(iterator)
     assert time.monotonic() - began < 30
     found = re.match(
-        rf"input worker 0 \(pid {pid}\) was killed by SIGKILL .*; it owed the batch of step (\d+)$", message
+        rf"input worker 0 \(pid {pid}\) was killed by SIGKILL .*; it had not delivered the batch of step (\d+)$",
+        message,
     )
     assert found, message
     assert 8 <= int(found[1]) <= 10
@@ -138,8 +139,8 @@ def test_a_killed_worker_is_named_with_the_step_it_owed() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "complaint"),
     [
-        ("exit 0", r"input worker 0 \(pid \d+\) exited with code 0; it owed the batch of step \d+$"),
-        ("sys.exit", r"input worker 0 \(pid \d+\) exited with code 3; it owed the batch of step \d+$"),
+        ("exit 0", r"input worker 0 \(pid \d+\) exited with code 0; it had not delivered the batch of step \d+$"),
+        ("sys.exit", r"input worker 0 \(pid \d+\) exited with code 3; it had not delivered the batch of step \d+$"),
         (
             "raise",
             r"(?s)input worker 0 \(pid \d+\), preparing the batch of step \d+: LookupError: the shelf is empty; "

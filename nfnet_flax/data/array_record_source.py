@@ -36,24 +36,25 @@ from nfnet_flax.data.random_access import (
 )
 from nfnet_flax.paths import check_path
 
-# Reading the ends of a file is waiting for the disk or the network.
+# Reading the ends of a file means waiting for the disk or the network, so many are read at once.
 _NUM_OPEN_THREADS = 16
 _Found = list[tuple[Path, Shard]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRecordSource(SourceConfig):
-    """ArrayRecord files written by `tools/prepare_imagenet.py`, with their `train.json` or `eval.json` beside them."""
+    """ArrayRecord files written by `tools/prepare_imagenet.py`, with `train.json` or `eval.json` in the same folder."""
 
     place_fields: ClassVar[tuple[str, ...]] = ("train", "eval")
 
     train: tuple[str, ...]
     """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
     the order of their sorted paths. A pattern must find every shard of the set that it describes, and both splits
-    together all shards of that set; files that are named one by one may be a part of it, which is said. `~` is the home
-    folder; a folder whose name holds `[`, `]`, `*` or `?` is found by its plain name."""
+    together must use all shards of that set. Files that are listed one by one may be a part of the set; a warning then
+    says which part is missing. `~` is the home folder; a folder whose name contains `[`, `]`, `*` or `?` is given as it
+    is."""
     eval: tuple[str, ...]
-    """Files or patterns of the held-out split."""
+    """Files or patterns of the held-out split, as for `train`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +80,7 @@ class ArrayRecordSource(SourceConfig):
         _check_apart(self)
 
     def num_open_files(self) -> int:
-        with contextlib.suppress(ConfigError):  # for whoever opens them
+        with contextlib.suppress(ConfigError):  # reported when the split is opened
             return len(find_shards(self.train, "source.train")) + len(find_shards(self.eval, "source.eval"))
         return 0
 
@@ -88,18 +89,18 @@ class ArrayRecords:
     """A split, or some shards of one, prepared by `tools/prepare_imagenet.py`; images stay encoded."""
 
     def __init__(self, config: ArrayRecordSource, split: Split) -> None:
-        """Looks at the manifest, and at the sizes and ends of the files.
+        """Reads the manifest, and compares the sizes and ends of the files with it.
 
         Args:
           config: which files.
-          split: for which use.
+          split: which split of them.
 
         Raises:
-          ConfigError: as `find_shards` and `read_manifest`; patterns leave out shards of a set; files differ from their
-            manifest or in their classes; or shards of a held-out set are to be trained on.
+          ConfigError: as for `find_shards` and `read_manifest`; patterns leave out shards of a set; files differ from
+            their manifest or in their classes; or the training split contains shards of a held-out set.
           OSError: a file cannot be read.
         """
-        from nfnet_flax.data.record_files import open_records  # a library, which a recipe does not need
+        from nfnet_flax.data.record_files import open_records  # imports a library that a recipe does not need
 
         self.class_names, found = _listed(config, split)
         self.unused = _left_out(config, split, [path for path, _ in found])
@@ -122,15 +123,15 @@ class ArrayRecords:
         except CorruptRecordError as error:
             raise CorruptRecordError(f"{self.describe(index)} is damaged: {error}") from error
         if (wrong := contradiction(example, self.class_names)) is not None:
-            raise ConfigError(f"{self.describe(index)}: {wrong}; copy file and manifest again, both of one set")
+            raise ConfigError(f"{self.describe(index)}: {wrong}; copy the file and the manifest of the same set again")
         return {"image": example.image, "label": np.int32(example.label)}
 
     def fingerprint(self) -> str:
-        """Of the classes and of the contents of every shard, as recorded when they were written."""
+        """Digest of the classes and of the contents of every shard, as recorded when they were written."""
         return self._fingerprint
 
     def contents(self) -> str:
-        """Nothing: the fingerprint covers them."""
+        """Empty: the fingerprint covers the contents."""
         return ""
 
     def describe(self, index: int) -> str:
@@ -138,25 +139,25 @@ class ArrayRecords:
         return f"{path} record {number}"
 
     def _place(self, index: int) -> tuple[str, int]:
-        """File of an example, and its number in there."""
+        """The file of an example, and the example's number in it."""
         index = check_index(index, len(self))
         shard = bisect.bisect_right(self._ends, index)
         return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
 
 
 def _check_apart(config: ArrayRecordSource) -> None:
-    """Raises ConfigError if both splits hold the same shard, under whatever name; says nothing of a missing split."""
+    """Raises ConfigError if both splits contain the same shard, under whatever name; ignores a missing split."""
     patterns: dict[Split, Sequence[str]] = {"train": config.train, "eval": config.eval}
     found: dict[Split, dict[str, Path]] = {}
     for split in patterns:
         try:
             found[split] = {shard.blake2b: path for path, shard in _listed(config, split)[1]}
-        except ConfigError:  # for whoever opens that split
+        except ConfigError:  # reported when that split is opened
             return
     if shared := sorted(found["train"].keys() & found["eval"].keys(), key=lambda key: found["train"][key]):
         raise ConfigError(
             f"source.train = {config.train!r} and source.eval = {config.eval!r} share {len(shared)} shards, such as "
-            f"{str(found['train'][shared[0]])!r}: an evaluation on what is trained on says nothing; take other shards, "
+            f"{str(found['train'][shared[0]])!r}: an evaluation on training images means nothing; give other shards, "
             "or hold images out from the beginning of a run by --data.num-held-out"
         )
 
@@ -168,7 +169,7 @@ def _listed(config: ArrayRecordSource, split: Split) -> tuple[tuple[str, ...], _
     if split == "train" and (held_out := [path for path in paths if split_of(path) == "eval"]):
         raise ConfigError(
             f"{field} = {patterns!r}: takes {len(held_out)} shards of the held-out set, such as "
-            f"{str(held_out[0])!r}: name the training shards alone, such as 'FOLDER/train-*.array_record'"
+            f"{str(held_out[0])!r}: give only training shards, such as 'FOLDER/train-*.array_record'"
         )
     manifests = {key: read_manifest(*key) for key in sorted({(path.parent, split_of(path)) for path in paths})}
     class_names = next(iter(manifests.values())).class_names
@@ -180,16 +181,16 @@ def _listed(config: ArrayRecordSource, split: Split) -> tuple[tuple[str, ...], _
 
 
 def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) -> tuple[Unused, ...]:
-    """Shards of the sets of `paths` that no split reads, where files are named one by one: that is meant, and said.
+    """Shards of the sets of `paths` that no split reads. They are reported if files are listed one by one.
 
     Raises:
-      ConfigError: patterns leave them out, which might be a slip.
+      ConfigError: patterns leave shards out, which may be a mistake.
     """
     field, patterns = f"source.{split}", config.train if split == "train" else config.eval
     unused: list[Unused] = []
     for folder, kind in sorted({(path.parent, split_of(path)) for path in paths}):
         manifest = read_manifest(folder, kind)
-        # By name: the files of the other split, where the set is divided between the two, may lie on another machine.
+        # Compared by name: if a set is divided between both splits, files of the other one may be on another machine.
         read = {name for pattern in (*config.train, *config.eval) for name in described(pattern, folder, manifest)}
         missing = [shard for shard in manifest.shards if shard.file not in read | {path.name for path in paths}]
         if not missing:
@@ -209,7 +210,7 @@ def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) ->
 
 
 def _shard_of(path: Path, manifest: Manifest) -> Shard:
-    """The manifest's entry of a file."""
+    """The manifest's entry for a file."""
     for shard in manifest.shards:
         if shard.file == path.name:
             return shard
@@ -217,7 +218,7 @@ def _shard_of(path: Path, manifest: Manifest) -> Shard:
 
 
 def _check_identity(path: Path, shard: Shard) -> None:
-    """Checks that a file is the one that its manifest describes, as far as that can be seen without reading it all."""
+    """Checks that a file is the one that its manifest describes, as far as possible without reading all of it."""
     if (size := path.stat().st_size) != shard.num_bytes:
         raise ConfigError(
             f"{str(path)!r} has {size} bytes, not the {shard.num_bytes} that were written: copy it again, or delete "

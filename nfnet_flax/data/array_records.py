@@ -1,17 +1,17 @@
-"""Sets of images in ArrayRecord files: the format that `tools/prepare_imagenet.py` writes, and its source.
+"""Sets of images in ArrayRecord files: the format that `tools/prepare_imagenet.py` writes.
 
-A set is a folder with, per split, shards `train-00000-of-00256.array_record` ... and a manifest `train.json`, which is
-written last and holds the class list and each shard's length, size and BLAKE2b, of all of it and of its two ends. The
-latter ties a shard to its manifest at every start, where reading all of it would take too long. A record is one
-example, little-endian:
+A set is a folder. For each split it contains shards `train-00000-of-00256.array_record` ... and a manifest
+`train.json`, which is written last. The manifest lists the classes and, for each shard, the number of records, the
+size, the BLAKE2b of the whole file, and the BLAKE2b of its two ends. Every start compares the latter with the file, as
+reading the whole file would take too long. A record is one example, little-endian:
 
     4 bytes   CRC-32 of all that follows
     4 bytes   label, int32
     2 bytes   length of the name
     ...       name, UTF-8: class_name/file_name
-    ...       the encoded image, as it was found
+    ...       the encoded image, unchanged
 
-Records lie in groups of one, for random access, and uncompressed: encoded images do not shrink.
+Each record is a group of its own, for random access, and is not compressed, as encoded images do not become smaller.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from nfnet_flax.paths import local_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT_VERSION = 2
-"""1 had no `Shard.ends_blake2b`; such sets are still read."""
+"""Version of the format. Version 1 had no `Shard.ends_blake2b`; such sets can still be read."""
 _ENDS_BYTES = 1 << 16
 _HOW_TO_GET_IT = "python tools/prepare_imagenet.py --help says how to make such a set"
 _CRC = struct.Struct("<I")
@@ -44,13 +44,13 @@ _SHARD_NAME = re.compile(r"(train|eval)-\d{5}-of-\d{5}\.array_record")
 
 
 class Example(NamedTuple):
-    """What a record holds."""
+    """The contents of a record."""
 
     label: int
     name: str
     """`class_name/file_name`."""
     image: bytes
-    """An encoded file."""
+    """The bytes of the encoded file."""
 
 
 def encode_record(example: Example) -> bytes:
@@ -64,8 +64,8 @@ def decode_record(record: bytes, *, check: bool) -> Example:
     """The inverse of `encode_record`.
 
     Args:
-      record: its bytes.
-      check: compares the checksum. Not needed after a plain read, where the file's own checksums are compared.
+      record: bytes of the record.
+      check: whether to compare the checksum. Not needed after a plain read, which compares the file's own checksums.
 
     Raises:
       CorruptRecordError: the record is too short, or its checksum differs.
@@ -82,14 +82,12 @@ def decode_record(record: bytes, *, check: bool) -> Example:
 
 
 def contradiction(example: Example, class_names: Sequence[str]) -> str | None:
-    """What is wrong where a record's label and the class in its name do not agree; None where they do."""
+    """The problem if a record's label does not agree with the class in its name; None if they agree."""
     label = example.label
     wanted = repr(class_names[label]) if 0 <= label < len(class_names) else f"none of {len(class_names)} classes"
     if wanted == repr(example.name.partition("/")[0]):
         return None
-    return (
-        f"it is {example.name!r}, but its label is {label}, by the manifest {wanted}: the file belongs to another set"
-    )
+    return f"it is {example.name!r}, but its label {label} is {wanted} in the manifest: the file belongs to another set"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,15 +95,15 @@ class Shard:
     """One file of a set."""
 
     file: str
-    """Its name, without folder."""
+    """Name of the file, without folder."""
     num_records: int
-    """Examples in it."""
+    """Number of examples in the file."""
     num_bytes: int
-    """Its size."""
+    """Size of the file."""
     blake2b: str
     """Hexadecimal BLAKE2b (64 bytes) of the file."""
     ends_blake2b: str | None
-    """`ends_digest` of the file; None: the set was prepared before it was recorded."""
+    """`ends_digest` of the file; None: the set was prepared by a version that did not record it."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -113,16 +111,16 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a split consists of; stored as JSON beside its shards."""
+    """Description of a split, stored as JSON in the folder of its shards."""
 
     format_version: int
-    """Of the records and of this file."""
+    """Version of the format of the records and of this file."""
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     input_digest: str
-    """Of what the split was made from: names, labels, sizes, number of shards."""
+    """Digest of the images that the split was made from (names, labels, sizes), and of the number of shards."""
     shards: tuple[Shard, ...]
-    """In the order of the examples."""
+    """Files of the split, in the order of the examples."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -133,7 +131,7 @@ class Manifest:
 
 
 def manifest_path(folder: Path, split: str) -> Path:
-    """Where the manifest of a split lies."""
+    """Path of the manifest of a split."""
     return folder / f"{split}.json"
 
 
@@ -166,7 +164,8 @@ def read_manifest(folder: Path, split: str) -> Manifest:
 
 
 def ends_digest(path: Path) -> str:
-    """Hexadecimal BLAKE2b of the first and the last 64 KiB of a file: its first images, and where every record lies."""
+    """Hexadecimal BLAKE2b of the first and the last 64 KiB of a file: its first images, and the index of its
+    records."""
     with open(path, "rb") as file:
         ends = file.read(_ENDS_BYTES)
         file.seek(max(0, os.fstat(file.fileno()).st_size - _ENDS_BYTES))
@@ -183,10 +182,10 @@ def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
 
     Args:
       patterns: files, or shell-style patterns.
-      field: where they were given, for messages.
+      field: name of the field in which they were given, for messages.
 
     Raises:
-      ConfigError: a pattern finds nothing, finds a file that is no shard, or misses shards that its manifest lists.
+      ConfigError: a pattern finds nothing, finds a file that is not a shard, or misses shards that its manifest lists.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -197,7 +196,7 @@ def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
             if not _SHARD_NAME.fullmatch(path.name):
                 raise ConfigError(
                     f"{field} = {pattern!r}: {str(path)!r} is not named like a shard, {shard_name('train', 0, 256)}: "
-                    f"name the shards alone, such as 'FOLDER/train-*.array_record'; {_HOW_TO_GET_IT}"
+                    f"give only shards, such as 'FOLDER/train-*.array_record'; {_HOW_TO_GET_IT}"
                 )
         for folder, split in sorted({(path.parent, split_of(path)) for path in paths}):
             wanted = {shard.file for shard in read_manifest(folder, split).shards}
@@ -213,12 +212,12 @@ def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether the last part of what was given may stand for several files."""
+    """Whether the last part of a path is a pattern, which may match several files."""
     return glob.has_magic(Path(text).name)
 
 
 def described(pattern: str, folder: Path, manifest: Manifest) -> list[str]:
-    """The shards of a manifest in `folder` that a file or pattern means, whether or not they are there."""
+    """The shards of a manifest in `folder` that a file or pattern matches, whether or not they exist."""
     where = local_path("pattern", pattern).parent
     if where != folder and not fnmatch.fnmatchcase(str(folder), _escaped(where)):
         return []
@@ -231,7 +230,7 @@ def _matches(pattern: str, field: str) -> list[Path]:
 
 
 def _escaped(pattern: Path) -> str:
-    """A pattern in which what is there under the very name that the pattern has is meant, such as `data [v2]`."""
+    """A pattern whose folders are taken literally where a folder of exactly that name exists, such as `data [v2]`."""
     place, *names = pattern.parts
     while names and os.path.lexists(os.path.join(place, names[0])):
         place = os.path.join(place, names.pop(0))

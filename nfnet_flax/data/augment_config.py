@@ -1,4 +1,4 @@
-"""Settings of the geometric augmentations; pure values, so that a recipe can be read where OpenCV is not installed."""
+"""Settings of the geometric augmentations. They are separate, so that a recipe can be read without OpenCV."""
 
 import dataclasses
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 from nfnet_flax.config import check_types, require
 
 Resampler = Literal["area_cubic", "pillow_bicubic"]
-"""How an image changes its size; `transforms.resize` says what each does."""
+"""Methods of resizing an image; `transforms.resize` describes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AffineAugment:
-    """A small random turn, scaling and shift: for images that are already of the network's size, such as digits."""
+    """A small random rotation, scaling and shift, for images that already have the network's size, such as digits."""
 
     max_degrees: float = 10.0
     """Largest rotation, in degrees."""
@@ -44,7 +44,7 @@ class CropAugment:
     flip: bool = True
     """Whether half of the images are mirrored left to right."""
     resampler: Resampler = "area_cubic"
-    """How the crop is resized."""
+    """Method that resizes the crop."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,7 +1,7 @@
-"""The one rule of labels: a label means the name of its class, and every split is read by these names.
+"""The rule for labels: a label stands for the name of a class, and the labels of every split follow the class names.
 
-The list of a run's class names is fixed when the run begins. A number alone means nothing: a split in which a class was
-renamed, added or left out numbers its classes otherwise.
+The list of a run's class names is fixed when the run begins. The numbers of a split cannot be used as they are: a split
+in which a class was renamed, added or left out numbers its classes differently.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from nfnet_flax.units import shown
 
 
 def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.ndarray:
-    """The label of each of a split's own classes within the wanted list.
+    """The label in the wanted list for each of a split's own classes.
 
     Args:
-      own: class names of the split, in the order of its own labels. It may lack some of `wanted`.
+      own: class names of the split, in the order of its own labels. Some of `wanted` may be missing.
       wanted: class names of the run, in the order of its labels.
-      split: for the message.
+      split: name of the split, for the message.
 
     Returns:
       (len(own),) int32.
 
     Raises:
-      ConfigError: `wanted` does not hold a name of `own`.
+      ConfigError: a name of `own` is not in `wanted`.
     """
     label_of = {name: label for label, name in enumerate(wanted)}
     if unknown := [name for name in own if name not in label_of]:
@@ -38,7 +38,7 @@ def label_table(own: Sequence[str], wanted: Sequence[str], split: Split) -> np.n
 
 
 def spare_outputs(num_classes: int, class_names: Sequence[str]) -> str | None:
-    """What to say of a network with more outputs than classes; None where each output has one."""
+    """A message about a network with more outputs than classes; None if each output has a class."""
     spare = num_classes - len(class_names)
     if spare <= 0:
         return None
@@ -52,14 +52,14 @@ def with_classes(source: Source, class_names: Sequence[str], split: Split, *, is
     """A source whose labels are those of `class_names`.
 
     Args:
-      source: with its own list of classes.
-      class_names: in the order of the labels.
-      split: for messages.
-      is_checked: whether the source is known to give only labels of its classes. It is then returned as it is where it
-        has just these classes; otherwise each label is looked at when its example is read.
+      source: a source with its own list of classes.
+      class_names: the wanted class names, in the order of the labels.
+      split: name of the split, for messages.
+      is_checked: whether the source is known to return only labels of its classes. If so, and if it has exactly the
+        wanted classes, it is returned unchanged; otherwise each label is checked when its example is read.
 
     Raises:
-      ConfigError: as `label_table`.
+      ConfigError: as for `label_table`.
     """
     names = tuple(class_names)
     table = label_table(source.class_names, names, split)

@@ -1,4 +1,4 @@
-"""Settings of the input; separate from the pipeline, so that a recipe can be read where Grain is not installed."""
+"""Settings of the input. They are separate from the pipeline, so that a recipe can be read without Grain."""
 
 import dataclasses
 from typing import Literal
@@ -10,13 +10,13 @@ from nfnet_flax.data.source_config import DigitsSource, SourceConfig
 from nfnet_flax.open_config import with_places_of
 
 EXECUTION_FIELDS = ("num_threads", "num_workers", "prefetch_batches", "stall_timeout_s")
-"""Fields of `DataConfig` that decide how batches are made and change no byte of them."""
+"""Fields of `DataConfig` that say how batches are computed and do not change their contents."""
 RESUMABLE_FIELDS = (*EXECUTION_FIELDS, "on_corrupt")
-"""Fields that may change at a resume. What is done about an image that cannot be decoded has decided no batch of a run
-that such an image ended: with "skip", it goes on from where it was."""
+"""Fields that may change when a run continues. `on_corrupt` is one of them because it has changed no batch of a run
+that a corrupt image ended: with "skip", that run continues from where it was."""
 
 _MAX_LANES = 4096
-"""Threads or worker processes of one process: more than any machine has processors."""
+"""Largest number of threads or worker processes of one process: more than any machine has processors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,44 +26,46 @@ class DataConfig:
     source: SourceConfig = dataclasses.field(default_factory=DigitsSource)
     """The set of images."""
     num_held_out: int | None = None
-    """The first so many training examples are left out of training and take the place of the source's own held-out
-    split; None: the source's own."""
+    """Number of training examples, the first ones, that are left out of training and used for evaluation instead of the
+    source's held-out split; None: the source's held-out split is used."""
     image_size: int = 32
     """Height and width of training images, in pixels."""
     eval_image_size: int = 32
     """Height and width of evaluation images, in pixels."""
     eval_crop_margin: int = 0
-    """An evaluation image is resized to so many pixels more than `eval_image_size` on each side, then cropped at its
-    centre (published: 32)."""
+    """Number of pixels by which height and width of a resized evaluation image exceed `eval_image_size`; its centre is
+    then cropped (published: 32)."""
     resampler: Resampler = "area_cubic"
-    """How evaluation images are resized, and training images under `AffineAugment`; `CropAugment` has its own."""
+    """Method that resizes evaluation images, and training images with `AffineAugment`; `CropAugment` has its own."""
     batch_size: int = 64
-    """Examples of one update, over all processes and devices."""
+    """Number of examples of one update, over all processes and devices."""
     eval_batch_size: int = 120
-    """Examples of one evaluation batch, over all processes and devices."""
+    """Number of examples of one evaluation batch, over all processes and devices."""
     augment: AffineAugment | CropAugment | None = None
-    """What is done to each training image by itself; None: what suits the source, `CropAugment()` for photos and
-    `AffineAugment()` for digits and noise, which have the network's size."""
+    """Geometric augmentation of each training image; None: the default of the source, which is `CropAugment()` for
+    photos and `AffineAugment()` for digits and noise, which already have the network's size."""
     randaugment: RandAugmentConfig | None = None
     """RandAugment (arXiv 1909.13719) of training images; None: off."""
     mixing: MixingConfig | None = None
     """Mixup and CutMix of training images; None: both off."""
     on_corrupt: Literal["raise", "skip"] = "raise"
-    """An image that cannot be decoded ends the run, or is replaced by the next example that can be and counted in the
-    metric `data/num_corrupt`; in an evaluation it is then left out and counted in `eval/num_corrupt`."""
+    """What happens with an image that cannot be decoded. `raise`: it ends the run. `skip`: in training, the next
+    example that can be decoded replaces it, counted in the metric `data/num_corrupt`; an evaluation leaves it out,
+    counted in `eval/num_corrupt`."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean that is subtracted from the grey levels (0 to 255) of each channel; by default ImageNet's."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Standard deviation by which the grey levels of each channel are divided then; by default ImageNet's."""
+    """Standard deviation by which the grey levels of each channel are then divided; by default ImageNet's."""
     num_threads: int = 2
-    """Input threads of each process, where there are no worker processes. Reading, decoding and resizing run in them
-    side by side, so they do as well as processes."""
+    """Number of input threads of each process, used if there are no worker processes. Reading, decoding and resizing
+    run in parallel in them, so for most sources they are as fast as processes."""
     num_workers: int = 0
-    """Worker processes of each process, for a source whose Python code holds the threads up; 0: threads."""
+    """Number of worker processes of each process, for a source whose Python code blocks the threads; 0: use threads."""
     prefetch_batches: int = 4
-    """Batches that are ready or being prepared ahead of the step. Each thread or worker prepares one at a time."""
+    """Number of batches that are ready or in preparation ahead of the step. Each thread or worker prepares one at a
+    time."""
     stall_timeout_s: float = 300.0
-    """A batch that takes longer than this ends the run, with the stacks of what is stuck."""
+    """Longest time to wait for a batch, in seconds; after it the run ends and prints the stacks of what is stuck."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -86,7 +88,7 @@ class DataConfig:
         self._check_fit()
 
     def chosen_augment(self) -> AffineAugment | CropAugment:
-        """`augment`, or what suits the source where that is None."""
+        """`augment`, or the default of the source if that is None."""
         return self.source.default_augment() if self.augment is None else self.augment
 
     def _check_fit(self) -> None:
@@ -107,12 +109,12 @@ class DataConfig:
         return dataclasses.replace(self, **{name: getattr(other, name) for name in EXECUTION_FIELDS})
 
     def with_places_of(self, other: "DataConfig") -> "DataConfig":
-        """These settings with the images where `other` has them (`SourceConfig.place_fields`)."""
+        """These settings with the paths of images of `other` (`SourceConfig.place_fields`)."""
         return dataclasses.replace(self, source=with_places_of(self.source, other.source))
 
     def with_resumable_of(self, other: "DataConfig") -> "DataConfig":
-        """These settings with what may change at a resume taken from `other`: `RESUMABLE_FIELDS`, and where the images
-        lie (`SourceConfig.place_fields`)."""
+        """These settings with those of `other` that may change when a run continues: `RESUMABLE_FIELDS`, and the paths
+        of the images (`SourceConfig.place_fields`)."""
         return dataclasses.replace(
             self.with_places_of(other), **{name: getattr(other, name) for name in RESUMABLE_FIELDS}
         )

@@ -17,7 +17,7 @@ _HELD_OUT_EVERY = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsSource(SourceConfig):
-    """scikit-learn's 1,797 handwritten digits, which ship with it. They are enlarged to the recipe's image size."""
+    """scikit-learn's 1,797 handwritten digits, which it contains. They are enlarged to the recipe's image size."""
 
     def open(self, split: Split, image_size: int) -> ArraySource:
         return digits(split, image_size)
@@ -38,7 +38,7 @@ def digits(split: Split, image_size: int) -> ArraySource:
     held_out = np.arange(len(order)) % _HELD_OUT_EVERY == 0
     chosen = order[held_out if split == "eval" else ~held_out]
     field = "data.image_size" if split == "train" else "data.eval_image_size"
-    num_bytes = 5 * len(chosen) * image_size**2  # each by itself, all in one array, and that in three channels
+    num_bytes = 5 * len(chosen) * image_size**2  # single images, one array of them, and that array in three channels
     check_memory(field, image_size, num_bytes, f"{len(chosen)} digits of {image_size} px")
     grey = np.round(images[chosen] * (255 / 16)).astype(np.uint8)
     size = (image_size, image_size)

@@ -1,4 +1,4 @@
-"""One example: read, decoded and augmented, or an error that names it."""
+"""Reading, decoding and augmenting one example; errors name the example."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ Rows = dict[str, np.ndarray]
 
 
 def train_example(index: int, rng: np.random.Generator, *, config: DataConfig, source: Source) -> Rows:
-    """A training example after its own augmentation.
+    """A training example after its geometric augmentation.
 
     Args:
-      index: of the source.
-      rng: of the example's position in the stream.
-      config: augmentation and size, and what to do about a corrupt image.
-      source: of the training split.
+      index: index of the example in the source.
+      rng: random generator of the example's position in the stream.
+      config: augmentation and size, and what to do with a corrupt image.
+      source: the training split.
 
     Returns:
       `image` (size, size, 3) uint8 and `label`, a scalar int32. With `on_corrupt="skip"`, those of the first example
-      from `index` on that can be decoded, and `is_corrupt`, a scalar float32: 1 where that is another one.
+      from `index` on that can be decoded, and `is_corrupt`, a scalar float32: 1 if that example is not `index`.
 
     Raises:
       CorruptImageError: the image (with "skip": every image) cannot be decoded; the message names the example.
@@ -87,7 +87,7 @@ def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
 
 @contextlib.contextmanager
 def naming(source: Source, index: int) -> Iterator[None]:
-    """Adds the name of an example to the errors that arise in it."""
+    """Adds the name of an example to the errors that are raised within the context."""
     try:
         yield
     except (CorruptImageError, CorruptRecordError) as error:
@@ -103,12 +103,12 @@ def naming(source: Source, index: int) -> Iterator[None]:
 
 
 def rand_augment_example(example: Rows, rng: np.random.Generator, *, config: DataConfig) -> Rows:
-    """One example after RandAugment."""
+    """An example whose image RandAugment has changed."""
     assert config.randaugment is not None
     return {**example, "image": rand_augment(example["image"], rng, config.randaugment)}
 
 
 def rand_augment_rows(rows: Rows, rng: np.random.Generator, *, config: DataConfig) -> Rows:
-    """Each of a group of rows after RandAugment; they draw one after the other."""
+    """A group of rows whose images RandAugment has changed; they use one random generator, one after the other."""
     assert config.randaugment is not None
     return {**rows, "image": np.stack([rand_augment(image, rng, config.randaugment) for image in rows["image"]])}

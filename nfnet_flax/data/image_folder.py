@@ -24,7 +24,7 @@ from nfnet_flax.data.random_access import (
 from nfnet_flax.paths import check_path, local_path
 
 _LAYOUT = "expected are image files in one folder per class, such as train/n01440764/n01440764_18.JPEG"
-# Listing a folder is waiting for the disk or the network.
+# Listing a folder means waiting for the disk or the network, so many are listed at once.
 _NUM_SCAN_THREADS = 16
 
 # Why something that lies in a split is not used.
@@ -36,19 +36,20 @@ _DANGLING = "links to files that are not there"
 _SPECIAL = "things that are neither files nor folders"
 
 _Counts = dict[str, tuple[int, str]]
-"""By reason: how many, and one of them."""
+"""Reason why files are not used -> their number, and the path of one of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderSource(SourceConfig):
-    """Plain image files, `root/train/class_name/*` and `root/val/class_name/*`; classes are sorted by name."""
+    """Image files `root/train/class_name/*` and `root/val/class_name/*`; the classes are sorted by name."""
 
     place_fields: ClassVar[tuple[str, ...]] = ("root", "train", "eval")
 
     root: str
-    """Folder that holds the folders of both splits; `~` is the home folder."""
+    """Folder that contains the folders of both splits; `~` is the home folder."""
     train: str = "train"
-    """Folder of the training split within `root`. Its class folders number the labels of both splits."""
+    """Folder of the training split within `root`. Its class folders, sorted by name, determine the labels of both
+    splits."""
     eval: str = "val"
     """Folder of the held-out split within `root`."""
 
@@ -69,7 +70,7 @@ class FolderSource(SourceConfig):
         return ImageFolder(folder)
 
     def folder(self, split: Split) -> Path:
-        """Where the images of a split lie."""
+        """The folder with the images of a split."""
         name = self.train if split == "train" else self.eval
         return local_path(f"source.{split}", local_path("source.root", self.root) / name)
 
@@ -89,7 +90,7 @@ class FolderSource(SourceConfig):
         if self.folder("train") == self.folder("eval"):
             raise ConfigError(
                 f"source.train = {self.train!r} and source.eval = {self.eval!r} are one folder: an evaluation "
-                "on what is trained on says nothing; give another folder of images, or hold images out from the "
+                "on training images means nothing; give another folder of images, or hold images out from the "
                 "beginning of a run by --data.num-held-out"
             )
 
@@ -103,18 +104,18 @@ class FolderSource(SourceConfig):
 
 
 class Scan(NamedTuple):
-    """What was found in the folder of a split."""
+    """The files in the folder of a split."""
 
     class_names: tuple[str, ...]
-    """Sorted."""
+    """Names of the classes, sorted."""
     file_names: np.ndarray
     """(N,) bytes, without folder, in `fixed_order`."""
     labels: np.ndarray
     """(N,) int32."""
     sizes: np.ndarray
-    """(N,) int64, in bytes."""
+    """(N,) int64: size of each file, in bytes."""
     unused: tuple[Unused, ...]
-    """By reason."""
+    """Files that are not used, one entry for each reason."""
 
 
 def class_folders(split_folder: Path) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Counts]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a split is a class folder; a link that leads nowhere might be one, and is an error."""
+    """Whether an entry of a split is a class folder; a broken link is an error, as it might be meant as one."""
     info = _follow(entry)
     if info is None:
         raise ConfigError(
@@ -158,7 +159,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _follow(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What an entry is, behind all links; None for a link that leads nowhere."""
+    """The file or folder that an entry leads to, through all links; None for a broken link."""
     try:
         return entry.stat()
     except FileNotFoundError:
@@ -171,13 +172,13 @@ def _follow(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 def _not_allowed(error: PermissionError, folder: Path) -> ConfigError:
     return ConfigError(
-        f"{str(error.filename or folder)!r} cannot be looked into ({error.strerror}): give yourself the permission to "
-        "read it and to enter its folder"
+        f"{str(error.filename or folder)!r} cannot be read ({error.strerror}): get the permission to read it and to "
+        "enter its folder"
     )
 
 
 def _counted(unused: Iterable[tuple[str, str]]) -> _Counts:
-    """Of pairs of reason and path."""
+    """Counts pairs of reason and path by reason."""
     counts: _Counts = {}
     for reason, path in unused:
         count, example = counts.get(reason, (0, path))
@@ -186,12 +187,12 @@ def _counted(unused: Iterable[tuple[str, str]]) -> _Counts:
 
 
 def _list_class(folder: Path) -> tuple[list[tuple[bytes, int]], _Counts]:
-    """Name and size of each image of a class folder, and what else is in it.
+    """Name and size of each image of a class folder, and the other files in it.
 
     Raises:
       ConfigError: the folder may not be read, or has no image in it.
     """
-    from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name  # libraries, which a recipe does not need
+    from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name  # imports libraries that a recipe does not need
 
     images, unused = [], []
     try:
@@ -232,7 +233,7 @@ def scan(split_folder: Path) -> Scan:
     """Finds the images of a split without opening them: files directly in a class folder that are named like images.
 
     Args:
-      split_folder: has one folder per class.
+      split_folder: folder of the split, with one folder per class.
 
     Raises:
       ConfigError: the folder is missing, or a class folder cannot be entered or has no images in it.
@@ -263,14 +264,14 @@ class ImageFolder:
         """Scans the folder.
 
         Args:
-          split_folder: has one folder per class.
+          split_folder: folder of the split, with one folder per class.
 
         Raises:
-          ConfigError, OSError: as `scan`.
+          ConfigError, OSError: as for `scan`.
         """
         self._split_folder = str(split_folder)
         found = scan(split_folder)
-        # One fixed-width array: a list of 1.28 million strings would take three times the memory in every worker.
+        # A fixed-width array, as a list of 1.28 million strings would take three times the memory in every worker.
         self.class_names, self._file_names, self._labels = found.class_names, found.file_names, found.labels
         self.unused = found.unused
         names = found.file_names
@@ -287,11 +288,11 @@ class ImageFolder:
             return {"image": file.read(), "label": self._labels[index]}
 
     def fingerprint(self) -> str:
-        """Of the classes, and of the files' names and order."""
+        """Digest of the classes, and of the files' names and order."""
         return self._fingerprint
 
     def contents(self) -> str:
-        """Of the files' sizes."""
+        """Digest of the files' sizes."""
         return self._contents
 
     def describe(self, index: int) -> str:

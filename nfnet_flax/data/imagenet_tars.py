@@ -1,4 +1,4 @@
-"""ILSVRC2012 as it is downloaded: where each image lies in the tar files, without unpacking anything.
+"""ILSVRC2012 as it is downloaded: the position of each image in the tar files, found without unpacking anything.
 
 - The training tar holds one tar per class, `n01440764.tar`, of `n01440764_18.JPEG` ...
 - The validation tar holds `ILSVRC2012_val_00000001.JPEG` ...; their classes are in the development kit.
@@ -23,18 +23,18 @@ class Member(NamedTuple):
     """A file within a tar."""
 
     name: str
-    """Its name, without folder."""
+    """Name of the file, without folder."""
     offset: int
-    """Where its first byte lies in the outermost file."""
+    """Position of its first byte in the outermost file."""
     size: int
-    """In bytes."""
+    """Size of the file, in bytes."""
 
 
 def _members(file: IO[bytes], path: Path, start: int, stop: int) -> Iterator[Member]:
     """The regular files of the tar that fills the bytes `start` to `stop - 1` of `file`."""
     file.seek(start)
     try:
-        # Names are only compared and shown, and nothing is unpacked: a hostile name can do no harm.
+        # Names are only compared and printed, and nothing is unpacked, so a malicious name can do no harm.
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
@@ -49,12 +49,12 @@ def _members(file: IO[bytes], path: Path, start: int, stop: int) -> Iterator[Mem
 
 
 def tar_members(path: Path, start: int, stop: int | None) -> list[Member]:
-    """The files of a tar, or of one that lies within it.
+    """The files in a tar file, or in a tar file that is contained in another one.
 
     Args:
       path: the outermost file.
-      start: its first byte.
-      stop: the byte after its last; None: the end of the file.
+      start: position of the tar's first byte.
+      stop: position after the tar's last byte; None: the end of the file.
 
     Raises:
       ConfigError: it is missing, empty, compressed, or cut off.
@@ -74,7 +74,7 @@ def class_tars(path: Path) -> dict[str, Member]:
     """The tar of each class within the training tar, in the order of the labels: the sorted WordNet ids.
 
     Raises:
-      ConfigError: as `tar_members`, or the tar is not one of tars of at least two classes.
+      ConfigError: as for `tar_members`; or the file does not consist of tars of at least two classes.
     """
     members = tar_members(path, 0, None)
     if other := [member.name for member in members if not member.name.endswith(".tar")]:
@@ -91,7 +91,7 @@ def devkit_classes(path: Path) -> list[str]:
     """Class of each validation image, in the order of their names, from the development kit.
 
     Args:
-      path: ILSVRC2012_devkit_t12.tar.gz. Line N of its ground truth is the number of the N-th image's class.
+      path: ILSVRC2012_devkit_t12.tar.gz. Line N of its ground truth file is the number of the class of the N-th image.
 
     Raises:
       ConfigError: the file is not the development kit.
@@ -123,11 +123,12 @@ def listed_classes(path: Path, file_names: list[str]) -> list[str]:
     """Class of each validation image, in the order of their names, from a text file.
 
     Args:
-      path: a line is either `ILSVRC2012_val_00000001.JPEG n01751748`, or the class alone, in the order of the names.
+      path: text file. Each line is `ILSVRC2012_val_00000001.JPEG n01751748`; or each line is only a class, in the order
+        of the images' names.
       file_names: sorted names of the validation images.
 
     Raises:
-      ConfigError: there is no such file, its lines fit neither form, or an image has none.
+      ConfigError: there is no such file, its lines have neither form, or an image has no line.
     """
     try:
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]

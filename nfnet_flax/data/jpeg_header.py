@@ -1,25 +1,25 @@
-"""Oddities in the header of a JPEG that touch no pixel."""
+"""Irregularities in the header of a JPEG that do not affect its pixels."""
 
 _START = b"\xff\xd8"
 _APP0, _APP14, _START_OF_SCAN = 0xE0, 0xEE, 0xDA
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
-_JFIF_VERSION = slice(9, 11)  # of a segment that begins with its marker
+_JFIF_VERSION = slice(9, 11)  # place within a segment, which begins with its marker
 _ADOBE_TRANSFORM = 15
 _YCBCR = 1
 
 
 def without_oddities(encoded: bytes) -> bytes:
-    """A JPEG whose header says the same in the words that libjpeg reads without a warning.
+    """The same JPEG with a header that libjpeg reads without a warning.
 
-    - The version of JFIF becomes 1.01 where it is another one; cameras and phones have written 0.00.
-    - An unknown colour transform of Adobe's marker becomes that of YCbCr, as which libjpeg reads it.
+    - The JFIF version becomes 1.01 if its first number is not 1; some cameras and phones write 0.00.
+    - An unknown colour transform in Adobe's marker becomes YCbCr, which libjpeg assumes in this case.
     - Bytes between two segments, which libjpeg skips, are left out.
 
     Args:
-      encoded: begins as a JPEG does, and is not of four inks, of which YCbCr is none.
+      encoded: bytes that begin like a JPEG. It must not have four colour channels, as YCbCr would be wrong for these.
 
     Returns:
-      `encoded` itself where nothing is odd, or where the header is not whole.
+      The changed bytes; `encoded` itself if nothing is irregular or the header is incomplete.
     """
     parts, place = [_START], len(_START)
     while True:
@@ -40,7 +40,7 @@ def without_oddities(encoded: bytes) -> bytes:
 
 
 def _next_marker(encoded: bytes, place: int) -> int | None:
-    """Where the next marker begins, from `place` on: 0xff and another byte, which is neither 0 nor 0xff."""
+    """Position of the next marker from `place` on: 0xff followed by a byte that is neither 0 nor 0xff."""
     while 0 <= (place := encoded.find(b"\xff", place)) < len(encoded) - 1:
         if encoded[place + 1] not in (0x00, 0xFF):
             return place

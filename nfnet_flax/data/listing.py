@@ -1,4 +1,4 @@
-"""What a set will be prepared from: the place, name and label of every example, before any image is read."""
+"""The images from which a set is prepared: place, name and label of every example, before any image is read."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from nfnet_flax.data.image_folder import class_folders, scan
 from nfnet_flax.data.imagenet_tars import Member
 from nfnet_flax.data.random_access import Split, Unused, digest, fixed_order
 
-# Finding the members of a tar is waiting for the disk or the network.
+# Finding the members of a tar means waiting for the disk or the network, so many tars are read at once.
 _NUM_SCAN_THREADS = 16
 
 
@@ -26,7 +26,7 @@ class Listing:
     """The examples of a split, in `fixed_order`."""
 
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     container: Path
     """A tar file, or a folder with one folder per class."""
     file_names: np.ndarray
@@ -34,11 +34,11 @@ class Listing:
     labels: np.ndarray
     """(N,) int32."""
     offsets: np.ndarray | None
-    """(N,) int64: first byte within the tar; None for a folder."""
+    """(N,) int64: position of the first byte within the tar; None for a folder."""
     sizes: np.ndarray
-    """(N,) int64: in bytes."""
+    """(N,) int64: size of each file, in bytes."""
     unused: tuple[Unused, ...] = ()
-    """What lies in the container and is not used, by reason."""
+    """Files in the container that are not used, one entry for each reason."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,10 +48,10 @@ class Listing:
         return f"{self.class_names[self.labels[index]]}/{os.fsdecode(self.file_names[index])}"
 
     def read(self, index: int) -> Example:
-        """One example, with the image's file byte for byte.
+        """One example, with the unchanged bytes of the image's file.
 
         Raises:
-          ConfigError: the image has not the size that was listed: the tar is cut off, or the file is being changed.
+          ConfigError: the image does not have the listed size: the tar is incomplete, or the file is being changed.
           OSError: it cannot be read.
         """
         name = self.name(index)
@@ -63,7 +63,7 @@ class Listing:
                 file.seek(self.offsets[index])
                 image = file.read(self.sizes[index])
         if len(image) != self.sizes[index]:
-            remedy = "it was changed meanwhile" if self.offsets is None else "the tar is cut off: download it again"
+            remedy = "it was changed meanwhile" if self.offsets is None else "the tar is incomplete: download it again"
             raise ConfigError(f"{name} in {str(path)!r} has {len(image)} bytes, not {self.sizes[index]}: {remedy}")
         return Example(int(self.labels[index]), name, image)
 
@@ -79,7 +79,7 @@ class Listing:
         )
 
     def digest(self) -> str:
-        """Of names, labels, order and sizes."""
+        """Digest of names, labels, order and sizes."""
         names = self.file_names
         arrays = (names.tobytes(), self.labels.tobytes(), self.sizes.tobytes())
         return digest(*self.class_names, str(names.dtype), *arrays)
@@ -89,7 +89,7 @@ def list_folder(root: Path) -> dict[str, Listing]:
     """The listings `train` and `eval` of an image folder, from `root/train` and `root/val`.
 
     Raises:
-      ConfigError, OSError: as `image_folder.scan`; or `val` has a class that `train` has not.
+      ConfigError, OSError: as for `image_folder.scan`; or `val` has a class that `train` does not have.
     """
     class_names = class_folders(root / "train")
     folders: dict[Split, Path] = {"train": root / "train", "eval": root / "val"}
@@ -109,7 +109,7 @@ def list_folder(root: Path) -> dict[str, Listing]:
 
 
 def _of_tar(path: Path, class_names: tuple[str, ...], examples: Iterable[tuple[int, Member]]) -> Listing:
-    """Of pairs of label and member."""
+    """The listing of a tar file from pairs of label and member."""
     numbers, members = zip(*examples, strict=True)
     labels = np.array(numbers, np.int32)
     file_names = np.array([os.fsencode(member.name) for member in members], dtype=bytes)
@@ -132,8 +132,9 @@ def list_tars(train: Path, val: Path, *, devkit: Path | None, val_synsets: Path 
     Args:
       train: ILSVRC2012_img_train.tar.
       val: ILSVRC2012_img_val.tar.
-      devkit: ILSVRC2012_devkit_t12.tar.gz, for the classes of the validation images; or
-      val_synsets: a text file with them. The development kit counts where both are given.
+      devkit: ILSVRC2012_devkit_t12.tar.gz, which lists the classes of the validation images; None: `val_synsets` is
+        used.
+      val_synsets: a text file that lists the classes of the validation images; ignored if `devkit` is given.
 
     Raises:
       ConfigError: a file is missing, incomplete, or of another kind; or the classes of the two sets differ.

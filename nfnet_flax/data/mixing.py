@@ -1,6 +1,6 @@
 """Mixup and CutMix within small groups of rows, in uint8.
 
-A group never leaves a process, and nothing outside of it is read: so a mixed batch does not depend on the number of
+A group lies within one process and is mixed without any other image, so a mixed batch does not depend on the number of
 processes. The published code mixes pairs of images and so reads two for each row of the batch; here every row is mixed
 with the next one of its half, and each image is read once.
 """
@@ -22,13 +22,13 @@ _RATIO_STEPS = 65536
 def mix(rows: Rows, rng: np.random.Generator, config: MixingConfig) -> Rows:
     """Mixes each image of one group with another of the same group.
 
-    With mixup and CutMix, the first half of the group is mixed up and the second half is cut; the partner of a row is
-    the next row of its half, that of the last row the first.
+    With both mixup and CutMix, the first half of the group gets mixup and the second half CutMix. The partner of a row
+    is the next row of its half; that of the last row is the first.
 
     Args:
-      rows: with `image` (m, H, W, 3) uint8 and `label` (m,) int32, m = `config.group_size`; they are not changed.
-      rng: of this group.
-      config: which of the two.
+      rows: `image` (m, H, W, 3) uint8 and `label` (m,) int32, m = `config.group_size`; they are not changed.
+      rng: random generator of this group.
+      config: which of the two methods to use, or both.
 
     Returns:
       `rows` with mixed images, `mix_label` (m,) int32, the partner's label, and `label_weight` (m,) float32, the share
@@ -57,7 +57,7 @@ def _mixup(image: np.ndarray, other: np.ndarray, rng: np.random.Generator, alpha
 
 
 def _cutmix(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Pastes a box of the other image; its share of the area is uniform before it is cut off at the edges."""
+    """Pastes a box of the other image; its share of the area is uniform, before the image's edges cut the box off."""
     height, width = image.shape[:2]
     (top, bottom), (left, right) = _box(height, width, rng)
     mixed = image.copy()

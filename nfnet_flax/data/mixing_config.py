@@ -1,4 +1,4 @@
-"""Settings of RandAugment and of mixing; separate from their code, so that a recipe can be read without OpenCV."""
+"""Settings of RandAugment and of mixing. They are separate, so that a recipe can be read without OpenCV."""
 
 import dataclasses
 from typing import Literal
@@ -11,11 +11,11 @@ class RandAugmentConfig:
     """RandAugment (Cubuk et al. 2019, arXiv 1909.13719) with the 16 operations of the NFNet code."""
 
     num_layers: int = 4
-    """Operations applied one after the other, each drawn anew from the 16."""
+    """Number of operations applied one after the other; each is drawn at random from the 16."""
     magnitude: float = 5.0
-    """Strength that all operations share; the published networks use 5, 10 and 15."""
+    """Strength of all operations; the published networks use 5, 10 and 15."""
     order: Literal["after_mixing", "before_mixing"] = "after_mixing"
-    """Whether an image is augmented after it was mixed with another (NFNet) or before; the same without mixing."""
+    """Whether an image is augmented after it was mixed with another one (NFNet) or before; no effect without mixing."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -28,9 +28,10 @@ class MixingConfig:
     """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of images of the same group."""
 
     group_size: int = 16
-    """Consecutive rows of the batch that are mixed with one another; it divides the rows of every process."""
+    """Number of consecutive rows of the batch that are mixed with one another; it must divide the rows of every
+    process."""
     mixup_alpha: float | None = 0.2
-    """Mixup's ratio is drawn from Beta(alpha, alpha); None: no mixup."""
+    """Parameter of mixup, whose ratio is drawn from Beta(alpha, alpha); None: no mixup."""
     cutmix: bool = True
     """Whether CutMix is used; together with mixup, the first half of each group gets mixup and the second CutMix."""
 

@@ -1,8 +1,8 @@
 """The input pipeline: one stream of global batches, of which each process computes its own rows.
 
-Nothing about it is saved in a checkpoint: the batch of step N, augmentations included, is a pure function of (seed, N),
-whatever the number of processes, worker processes, threads or restarts. Grain composes that function; `prefetch` has it
-computed ahead of the step.
+Checkpoints do not store any state of it: the batch of step N, augmentations included, is a pure function of (seed, N),
+whatever the number of processes, worker processes, threads or restarts. Grain composes that function; `prefetch`
+computes it ahead of the step.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from nfnet_flax.data.workers import WorkerProcess
 from nfnet_flax.messages import warn
 
 INPUT_FORMAT = 2
-"""Raised whenever the same settings and images come to give other batches."""
+"""Version of the input; it is increased when the same settings and images give other batches than before."""
 
 # Each random stage has a seed of its own, so that adding one changes no other.
 _SHUFFLE, _AUGMENT, _RANDAUGMENT, _MIX = 1, 2, 3, 4
 
 
 def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | None = None) -> Source:
-    """The examples of a split, less or only those that `num_held_out` names.
+    """The examples of a split. With `num_held_out`, the first training examples belong to the held-out split instead.
 
     Args:
       config: the set, and how much of it is held out.
-      split: which part of it.
-      class_names: of the run, in the order of its labels; the split is read by these names and may lack some. None: the
-        training split's own.
+      split: which part of the set.
+      class_names: class names of the run, in the order of its labels. The labels of the split follow these names; it
+        may lack some of them. None: the training split's own names.
 
     Raises:
       ConfigError: the set is missing, empty or incomplete; it has a class that is not in `class_names`; nothing is left
@@ -51,10 +51,10 @@ def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | No
 
 @contextlib.contextmanager
 def reading(split: Split) -> Iterator[None]:
-    """Says what a failure of the disk or the network means, while a split is opened.
+    """Turns a failure of the disk or the network, while a split is opened, into `InputFailed`.
 
     Raises:
-      InputFailed: it did fail.
+      InputFailed: the disk or the network failed.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def _open_split(config: DataConfig, split: Split, class_names: Sequence[str] | N
 
 
 def check_batches_fit(config: DataConfig, splits: Sequence[Split], num_processes: int) -> None:
-    """Raises `ConfigError` where the batches that lie ready would take more than all memory of this machine."""
+    """Raises `ConfigError` if the prefetched batches would take more than all memory of this machine."""
     for split in splits:
         field, batch_size, size = "data.batch_size", config.batch_size, config.image_size
         if split == "eval":
@@ -88,7 +88,7 @@ def check_batches_fit(config: DataConfig, splits: Sequence[Split], num_processes
 
 
 def say_unused(*sources: Source) -> None:
-    """Says, once, what lies in the sets and is not used."""
+    """Reports, once, the files in the sets that are not used."""
     for found in dict.fromkeys(found for source in sources for found in source.unused):
         warn(found.text)
 
@@ -103,24 +103,24 @@ def train_batches(
     process_index: int,
     num_processes: int,
 ) -> Batches:
-    """This process's rows of the global batches of steps `start_step` to `num_steps - 1`. To be closed.
+    """This process's rows of the global batches of steps `start_step` to `num_steps - 1`. To be closed by the caller.
 
-    Every epoch is shuffled anew; epochs run on into one another, so no example is dropped. Starting late costs nothing:
-    positions are computed, not replayed.
+    Every epoch is shuffled anew. A batch may contain the end of one epoch and the beginning of the next, so no example
+    is dropped. Starting at a late step costs nothing: positions are computed, not replayed.
 
     Args:
-      config: sizes, augmentation, and by how many threads or processes.
-      source: of the training split.
-      seed: of the order and of the augmentation.
+      config: sizes, augmentation, and the number of threads or processes.
+      source: the training split.
+      seed: random seed of the order and of the augmentation.
       start_step: first step whose batch is wanted.
-      num_steps: of the whole run.
-      process_index: process h of H holds rows `[h * B / H, (h + 1) * B / H)` of each batch.
+      num_steps: number of steps of the whole run.
+      process_index: process h of H gets rows `[h * B / H, (h + 1) * B / H)` of each batch of B rows.
       num_processes: H; divides `config.batch_size` into parts that hold whole groups of `config.mixing`.
 
     Returns:
       Iterator of `image` (rows, size, size, 3) uint8 and `label` (rows,) int32; with mixing also `mix_label` (rows,)
       int32 and `label_weight` (rows,) float32; with `on_corrupt="skip"` also `is_corrupt` (rows,) float32. It raises
-      what `Batches` does.
+      the errors of `Batches`.
 
     Raises:
       ConfigError: the batch cannot be divided that way.
@@ -140,7 +140,7 @@ def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_
 
     Returns:
       Iterator, to be closed, of `image` (rows, size, size, 3) uint8, `label` (rows,) int32 and `mask` (rows,) float32,
-      which is 0 for padding. It raises what `Batches` does.
+      which is 0 for padding. It raises the errors of `Batches`.
 
     Raises:
       ConfigError: the batch cannot be divided by the number of processes.
@@ -154,9 +154,9 @@ def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_
 
 
 def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_source: Source) -> dict[str, Any]:
-    """What decides every byte of every batch, as JSON, for comparison with that of another run.
+    """Everything on which the contents of the batches depend, as JSON, for comparison with that of another run.
 
-    Where the images lie is left out: their fingerprints say what they are.
+    The paths of the images are left out: the images are identified by their fingerprints.
     """
     described = to_json(config, places=False)
     settings = {name: value for name, value in described.items() if name not in RESUMABLE_FIELDS}
@@ -166,15 +166,15 @@ def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """What a set of examples is, wherever it lies, as JSON."""
+    """Description of a set of examples, independent of its path, as JSON."""
     return {"num_examples": len(source), "fingerprint": source.fingerprint(), "contents": source.contents()}
 
 
 def input_changes(recorded: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two identities, a line each: what no run can go on with, and what is only to be said.
+    """The differences between two identities, one line each: those with which a run cannot continue, and the others.
 
-    The latter are the held-out images, on which no update depends, and the contents of training images under the same
-    names: a run that ended at a damaged image goes on when the image is repaired.
+    The others, which are only reported, are the held-out images, on which no update depends, and the contents of
+    training images under the same names: a run that ended at a damaged image continues when the image is repaired.
     """
     lines = differences(recorded, now)
     said = [line for line in lines if line.startswith(("eval_source.", "source.contents:"))]
@@ -225,7 +225,7 @@ def _train_dataset(
     if mixing is None:
         dataset = dataset.batch(rows, drop_remainder=True)
     else:
-        # Partners are found within a group, and a group is within the rows of one process however many there are.
+        # Images are mixed within a group, and each group lies in the rows of one process, whatever their number.
         dataset = dataset.batch(mixing.group_size, drop_remainder=True)
         dataset = dataset.random_map(functools.partial(mix, config=mixing), seed=stage_seed(_MIX))
         if augment_mixed:

@@ -1,9 +1,9 @@
-"""Batches prepared ahead of the step: lanes, threads or worker processes, compute them; one consumer takes them.
+"""Batches are prepared ahead of the step: lanes (threads or worker processes) compute them, one consumer takes them.
 
-A batch is a pure function of its step, so any lane may compute any step and a lane that is lost has lost nothing but
-the step it owed, which is known. That is why this is not Grain's own prefetching: there, a batch that failed is left
-out of the stream, a worker that exits with code 0 is waited for forever, and a signal to the process group ends the
-workers before the main process can save.
+A batch is a pure function of its step, so any lane may compute any step. If a lane dies, it is known which step it had
+not delivered. Grain's own prefetching is not used because there a batch that failed is left out of the stream, a worker
+that exits with code 0 is waited for forever, and a signal to the process group ends the workers before the main process
+can save.
 """
 
 import faulthandler
@@ -21,17 +21,17 @@ from nfnet_flax.run_clock import RunClock
 
 Rows = dict[str, np.ndarray]
 _CLOSE_TIMEOUT_S = 10.0
-"""Bounds how long closing waits for batches in the making."""
+"""Longest time that closing waits for batches that are being computed."""
 _LOOK_INTERVAL_S = 0.25
-"""The wait for a batch is cut into slices of this length, for the sake of `RunClock`."""
+"""Length of the slices in which a batch is waited for, because `RunClock` must be read often."""
 
 
 class InputFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """A batch cannot be had: a worker died or is stuck, or a file cannot be read. The message names the step."""
+    """A batch cannot be computed: a worker died or is stuck, or a file cannot be read. The message names the step."""
 
 
 def explain(error: BaseException) -> str:
-    """The text of an error for a message: what, where (its notes), and the traceback."""
+    """The text of an error for a message: the error, its notes, which say where it occurred, and the traceback."""
     first = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
     return f"{first}\n" + "".join(traceback.format_exception(error)).rstrip()
 
@@ -40,10 +40,10 @@ class Lane(Protocol):
     """Something that computes one batch at a time."""
 
     name: str
-    """For messages, such as `input worker 1 (pid 4711)`."""
+    """Name of the lane in messages, such as `input worker 1 (pid 4711)`."""
 
     def compute(self, step: int) -> Rows:
-        """The batch of a step. A `ConfigError` or `InputFailed` passes as it is; another error is explained."""
+        """The batch of a step. A `ConfigError` or `InputFailed` is passed on unchanged; other errors are explained."""
         ...
 
     def dump_stacks(self) -> None:
@@ -51,16 +51,16 @@ class Lane(Protocol):
         ...
 
     def stop(self) -> None:
-        """Makes a `compute` that is running end soon, if it can. Called from another thread."""
+        """Makes a running `compute` end soon, if possible. Called from another thread."""
         ...
 
     def close(self) -> None:
-        """Releases what the lane holds. Called by the lane's own thread, as the last thing."""
+        """Releases the resources of the lane. Called by the lane's own thread, at its end."""
         ...
 
 
 class ThreadLane:
-    """Computes in the thread that calls it."""
+    """A lane that computes in the thread that calls it."""
 
     def __init__(self, index: int, compute: Callable[[int], Rows]) -> None:
         self.name = f"input thread {index}"
@@ -72,28 +72,28 @@ class ThreadLane:
 
     def dump_stacks(self) -> None:
         """Writes the stacks of all threads of this process to stderr."""
-        # Not `sys.stderr`: whoever replaced it need not have a file descriptor.
+        # Not `sys.stderr`: if it was replaced, it may have no file descriptor.
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
     def stop(self) -> None:
-        """Nothing: Python cannot end a thread."""
+        """Does nothing: Python cannot end a thread."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there are no resources to release."""
 
 
 class Batches(Iterator[Rows]):
-    """The batches of consecutive steps, in order. Close it; it also closes as the end of a `with` block."""
+    """The batches of consecutive steps, in order. It has to be closed, which the end of a `with` block does, too."""
 
     def __init__(self, lanes: Sequence[Lane], steps: range, *, prefetch_batches: int, stall_timeout_s: float) -> None:
         """Starts the lanes.
 
         Args:
-          lanes: that compute; each gets a thread of its own.
-          steps: of which batches are wanted, without gaps.
-          prefetch_batches: how many batches may be ready or in the making ahead of the consumer.
-          stall_timeout_s: longest wait for one batch, in seconds, while this process runs; after it the input counts as
-            stuck.
+          lanes: the lanes that compute; each gets a thread of its own.
+          steps: consecutive steps whose batches are wanted.
+          prefetch_batches: number of batches that may be ready or in preparation ahead of the consumer.
+          stall_timeout_s: longest wait for one batch, in seconds; after it the input is considered stuck. Time in which
+            this process is suspended does not count.
         """
         self._lanes = lanes
         self._stop_step = steps.stop
@@ -106,7 +106,7 @@ class Batches(Iterator[Rows]):
         self._owing: dict[int, Lane] = {}
         self._failure: Exception | None = None
         self._is_closed = False
-        # Daemons: a thread that is stuck must not keep the process from ending.
+        # Daemon threads, as a thread that is stuck must not keep the process from ending.
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name=lane.name, daemon=True) for lane in lanes
         ]
@@ -117,8 +117,8 @@ class Batches(Iterator[Rows]):
         """The next batch.
 
         Raises:
-          ConfigError: the data are at fault, such as an image that cannot be decoded.
-          InputFailed: a lane died, raised or is stuck. The input is of no further use.
+          ConfigError: something is wrong with the data, such as an image that cannot be decoded.
+          InputFailed: a lane died, raised or is stuck. The input cannot be used any more.
         """
         with self._condition:
             step = self._next_step
@@ -161,7 +161,7 @@ class Batches(Iterator[Rows]):
                 except (ConfigError, InputFailed) as error:
                     self._fail(error)
                     return
-                except BaseException as error:  # `sys.exit`, too: in a thread it would go unnoticed
+                except BaseException as error:  # also `sys.exit`, which would not be noticed in a thread
                     self._fail(InputFailed(f"{lane.name}, preparing the batch of step {step}: {explain(error)}"))
                     return
                 with self._condition:
@@ -173,7 +173,8 @@ class Batches(Iterator[Rows]):
             lane.close()
 
     def _claim(self, lane: Lane) -> int | None:
-        """The step that a lane is to compute next, once there is room for it; None at the end."""
+        """Waits until another batch may be prepared, and returns the step that a lane computes next; None at the
+        end."""
 
         def at_end() -> bool:
             return self._is_closed or self._failure is not None or self._unclaimed_step >= self._stop_step
@@ -196,7 +197,7 @@ class Batches(Iterator[Rows]):
             self._condition.notify_all()
 
     def _stalled(self, step: int) -> InputFailed:
-        # Every lane may be busy with later steps only if this one is owed by a lane, too: steps are claimed in order.
+        # Some lane is computing this step: steps are claimed in order, and the batch is not ready.
         lane = self._owing[step]
         print(f"no batch within {self._stall_timeout_s:g} s; stacks of {lane.name}:", file=sys.__stderr__, flush=True)
         lane.dump_stacks()

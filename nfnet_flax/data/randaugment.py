@@ -1,9 +1,10 @@
 """RandAugment's 16 operations on uint8 images, with the magnitudes of the NFNet code.
 
-The meaning of each operation is Pillow's (`ImageOps`, `ImageEnhance`); geometry follows the published TensorFlow code:
-pixels have whole coordinates, the nearest one is taken, and what enters the picture is grey (128). Two accidents of
-that code are left out: it takes the number of pixels for their mean in `contrast`, and its comparison wraps
-thresholds of 256 and more around to 0 and more in `solarize`. OpenCV and NumPy release the interpreter lock.
+Each operation does what Pillow's does (`ImageOps`, `ImageEnhance`). Geometric operations follow the published
+TensorFlow code: pixels have whole coordinates, the nearest pixel is taken, and pixels from outside the image are grey
+(128). Two errors of that code are not repeated: in `contrast` it takes the number of pixels for their mean, and in
+`solarize` its comparison wraps thresholds of 256 and more around to 0 and more. OpenCV and NumPy release the
+interpreter lock.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from nfnet_flax.data.mixing_config import RandAugmentConfig
 
 FILL = 128
-"""Grey level of what enters an image."""
+"""Grey level of pixels from outside the image."""
 _LEVELS = np.arange(256)
 # Pillow's weights of red, green and blue and its rounding: multiples of 2^-16, so that float32 sums are exact.
 _LUMA = np.array([[19595, 38470, 7471, 32768]]) / 65536
@@ -36,7 +37,7 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
-    """Spreads the levels of each channel evenly; a channel with too few pixels or a single level stays."""
+    """Spreads the levels of each channel evenly; a channel with too few pixels or a single level does not change."""
     tables = np.empty((1, 256, 3), np.uint8)
     for channel, counts in enumerate(_histograms(image)):
         brightest = counts[np.flatnonzero(counts)[-1]]
@@ -47,7 +48,7 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def invert(image: np.ndarray) -> np.ndarray:
-    """The negative."""
+    """The negative image."""
     return 255 - image
 
 
@@ -69,7 +70,7 @@ def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the image in grey: 0 is grey, 1 the image, more is more colourful."""
+    """Blends with the grey image: factor 0 gives the grey image, 1 the image itself, more than 1 stronger colours."""
     return _blend(cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), image, factor)
 
 
@@ -85,14 +86,14 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the image smoothed over 3x3 pixels, whose outermost pixels stay as they are."""
+    """Blends with the image smoothed over 3x3 pixels; the outermost pixels are not smoothed."""
     smooth = image.copy()
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH, borderType=cv2.BORDER_REPLICATE)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Turns about the centre, counter-clockwise."""
+    """Rotates about the centre, counter-clockwise."""
     height, width = image.shape[:2]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -110,12 +111,12 @@ def shear_y(image: np.ndarray, slope: float) -> np.ndarray:
 
 
 def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
-    """Moves to the left."""
+    """Moves the image to the left."""
     return translate_y(image.swapaxes(0, 1), pixels).swapaxes(0, 1)
 
 
 def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
-    """Moves upwards, by the nearest whole number of pixels."""
+    """Moves the image upwards, by the nearest whole number of pixels."""
     shift = math.floor(pixels + 0.5)
     size = max(0, len(image) - abs(shift))
     moved = np.full_like(image, FILL)
@@ -124,7 +125,8 @@ def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def cutout(image: np.ndarray, half_size: int, center: tuple[int, int]) -> np.ndarray:
-    """Greys a square of `2 * half_size` pixels about the pixel `center` (row, column), cut off at the edges."""
+    """Makes a square grey: its side is `2 * half_size` pixels, its centre the pixel `center` (row, column); the image's
+    edges cut it off."""
     top, left = (max(0, position - half_size) for position in center)
     cut = image.copy()
     cut[top : center[0] + half_size, left : center[1] + half_size] = FILL
@@ -157,7 +159,7 @@ OPERATIONS: Mapping[str, Callable[[np.ndarray, float, np.random.Generator], np.n
     "Cutout": lambda image, m, rng: _random_cutout(image, int(40 * m), rng),
     "SolarizeAdd": lambda image, m, rng: solarize_add(image, int(110 * m)),
 }
-"""Name -> function of an image, m = magnitude / 10, and the generator of signs and places."""
+"""Name -> function of an image, of m = magnitude / 10, and of the random generator for signs and places."""
 _DRAWN = tuple(OPERATIONS.values())
 
 
@@ -166,7 +168,7 @@ def rand_augment(image: np.ndarray, rng: np.random.Generator, config: RandAugmen
 
     Args:
       image: (H, W, 3) uint8; it is not changed.
-      rng: of this example.
+      rng: random generator of this example.
       config: number of operations and their strength.
 
     Returns:
@@ -178,7 +180,7 @@ def rand_augment(image: np.ndarray, rng: np.random.Generator, config: RandAugmen
 
 
 def _to_uint8(levels: np.ndarray) -> np.ndarray:
-    # Cuts the fraction off, as Pillow and the published code do; works in place.
+    # Drops the fraction, as Pillow and the published code do; works in place.
     return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
 
 
@@ -208,9 +210,10 @@ def _blend(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _affine(image: np.ndarray, x_from: tuple[float, float, float], y_from: tuple[float, float, float]) -> np.ndarray:
-    """Takes the pixel (x, y) from the one nearest to `x_from` and `y_from`, each `a * x + b * y + c`."""
+    """Pixel (x, y) of the result is the one nearest to `x_from` and `y_from`, each given as (a, b, c) of
+    `a * x + b * y + c`."""
     height, width = image.shape[:2]
-    # Not OpenCV's own affine map, nor maps in floating point: it rounds their positions coarsely.
+    # Neither OpenCV's own affine map nor maps in floating point are used, as OpenCV rounds their positions coarsely.
     positions = [
         np.floor(np.add.outer(b * np.arange(height), a * np.arange(width) + (c + 0.5))).astype(np.int16)
         for a, b, c in (x_from, y_from)

@@ -1,7 +1,7 @@
-"""What every set of labelled images offers, its configuration, and the parts that all of them share.
+"""The interface of a set of labelled images and of its configuration, and code that several sources share.
 
-A source of one's own is a frozen dataclass that derives from `SourceConfig`, and whose `open` gives a `Source`: an
-`ArraySource` where all images fit into memory, or an object of a class of one's own.
+To add a source, derive a frozen dataclass from `SourceConfig`. Its `open` returns a `Source`: an `ArraySource` if all
+images fit into memory, or an object of a class of your own.
 """
 
 import abc
@@ -26,10 +26,10 @@ Record = dict[str, Any]
 
 
 class Unused(NamedTuple):
-    """Something that lies in a set of images and is not used, for one reason."""
+    """Files in a set of images that are not used, all for the same reason."""
 
     num_files: int
-    """How many."""
+    """Number of files."""
     text: str
     """A sentence with the number, the reason and an example."""
 
@@ -40,7 +40,7 @@ class CorruptRecordError(ValueError):
 
 @runtime_checkable
 class Source(Protocol):
-    """A set of examples with random access. It is picklable: files are opened in the process that reads them."""
+    """A set of examples with random access. It must be picklable: files are opened in the process that reads them."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class Source(Protocol):
 
     @property
     def unused(self) -> tuple[Unused, ...]:
-        """What lies in the set and is not used, by reason. Whoever opens a source for a user says so."""
+        """Files in the set that are not used, one entry for each reason. Commands and `train` report them."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -58,31 +58,32 @@ class Source(Protocol):
 
         Raises:
           IndexError: `index` is negative or not below `len(self)`.
-          CorruptRecordError: the container says that the example's bytes are damaged. (Whether they are an image is
-            for the decoder to say.)
+          CorruptRecordError: the container's checksums show that the example's bytes are damaged. (The decoder finds
+            out whether they are an image.)
           ConfigError: the record contradicts the set that it was found in.
-          OSError: the file cannot be opened or read. That is never a reason to pass over an example.
+          OSError: the file cannot be opened or read. Examples are never skipped for this reason.
         """
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what the set is, wherever it lies: with `contents`, equal ones are the same images.
+        """Hexadecimal digest that identifies the set, independent of its path. Sets are the same images if both this
+        and `contents` are equal.
 
-        It covers the class names, which examples there are, their labels and their order, and of the contents as much
-        as can be had without reading every image:
+        It covers the class names, which examples there are, their labels and their order. It also covers the contents
+        as far as they are known without reading every image:
 
-        - a folder: the name of every file, and in `contents` its size. One that was replaced by another of the same
-          size goes unnoticed.
-        - ArrayRecord: the BLAKE2b of every shard, as its manifest recorded it; the shards are tied to their manifest
-          when they are opened.
+        - a folder: the name of every file; its size is part of `contents`. A file that was replaced by another one of
+          the same size is not noticed.
+        - ArrayRecord: the BLAKE2b of every shard, as the manifest recorded it; when the shards are opened, they are
+          compared with their manifest.
         - TFDS: name, version and size of the set as TFDS recorded them; name and size of each file, and which of its
           records are read.
-        - digits and noise: the pixels, or what they are made from.
+        - digits and noise: the pixels, or the values from which they are computed.
         """
 
     def contents(self) -> str:
-        """Hexadecimal digest of what is known of the contents beside `fingerprint`; empty where that covers them.
+        """Hexadecimal digest of what is known about the contents in addition to `fingerprint`; empty if nothing is.
 
-        It is apart as it may change during a run: a damaged file is repaired, and the run goes on.
+        It is separate because it may change during a run: a damaged file is repaired, and the run continues.
         """
 
     def describe(self, index: int) -> str:
@@ -93,19 +94,20 @@ class Source(Protocol):
 class SourceConfig(OpenConfig, abc.ABC):
     """Where labelled images come from.
 
-    `place_fields` are the fields that say where the images lie: what they are is compared by `Source.fingerprint`. A
-    recipe is read without the images, so what reads them is best imported in the methods that need it.
+    `place_fields` are the fields that say where the images are; the images themselves are compared by
+    `Source.fingerprint`. A recipe can be read on a machine without the images, so libraries that read them are best
+    imported in the methods that need them.
     """
 
     @abc.abstractmethod
     def open(self, split: Split, image_size: int) -> Source:
-        """The examples of a split, with the classes that it has. Callers use `open_source`, which puts the labels of
-        both splits in the order of the run's classes.
+        """The examples of a split, with the classes that it has. Callers use `open_source`, which converts the labels
+        of both splits to the run's classes.
 
         Args:
-          split: which of the two.
-          image_size: of the network, height and width in pixels. Images may have any size; where they are made, as
-            noise is, they can be made of this one.
+          split: which split.
+          image_size: height and width of the network's images, in pixels. Images may have any size; images that are
+            generated, such as noise, can be generated at this size.
 
         Raises:
           ConfigError: the images are missing or incomplete; the message says how to get them.
@@ -113,38 +115,40 @@ class SourceConfig(OpenConfig, abc.ABC):
         """
 
     def training_classes(self, image_size: int) -> Sequence[str]:
-        """Names of the classes of the training split. By default it is opened for that; errors as for `open`."""
+        """Names of the classes of the training split. By default the split is opened to read them, with the errors of
+        `open`."""
         return self.open("train", image_size).class_names
 
     def default_augment(self) -> AffineAugment | CropAugment:
-        """What is done to each training image where `data.augment` is None; by default what suits photos."""
+        """The augmentation of training images if `data.augment` is None; by default the one for photos."""
         return CropAugment()
 
     def with_training_of(self, trained: "SourceConfig") -> Self:
-        """This source with the training split that a run has trained on, as far as it can name that: by default it
-        cannot."""
+        """This source with the training split that a run has trained on, if the source can name that split; by default
+        the source unchanged."""
         del trained
         return self
 
     def check_splits(self) -> None:
-        """Raises ConfigError where the held-out split holds examples of the training split, as far as that can be seen
-        without reading them. (Whether both splits are the same is seen in any case, by their fingerprints.)"""
+        """Raises ConfigError if the held-out split contains examples of the training split, as far as this is known
+        without reading them. (Two equal splits are always noticed, by their fingerprints.)"""
 
     def check_outside(self, field: str, place: Path) -> None:
-        """Raises ConfigError where a folder that is to be written lies in a split, as a part of which it would be read.
+        """Raises ConfigError if a folder that is to be written lies within a split and would be read as a part of it.
 
         Args:
-          field: names the folder in the message.
+          field: name of the folder in the message.
           place: the folder, as `local_path` gives it.
         """
 
     def num_open_files(self) -> int:
-        """Files that stay open while examples are read, of both splits together; by default 0, for a few."""
+        """Number of files of both splits that stay open while examples are read; by default 0, which means only a
+        few."""
         return 0
 
 
 def check_index(index: int, length: int) -> int:
-    """`index` as an int; raises IndexError outside `[0, length)`: a wrapped index would hide a wrong position."""
+    """`index` as an int; raises IndexError outside `[0, length)`, as a negative index would hide an error."""
     index = operator.index(index)
     if not 0 <= index < length:
         raise IndexError(f"index {index} of a set of {length} examples")
@@ -152,13 +156,13 @@ def check_index(index: int, length: int) -> int:
 
 
 def check_memory(field: str, value: object, num_bytes: int, what: str) -> None:
-    """Raises `ConfigError` where something would take more than all memory of this machine.
+    """Raises `ConfigError` if something would take more than all memory of this machine.
 
     Args:
-      field: that decides how much, for the message.
-      value: of the field.
-      num_bytes: that are needed.
-      what: needs them, in the plural.
+      field: name of the field that determines the amount, for the message.
+      value: value of that field.
+      num_bytes: number of bytes that are needed.
+      what: what needs them, in the plural, for the message.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     remedy = f"{what} take {human_size(num_bytes)}, and this machine has {human_size(memory)}: give less"
@@ -166,7 +170,7 @@ def check_memory(field: str, value: object, num_bytes: int, what: str) -> None:
 
 
 def digest(*parts: str | bytes) -> str:
-    """Hexadecimal BLAKE2b of the parts, in which the borders between them count."""
+    """Hexadecimal BLAKE2b of the parts; the same text divided into other parts has another digest."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
@@ -177,11 +181,11 @@ def digest(*parts: str | bytes) -> str:
 def fixed_order(class_names: Sequence[str], file_names: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The order of the examples of a folder and of the set prepared from it: by a hash of `class_name/file_name`.
 
-    A split sorted by class would make its first 10,000 images, which are held out while tuning, a handful of classes.
-    The hash mixes them, and depends neither on a random generator's version nor on how the files were found.
+    If a split were sorted by class, its first 10,000 images, which are held out while tuning, would be of few classes.
+    The hash mixes the classes, and depends neither on a random generator's version nor on how the files were found.
 
     Args:
-      class_names: of the labels.
+      class_names: names of the classes, in the order of the labels.
       file_names: (N,) bytes, without folder.
       labels: (N,) int32.
 
@@ -199,7 +203,7 @@ def fixed_order(class_names: Sequence[str], file_names: np.ndarray, labels: np.n
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Images and labels held in memory; the classes are named by their numbers, unless names are given."""
+    """Images and labels in memory; the classes are named by their numbers, unless names are given."""
 
     images: np.ndarray
     """(N, H, W, 3) uint8."""
@@ -208,7 +212,7 @@ class ArraySource:
     names: tuple[str, ...] = ()
     """Names of the classes, in the order of the labels; empty: "0", "1" and so on."""
     unused: tuple[Unused, ...] = ()
-    """Nothing is left out."""
+    """Files that are not used: none."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -236,7 +240,7 @@ class SourceSlice:
     """Consecutive examples of another source. Made by `split_off`, which checks the bounds."""
 
     source: Source
-    """All examples."""
+    """The other source, with all examples."""
     start: int
     """Index of the first one."""
     stop: int

@@ -1,6 +1,6 @@
-"""Reading a record of an ArrayRecord file, with a failing disk told apart from a damaged file.
+"""Reading a record of an ArrayRecord file, so that a failing disk can be distinguished from a damaged file.
 
-The reader knows one error for both, and none at all where a file ends too early: then it answers with an empty record.
+The library raises the same error for both, and none if a file ends too early: then it returns an empty record.
 """
 
 import re
@@ -15,9 +15,9 @@ _BLOCK_BYTES = 1 << 20
 
 
 def open_records(files: Mapping[str, int]) -> ars.ArrayRecordDataSource:
-    """Random access to the records of files, of which the lengths are given so that none need be opened yet.
+    """Random access to the records of files. Their numbers of records are given, so that no file need be opened yet.
 
-    A file is opened at its first read, in whichever process that is, and again after unpickling.
+    A file is opened at its first read, in the process that reads it, and again after unpickling.
     """
     paths = [f"{path}[0:{num_records}]" for path, num_records in files.items()]
     return ars.ArrayRecordDataSource(paths, reader_options={"max_parallelism": "0"})
@@ -27,9 +27,9 @@ def read_record(records: ars.ArrayRecordDataSource, index: int, path: str) -> by
     """The bytes of a record.
 
     Args:
-      records: of one file or several.
-      index: of the record in them.
-      path: of the file that it lies in.
+      records: the records of one or several files.
+      index: index of the record among them.
+      path: path of the file that contains it.
 
     Raises:
       OSError: the file cannot be opened or read.
@@ -42,12 +42,12 @@ def read_record(records: ars.ArrayRecordDataSource, index: int, path: str) -> by
         raise CorruptRecordError(str(error)) from error
     if not record:
         _check_readable(path, "")
-        raise CorruptRecordError("the file ends before it, or has less in it than it should")
+        raise CorruptRecordError("the file ends before it, or contains fewer records than it should")
     return bytes(record)
 
 
 def _check_readable(path: str, message: str) -> None:
-    """Raises OSError unless a file can be read to its end; `message` is what the reader said."""
+    """Raises OSError unless a file can be read to its end; `message` is the library's error message."""
     if _SYSTEM_CALL_FAILED.match(message):
         raise OSError(message)
     with open(path, "rb", buffering=0) as file:

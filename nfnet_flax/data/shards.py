@@ -26,16 +26,16 @@ from nfnet_flax.data.random_access import CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
 
 PARTIAL_SUFFIX = ".partial"
-"""Of a file that is being written; it gets its name when it is complete and on the disk."""
+"""Suffix of a file that is being written; it gets its final name when it is complete and on the disk."""
 _AGAIN = "run the command that prepared it again"
 
 
 def make_shard(path: Path, listing: Listing) -> Shard:
-    """Writes the examples of a listing to a file, or keeps the file that is there; either way reads it back.
+    """Writes the examples of a listing to a file, or keeps an existing file; in both cases reads the file back.
 
     Raises:
-      ConfigError: the disk is full, or the file that is there holds something else.
-      InputFailed: an image, or what was written, cannot be read.
+      ConfigError: the disk is full, or the existing file has other contents.
+      InputFailed: an image or the written file cannot be read.
     """
     if path.exists():
         return _read_back(path, listing)
@@ -44,7 +44,7 @@ def make_shard(path: Path, listing: Listing) -> Shard:
         _write(partial, listing)
         shard = _read_back(partial, listing)
     except BaseException:
-        partial.unlink(missing_ok=True)  # a full disk must not stay full of halves
+        partial.unlink(missing_ok=True)  # incomplete files must not fill the disk
         raise
     _sync(partial)
     partial.rename(path)
@@ -67,7 +67,7 @@ def _write(path: Path, listing: Listing) -> None:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # the writer's only one
+    except RuntimeError as error:  # the only error that the writer raises
         name = str(path).removesuffix(PARTIAL_SUFFIX)
         raise ConfigError(f"{name!r} cannot be written: {error}: make room, or give another --out") from error
 
@@ -107,7 +107,7 @@ def check_shard(path: Path, shard: Shard, class_names: tuple[str, ...]) -> list[
     """Compares a file with its manifest and decodes every image in it, as training does.
 
     Returns:
-      One line per problem, with what to do about it; none if all is well.
+      One line per problem, with what to do about it; empty if there is none.
     """
     if not path.is_file():
         return [f"{path} is missing: copy it, or {_AGAIN}"]

@@ -1,4 +1,4 @@
-"""The package's sources of labelled images, for recipes; each lies in a file with what reads it."""
+"""The package's sources of labelled images, for recipes; each is defined in the file that also reads it."""
 
 from nfnet_flax.data.array_record_source import ArrayRecordSource
 from nfnet_flax.data.digits import DigitsSource

@@ -18,14 +18,14 @@ def open_source(
 
     Args:
       config: which set.
-      split: which part of it.
-      image_size: height and width, in pixels, of what `DigitsSource` and `SyntheticSource` make; the package's others
-        give encoded files of any size.
-      class_names: in the order of the labels; None: the training split's own.
+      split: which part of the set.
+      image_size: height and width, in pixels, of the images that `DigitsSource` and `SyntheticSource` make; the other
+        sources of the package return encoded files of any size.
+      class_names: the wanted class names, in the order of the labels; None: the training split's own.
 
     Raises:
       ConfigError: the set is missing, empty, incomplete or of another kind, or it has a class that is not in
-        `class_names`; the message says how to get it. Or a source of one's own does not give what a source must.
+        `class_names`; the message says how to get the set. Or a user's source does not return what a source must.
       OSError: the disk or the network failed.
     """
     source = config.open(split, image_size)
@@ -50,12 +50,12 @@ def _check_opened(config: SourceConfig, source: object) -> None:
     if len(source) < 1:
         raise ConfigError(f"{opened_by}: returned no examples")
     if is_own(type(config)):
-        with contextlib.suppress(CorruptRecordError):  # for whoever reads that example
+        with contextlib.suppress(CorruptRecordError):  # reported when the example is read
             _check_example(f"{opened_by}: example 0", source[0], len(names))
 
 
 def _check_example(named: str, record: object, num_classes: int) -> None:
-    """Checks what the package's own sources are known to give."""
+    """Checks an example of a user's source; the package's own sources are known to return valid ones."""
     if not isinstance(record, dict) or not {"image", "label"} <= record.keys():
         raise ConfigError(f"{named} = {record!r}: must be a dict with image and label")
     image, label = record["image"], record["label"]

@@ -13,14 +13,15 @@ from nfnet_flax.data.random_access import Record, SourceConfig, Split, check_ind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyntheticSource(SourceConfig):
-    """Noise of the recipe's image size that costs nothing to read: to time a step without its input, or to debug."""
+    """Noise of the recipe's image size, which takes no time to read: for timing a step without its input, or
+    debugging."""
 
     num_train_examples: int = 1_281_167
-    """Size of the training set; ImageNet's."""
+    """Number of training examples; by default as many as ImageNet has."""
     num_eval_examples: int = 50_000
-    """Size of the held-out set; ImageNet's."""
+    """Number of held-out examples; by default as many as ImageNet has."""
     num_classes: int = 1000
-    """Number of classes; the labels run through them in turn."""
+    """Number of classes; example i has the label i modulo this number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +39,7 @@ class SyntheticSource(SourceConfig):
 
 
 class SyntheticImages:
-    """Noise that is made once: each image is a window on the same bytes, so that reading one costs nothing."""
+    """Noise that is made once: each image is a window on the same bytes, so that reading one takes no time."""
 
     _NUM_WINDOWS = 4096
     _WINDOW_STEP = 1009  # prime to the number of windows, and no multiple of the three channels
@@ -47,9 +48,9 @@ class SyntheticImages:
         """Makes the noise.
 
         Args:
-          split: the two have different noise.
-          num_examples: N. Images repeat after 4096.
-          num_classes: labels run through them in turn.
+          split: which split; both have different noise.
+          num_examples: number of examples. Images repeat after 4096.
+          num_classes: number of classes; example i has the label i modulo this number.
           image_size: height and width in pixels.
         """
         self._arguments = (split, num_examples, num_classes, image_size)
@@ -57,8 +58,8 @@ class SyntheticImages:
         self.unused = ()
         self._num_examples = num_examples
         self._shape = (image_size, image_size, 3)
-        # An extendable hash gives the same bytes on every machine and in every version of NumPy. The array is
-        # read-only, as the bytes are: an image changed in place would change its neighbours.
+        # A hash of any length gives the same bytes on every machine and in every version of NumPy. The array is
+        # read-only, as the bytes are: changing one image in place would change other images.
         num_bytes = image_size * image_size * 3 + self._NUM_WINDOWS
         self._noise = np.frombuffer(hashlib.shake_128(split.encode()).digest(num_bytes), np.uint8)
 

@@ -28,18 +28,18 @@ class TfdsSource(SourceConfig):
     place_fields: ClassVar[tuple[str, ...]] = ("data_dir",)
 
     name: str
-    """`name`, `name/config` or `name/config:1.0.0`, as in `tfds.builder`."""
+    """Name of the set: `name`, `name/config` or `name/config:1.0.0`, as in `tfds.builder`."""
     train_split: str = "train"
     """Training split in TFDS's syntax, such as `train`, `train[:90%]` or `train[10000:]`."""
     eval_split: str = "validation"
     """Held-out split in TFDS's syntax."""
     data_dir: str | None = None
-    """Folder of prepared sets, `~` being the home folder; None: TFDS's own default (`TFDS_DATA_DIR`, or
+    """Folder of prepared sets, where `~` is the home folder; None: TFDS's own default (`TFDS_DATA_DIR`, or
     `~/tensorflow_datasets`)."""
     image_key: str = "image"
-    """Feature that holds the image."""
+    """Name of the feature that contains the image."""
     label_key: str = "label"
-    """Feature that holds the class."""
+    """Name of the feature that contains the class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +72,8 @@ def _how_to_prepare(config: TfdsSource) -> str:
 
 
 def _open_builder(config: TfdsSource) -> Any:
-    """TFDS's builder of a prepared set, found by its files: the code that prepared it is not needed."""
-    import tensorflow_datasets as tfds  # half a second, which users of other sources need not wait
+    """TFDS's builder of a prepared set, made from the set's files: the code that prepared it is not needed."""
+    import tensorflow_datasets as tfds  # takes half a second, which users of other sources need not wait
     from tensorflow_datasets.core import read_only_builder
 
     data_dir = None if config.data_dir is None else str(local_path("source.data_dir", config.data_dir))
@@ -86,7 +86,7 @@ def _open_builder(config: TfdsSource) -> Any:
         raise ConfigError(f"TFDS set {config.name!r} is not there ({reason}): {_how_to_prepare(config)}") from error
     wanted = tfds.core.FileFormat.ARRAY_RECORD
     if builder.info.file_format != wanted:
-        try:  # a set may be there in several formats
+        try:  # a set may exist in several formats
             builder = tfds.builder_from_directory(builder.data_dir, file_format=wanted)
         except ValueError as error:
             raise ConfigError(
@@ -98,7 +98,7 @@ def _open_builder(config: TfdsSource) -> Any:
 
 
 def _check_features(config: TfdsSource, features: dict[str, Any]) -> tuple[str, ...]:
-    """The class names, once image and label are seen to be what their names say."""
+    """The class names, after a check that the features of image and label have the right types."""
     import tensorflow_datasets as tfds
 
     for field, key, kind in (
@@ -133,11 +133,11 @@ def _pieces(builder: Any, config: TfdsSource, split: Split) -> list[Any]:
 
 
 def _check_apart(config: TfdsSource) -> None:
-    """Raises ConfigError if both splits hold the same record; says nothing of a missing split."""
+    """Raises ConfigError if both splits contain the same record; ignores a missing split."""
     builder = _open_builder(config)
     try:
         train, held_out = _pieces(builder, config, "train"), _pieces(builder, config, "eval")
-    except ConfigError:  # for whoever opens that split
+    except ConfigError:  # reported when that split is opened
         return
     num_shared = sum(
         max(0, min(one.skip + one.take, other.skip + other.take) - max(one.skip, other.skip))
@@ -147,7 +147,7 @@ def _check_apart(config: TfdsSource) -> None:
     if num_shared:
         raise ConfigError(
             f"source.train_split = {config.train_split!r} and source.eval_split = {config.eval_split!r} share "
-            f"{num_shared} examples: an evaluation on what is trained on says nothing; take parts that do not overlap"
+            f"{num_shared} examples: an evaluation on training images means nothing; give parts that do not overlap"
         )
 
 
@@ -155,7 +155,7 @@ class TfdsRecords:
     """A split of a prepared TFDS set."""
 
     unused: tuple[Unused, ...] = ()
-    """The split says what is read."""
+    """Files that are not used: none, as the split determines what is read."""
 
     def __init__(self, config: TfdsSource, split: Split) -> None:
         """Reads the set's metadata; opens none of its data files.
@@ -165,8 +165,8 @@ class TfdsRecords:
           split: which of its splits.
 
         Raises:
-          ConfigError: the set is not prepared, or in another format; it lacks the features, the split, examples or
-            files.
+          ConfigError: the set is not prepared, or in another format; or features, the split, examples or files are
+            missing.
           OSError: the disk or the network failed.
         """
         import tensorflow_datasets as tfds
@@ -215,14 +215,12 @@ class TfdsRecords:
         return {"image": example[self._config.image_key], "label": np.int32(label)}
 
     def fingerprint(self) -> str:
-        """Of the set's name and version, its classes, its size, and which records of which files are read.
-
-        The size of each file counts, too.
-        """
+        """Digest of the set's name and version, its classes, its size, which records of which files are read, and the
+        size of each file."""
         return self._fingerprint
 
     def contents(self) -> str:
-        """Nothing: the fingerprint covers what is known."""
+        """Empty: the fingerprint covers what is known about the contents."""
         return ""
 
     def describe(self, index: int) -> str:
@@ -230,7 +228,7 @@ class TfdsRecords:
         return f"{path} record {number}"
 
     def _place(self, index: int) -> tuple[str, int]:
-        """File of an example, and its number in there."""
+        """The file of an example, and the example's number in it."""
         index = check_index(index, len(self))
         piece = bisect.bisect_right(self._ends, index)
         path, skip = self._pieces[piece]

@@ -1,6 +1,6 @@
 """Geometric augmentations and the evaluation crop: functions of an image and a NumPy generator, run by input workers.
 
-Images are (H, W, 3) uint8 or, where said, encoded bytes, of which only what is needed is decoded.
+Images are (H, W, 3) uint8 or, where this is stated, encoded bytes, of which only the needed part is decoded.
 """
 
 import math
@@ -15,13 +15,14 @@ from nfnet_flax.config import require, require_one_of
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.decode import Crop, decode, decode_crop, encoded_size
 
-# The input threads and processes are the parallelism: OpenCV must add none of its own. Its setting holds for the whole
-# process, and every process that runs a worker imports this module. A pool that is never started survives a fork, too.
+# The input already runs in several threads or processes, so OpenCV must not use threads of its own. The setting is
+# valid for the whole process, and every input worker imports this module. Without OpenCV's thread pool a fork is safe,
+# too.
 cv2.setNumThreads(0)
 cv2.ocl.setUseOpenCL(False)
 
 _CENTRE_MARGIN = 32
-"""Pixels by which the published pipeline's centre crop is smaller than the image, at the network's resolution."""
+"""Pixels by which the centre crop of the published pipeline is smaller than the image, at the network's resolution."""
 
 
 def random_crop(
@@ -29,12 +30,12 @@ def random_crop(
 ) -> np.ndarray:
     """A random part of an image, resized to a square and, half of the time, mirrored.
 
-    With the resampler "area_cubic", a crop of at least 2, 4 or 8 times the output on both axes is rounded to multiples
-    of that factor, so that a JPEG can be decoded at that scale; "pillow_bicubic" always decodes in full.
+    With the resampler "area_cubic", a crop of at least 2, 4 or 8 times the output size on both axes is rounded to
+    multiples of that factor, so that a JPEG can be decoded at that scale; "pillow_bicubic" always decodes in full size.
 
     Args:
       image: an encoded file or (H, W, 3) uint8.
-      rng: of this example.
+      rng: random generator of this example.
       image_size: S, in pixels.
       config: the distribution of the crop, see `sample_crop`.
 
@@ -65,18 +66,18 @@ def sample_crop(height: int, width: int, rng: np.random.Generator, *, image_size
 
     As in the published pipeline (TensorFlow's `sample_distorted_bounding_box`): the aspect is uniform, not log-uniform;
     then the height is uniform between those at which the crop has `min_area` and `max_area` or fills the image, so the
-    area is not uniform; then the place is uniform. Where `num_tries` draws give no crop of an allowed area (very long
-    images), it is the centred square of `image_size / (image_size + 32)` times the shorter side.
+    area is not uniform; then the place is uniform. If `num_tries` draws give no crop of an allowed area (very long
+    images), the crop is the centred square of `image_size / (image_size + 32)` times the shorter side.
 
-    The published call also demands that a tenth of the image be covered, so that its crops begin at area 0.1 in effect;
-    here `min_area` is what it says.
+    The published call also requires that a tenth of the image is covered, so its smallest area is in effect 0.1; here
+    the smallest area is `min_area`.
 
     Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      rng: of this example.
-      image_size: of the output; only the centred square depends on it.
-      config: areas, aspects, tries.
+      height: height of the image, in pixels.
+      width: width of the image, in pixels.
+      rng: random generator of this example.
+      image_size: height and width of the output, in pixels; only the centred square depends on it.
+      config: areas, aspects, number of tries.
     """
     min_pixels, max_pixels = config.min_area * height * width, config.max_area * height * width
     for _ in range(config.num_tries):
@@ -125,18 +126,18 @@ def preprocess(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> np.ndarray:
-    """Images as a network takes them, made as an evaluation makes them; see `eval_crop`.
+    """Images as input for a network, prepared as in an evaluation; see `eval_crop`.
 
-    The arguments after the images are the fields of `nfnet_flax.weights.Preprocessing`, which weight files hold.
+    The arguments after the images are the fields of `nfnet_flax.weights.Preprocessing`, which weight files contain.
 
     Args:
-      images: encoded files or (H, W, 3) uint8, RGB, of any sizes. As in training, a photo is taken as its pixels are
-        stored, not turned as its EXIF data say.
+      images: encoded files or (H, W, 3) uint8, RGB, of any sizes. As in training, the EXIF orientation of a photo is
+        ignored.
       image_size: S, in pixels.
-      crop_margin: pixels that are cut off in all on each axis after the resize.
+      crop_margin: total number of pixels that are cut off on each axis after resizing.
       resampler: see `resize`.
-      mean: subtracted from the grey levels (0 to 255) of each channel.
-      std: divides the grey levels of each channel.
+      mean: value for each channel that is subtracted from the grey levels (0 to 255).
+      std: value for each channel by which the grey levels are then divided.
 
     Returns:
       (N, S, S, 3) float32.
@@ -152,18 +153,18 @@ def preprocess(
 
 
 def resize(image: np.ndarray, height: int, width: int, resampler: Resampler) -> np.ndarray:
-    """Resizes to `height` x `width`, each axis for itself: antialiased on the way down, bicubic on the way up.
+    """Resizes to `height` x `width`, each axis by itself: with antialiasing if it shrinks, bicubic if it grows.
 
-    "area_cubic" averages over the area of an output pixel, then interpolates bicubically (OpenCV, a = -0.75), in a
-    third of the time of OpenCV's INTER_AREA, which moreover does not antialias at all when one of the axes grows.
-    "pillow_bicubic" is the exact antialiased bicubic (a = -0.5), six times as slow. Going from 500x375 to 224x224 they
-    differ by 0.5 grey levels on average on smooth images and by 0.7 on images of hard edges (INTER_AREA: 0.3 and 0.5).
+    "area_cubic" averages over the area of an output pixel, then interpolates bicubically (OpenCV, a = -0.75). It takes
+    a third of the time of OpenCV's INTER_AREA, which also does not antialias at all if one of the axes grows.
+    "pillow_bicubic" is the exact antialiased bicubic (a = -0.5), six times as slow. From 500x375 to 224x224 they differ
+    by 0.5 grey levels on average on smooth images and by 0.7 on images with hard edges (INTER_AREA: 0.3 and 0.5).
 
     Args:
-      image: (H, W, 3) uint8; a view will do.
-      height: in pixels.
-      width: in pixels.
-      resampler: one of the two.
+      image: (H, W, 3) uint8; it may be a view.
+      height: height of the result, in pixels.
+      width: width of the result, in pixels.
+      resampler: the method, as described above.
 
     Returns:
       (height, width, 3) uint8.
@@ -172,7 +173,7 @@ def resize(image: np.ndarray, height: int, width: int, resampler: Resampler) -> 
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     rows, columns = image.shape[:2]
     whole_y, whole_x = max(rows // height, 1), max(columns // width, 1)
-    if max(whole_y, whole_x) > 1:  # down to less than twice the output; neither axis grows, so this averages
+    if max(whole_y, whole_x) > 1:  # to less than twice the output; neither axis grows, so INTER_AREA averages
         image = cv2.resize(image, (columns // whole_x, rows // whole_y), interpolation=cv2.INTER_AREA)
     rows, columns = image.shape[:2]
     if rows > height or columns > width:
@@ -182,21 +183,21 @@ def resize(image: np.ndarray, height: int, width: int, resampler: Resampler) -> 
 
 
 def _box_kernel(scale: float) -> np.ndarray:
-    """Weights of a box `scale` < 2 input pixels wide, centred on a pixel.
+    """Weights of a box that is `scale` < 2 input pixels wide and centred on a pixel.
 
-    In 256ths that sum to one: OpenCV filters uint8 in 8-bit fixed point, and rounding each weight alone would change
-    the brightness.
+    The weights are multiples of 1/256 that sum to one: OpenCV filters uint8 in 8-bit fixed point, and rounding each
+    weight independently would change the brightness.
     """
     side = round(256 * max(scale - 1, 0) / (2 * scale)) / 256
     return np.array([side, 1 - 2 * side, side])
 
 
 def random_affine(image: np.ndarray, rng: np.random.Generator, config: AffineAugment) -> np.ndarray:
-    """Turns, scales and shifts an image about its centre (bilinear; what enters is black).
+    """Rotates, scales and shifts an image about its centre (bilinear; pixels from outside the image are black).
 
     Args:
       image: (H, W, 3) uint8.
-      rng: of this example.
+      rng: random generator of this example.
       config: the angle is uniform in +-`max_degrees`, the factor in 1 +- `max_scale`, the shift along each axis in
         +-`max_shift` of its size.
 

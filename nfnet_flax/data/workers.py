@@ -1,8 +1,8 @@
-"""Worker processes of the input: each answers "the batch of step N" over a socket.
+"""Worker processes of the input: each receives the number of a step over a socket and returns the batch of that step.
 
-Batches travel through a socket rather than shared memory, so nothing can be left behind in /dev/shm, whoever is killed.
-Workers are plain child programs rather than `multiprocessing`'s: a script that trains needs no `__main__` guard, and
-the signals that stop a run are blocked in them from their first instruction on.
+Batches are sent through a socket rather than shared memory, so nothing can remain in /dev/shm, whichever process is
+killed. Workers are plain child programs rather than those of `multiprocessing`: so a script that trains needs no
+`__main__` guard, and the signals that stop a run are blocked in the workers from their first instruction on.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from nfnet_flax.data.prefetch import InputFailed, Rows, explain
 from nfnet_flax.own_code import find_modules_in, loaded_files
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What may tell the main process to stop: a scheduler, Ctrl-C, Slurm, a terminal that is lost. They are often sent to
+"""Signals that ask the main process to stop: from a scheduler, Ctrl-C, Slurm, a lost terminal. They are often sent to
 all processes of a job."""
 _DUMP_SIGNAL = signal.SIGUSR2
-"""Makes a worker write its stacks."""
+"""Signal at which a worker writes its stacks."""
 _EXIT_TIMEOUT_S = 5.0
-"""How long a worker that closed its socket may take to end."""
+"""Longest time that a worker that closed its socket may take to end."""
 _DUMP_S = 1.0
-"""Time for a stuck worker to write its stacks."""
+"""Time that a stuck worker gets to write its stacks."""
 
 
 class BatchTable(Protocol):
@@ -45,20 +45,20 @@ class BatchTable(Protocol):
 
 
 class WorkerProcess:
-    """A lane that lets a child process compute, one batch at a time."""
+    """A lane whose child process computes one batch at a time."""
 
     def __init__(self, index: int, make_batches: Callable[[], BatchTable]) -> None:
-        """Starts the process; it makes its batches when the first is asked for.
+        """Starts the process; `make_batches` is called at the first request.
 
         Args:
-          index: of the worker, for messages.
-          make_batches: picklable; called once, in the worker.
+          index: number of the worker, for messages.
+          make_batches: picklable function that returns the table of batches; called once, in the worker.
         """
         self._make_batches = make_batches
         self._is_ready = False
         self._socket, theirs = socket.socketpair()
-        # The child inherits the mask, so a signal to the process group cannot end it before the main process has saved;
-        # one that arrives meanwhile waits for the mask to be lifted here.
+        # The child inherits the mask, so a signal to the process group cannot end it before the main process has saved.
+        # A signal that arrives here while the mask is set is delivered when the mask is restored.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -80,12 +80,12 @@ class WorkerProcess:
         """The batch of a step.
 
         Raises:
-          ConfigError: raised by the worker, such as for an image that cannot be decoded; or what makes the batches is
-            defined in the program itself, where no worker can find it.
-          InputFailed: the worker ended or raised.
+          ConfigError: raised by the worker, such as for an image that cannot be decoded; or the code that makes the
+            batches is defined in the main program, from which a worker cannot import it.
+          InputFailed: the worker ended, or raised another error.
         """
         try:
-            if not self._is_ready:  # here, not at the start: it waits until the worker listens
+            if not self._is_ready:  # here and not in the constructor, as it waits until the worker listens
                 _send(self._stream, (loaded_files(), _pickled(self._make_batches)))
                 self._is_ready = True
             _send(self._stream, step)
@@ -93,14 +93,15 @@ class WorkerProcess:
             if isinstance(answer, dict):
                 return {name: _receive_array(self._stream, *header) for name, header in answer.items()}
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise InputFailed(f"{self.name} {self._how_it_ended()}; it owed the batch of step {step}") from error
+            ended = self._how_it_ended()
+            raise InputFailed(f"{self.name} {ended}; it had not delivered the batch of step {step}") from error
         kind, text = answer
         if issubclass(kind, ConfigError):
             raise kind(text)
         raise InputFailed(f"{self.name}, preparing the batch of step {step}: {text}")
 
     def dump_stacks(self) -> None:
-        """Makes the worker write its stacks to stderr, if it still can."""
+        """Makes the worker write its stacks to stderr, if it is still able to."""
         self._process.send_signal(_DUMP_SIGNAL)
         time.sleep(_DUMP_S)
 
@@ -112,7 +113,7 @@ class WorkerProcess:
         """Kills the worker and waits for its end."""
         self._process.kill()
         self._how_it_ended()
-        with contextlib.suppress(OSError):  # a request that nobody reads anymore
+        with contextlib.suppress(OSError):  # a request that the worker no longer reads
             self._stream.close()
         self._socket.close()
 
@@ -129,14 +130,14 @@ class WorkerProcess:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    # The parent's import path, so that both run the same code. JAX comes in with Grain; it must not look for devices.
+    # The parent's import path, so that both run the same code. Grain imports JAX, which must not look for devices.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return {**environment, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> None:
-        """Refuses what a worker would look for in its own program."""
+        """Refuses classes and functions of the main program, which a worker would look for in its own program."""
         if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
             raise ConfigError(
                 f"data.num_workers: {value.__qualname__} is defined in the program that runs, where worker processes "
@@ -163,18 +164,18 @@ def _receive_array(stream: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def serve(descriptor: int) -> None:
-    """The worker's program: answers requests on a socket until it is closed.
+    """The worker's program: answers requests on a socket until the socket is closed.
 
-    The first message is the files of users' code that the main process has loaded, by the names of the modules, and a
-    pickled function that makes the batches; every other one is a step. The answer is a dict of (dtype, shape) followed
-    by the arrays' bytes, or (class, text) of an error, after which the worker ends.
+    The first message contains the files of users' code that the main process has loaded, by the names of the modules,
+    and a pickled function that makes the table of batches. Every other message is a step. The answer is a dict of
+    (dtype, shape), followed by the arrays' bytes, or the (class, text) of an error, after which the worker ends.
     """
     faulthandler.register(_DUMP_SIGNAL, all_threads=True)
     stream = socket.socket(fileno=descriptor).makefile("rwb")
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
-        # The socket ends with the main process, however that ends; then this process does, whatever it is busy with.
+        # The socket is closed when the main process ends for any reason; then this process ends, whatever it is doing.
         try:
             while True:
                 requests.put(pickle.load(stream))
@@ -182,7 +183,7 @@ def serve(descriptor: int) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, name="requests", daemon=True).start()
-    with contextlib.suppress(ConnectionError):  # the main process is gone, and this one about to be
+    with contextlib.suppress(ConnectionError):  # the main process has ended, and this one is about to end
         try:
             files, make_batches = requests.get()
             find_modules_in(files)
