@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 IMPORTED_AT_S = time.perf_counter()
-"""When the process imported the package: for the command `nfnet`, its start."""
+"""Time of `time.perf_counter` when the process imported the package; the command `nfnet` takes it for its start."""
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _MODULE_OF = {

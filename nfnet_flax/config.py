@@ -1,7 +1,7 @@
 """Typed, frozen configuration, checked where a value is made. `config_json.py` has its JSON form.
 
 Every configuration class of the package is a frozen dataclass whose `__post_init__` calls `check_types` first and then
-its own `require`s, so a wrong value never travels further than the line that wrote it.
+checks its own fields with `require`, so a wrong value raises an error where it is written.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ MAX_COUNT = 2**31 - 1
 MAX_IMAGE_PX = 65_500
 """Largest height or width of an image, in pixels: what a JPEG file can hold."""
 _MAX_FLOAT = 3.4028234e38
-"""What float32 holds, in which nearly everything is computed."""
+"""Largest number of float32, in which nearly everything is computed."""
 _MAX_INT = 2**63 - 1
-"""What files and libraries hold."""
+"""Largest integer that files and libraries can store: they use 64 bits."""
 
 
 class ConfigError(ValueError):
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, field: str, value: object, remedy: str) -> None:
-    """Raises `ConfigError` naming the field, its value and the remedy unless `condition` holds."""
+    """Raises a `ConfigError` that names the field, its value and the remedy, unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{field} = {value!r}: {remedy}")
 
@@ -36,19 +36,19 @@ def require_count(field: str, value: int, *, most: int = MAX_COUNT) -> None:
 
 
 def require_one_of(field: str, value: object, known: typing.Collection[str]) -> None:
-    """Raises `ConfigError` unless a value is one of a few names, so that none is taken for another by default."""
+    """Raises `ConfigError` unless a value is one of the known names, so that no other value is taken for a default."""
     require(isinstance(value, str) and value in known, field, value, f"give one of {', '.join(map(repr, known))}")
 
 
 def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> ConfigError:
-    """The error for a name outside a table, with the nearest known names as the remedy."""
+    """The error for a name that is not in a table; its remedy lists the most similar known names."""
     names = sorted(known)
     near = nearest(name, names)
     return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near or names)}{', ...' if near else ''}")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> list[str]:
-    """At most three of the known names that are spelt like a name, the likeliest first."""
+    """At most three known names that are spelt similarly to a name, the most similar first."""
     return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
 
@@ -64,16 +64,16 @@ def _matches(value: object, hint: Any) -> bool:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return all(_matches(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(_matches, value, arguments))
-    if hint in (int, float):  # bool is an int to Python and a mistake to a reader of a recipe
+    if hint in (int, float):  # Python takes a bool for an int, but in a recipe it is a mistake
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, types.NoneType if hint is None else hint)
 
 
 def check_types(config: Any) -> None:
-    """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type, or no number.
+    """Raises `ConfigError` for the first field of a dataclass whose value is not of the annotated type or out of range.
 
-    Every number is finite, and not beyond what computes with it: no infinity stands for "off", which is None. Several
-    values are a tuple: lists, sets and dicts can be changed, and have no hash.
+    Every number must be finite and fit into float32 or 64 bits; "off" is written as None, not as infinity. Several
+    values are given as a tuple, because lists, sets and dicts can be changed and have no hash.
     """
     for name, hint in field_hints(type(config)).items():
         value = getattr(config, name)
@@ -98,7 +98,7 @@ def _check_number(field: str, value: object) -> None:
 
 
 def field_hints(kind: type) -> dict[str, Any]:
-    """Field of a dataclass -> its type, in the order of its JSON form: its own fields, then those of its bases.
+    """Type of each field of a dataclass, in the order of its JSON form: its own fields, then those of its base classes.
 
     Raises:
       ConfigError: an annotation names something that is not imported.
@@ -107,7 +107,7 @@ def field_hints(kind: type) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
     except NameError as error:
         raise ConfigError(
-            f"{kind.__name__}: {error}, by which one of its fields is annotated: import it, not only for type checkers"
+            f"{kind.__name__}: {error} (in the annotation of a field): import it, not only for type checkers"
         ) from error
     mro = kind.__mro__
 

@@ -1,4 +1,4 @@
-"""The JSON form of configurations: lossless, and read without running anything that it names."""
+"""The JSON form of configurations: it loses nothing, and reading it runs no code that it names."""
 
 import dataclasses
 import typing
@@ -10,12 +10,12 @@ from nfnet_flax.config import ConfigError, field_hints, members_of, nearest, tex
 from nfnet_flax.open_config import OpenConfig, is_own, kinds_of, type_name
 
 ADDED_LATER: Mapping[str, bool] = MappingProxyType({"added_later": True})
-"""`metadata` of a field that earlier versions did not have and that has a default of the same meaning: the default is
-not written, and JSON that lacks the field has it."""
+"""`metadata` of a field that earlier versions did not have. Its default means what those versions did, so the default
+is not written, and JSON without the field is read as the default."""
 
 
 class CodeNotLoaded(ConfigError):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
-    """What is read names a class of a user's own code, and no such class is loaded."""
+    """A file that is read names a class of a user's own code that is not loaded."""
 
 
 def to_json(config: Any, *, places: bool = True) -> Any:
@@ -23,7 +23,7 @@ def to_json(config: Any, *, places: bool = True) -> Any:
 
     Args:
       config: a configuration.
-      places: whether the `place_fields` of its parts are among the fields.
+      places: whether the `place_fields` of its parts are included.
 
     Raises:
       ConfigError: a value has no JSON form.
@@ -45,7 +45,7 @@ def to_json(config: Any, *, places: bool = True) -> Any:
 
 
 def _is_default(config: Any, name: str, value: object) -> bool:
-    """Whether a field that earlier versions did not have says what they did."""
+    """Whether a field that earlier versions did not have is at its default, which means what those versions did."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
     return "added_later" in field.metadata and value == field.default
 
@@ -82,8 +82,8 @@ def _made(cls: type, given: dict[str, Any], where: str, path: str) -> Any:
         writer, remedy = "another version of nfnet_flax", "use that version"
         if is_own(cls):
             writer, remedy = (
-                f"other code of {type_name(cls)}",
-                "give that back (a run keeps copies in its folder code/)",
+                f"another version of the code of {type_name(cls)}",
+                "restore that version (a run keeps copies in its folder code/)",
             )
         raise ConfigError(
             f"{where}: fields {sorted(unequal)} are unknown or missing: it was written by {writer}; {remedy}"
@@ -97,8 +97,8 @@ def _not_loaded(where: str, name: str, kinds: dict[str, type]) -> CodeNotLoaded:
     hint = f" (loaded are {', '.join(near)})" if near else ""
     file = f"{name.partition(':')[0].rpartition('.')[2]}.py"
     return CodeNotLoaded(
-        f"{where} names the class {name} of a user's own code, which is not loaded{hint}. Nothing that is read is "
-        f"executed: name the file that defines it (--code {file}), or import it first"
+        f"{where} names the class {name} of a user's own code, which is not loaded{hint}. Code is run only "
+        f"if you name it: give the file that defines the class (--code {file}), or import it first"
     )
 
 

@@ -1,4 +1,4 @@
-"""Any recipe on a laptop: a small network of the same family, noise for images, four steps; all else as it is."""
+"""A short form of any recipe for a laptop: a small network of the same family, images of noise, and four steps."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ _TRAIN_PX, _EVAL_PX = 32, 48
 _BATCH_SIZE = 16
 _NUM_MICROBATCHES = 8
 _NUM_EVAL_EXAMPLES = 20
-"""Not a multiple of the batch size: the last batch is filled up."""
+"""Number of held-out examples; no multiple of the batch size, so that the last batch is filled up with padding."""
 
 
 def debug_recipe(recipe: Recipe) -> Recipe:
-    """Derives a run of four steps that goes through the same code: augmentation, optimizer, evaluation, checkpoints.
+    """Derives a run of four steps that executes the same code: augmentation, optimizer, evaluation, checkpoints.
 
-    Its numbers mean nothing. It takes at most 8 devices: as many as its batch has parts.
+    Its accuracy means nothing. It can use at most 8 devices, as its batch has 8 parts.
     """
     data = recipe.data
     mixing = None if data.mixing is None else dataclasses.replace(data.mixing, group_size=4)
@@ -42,7 +42,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
         ),
         execution=dataclasses.replace(recipe.execution, num_microbatches=_NUM_MICROBATCHES),
         objective=recipe.objective.small(),
-        init_from=None,  # its weights are of the large network
+        init_from=None,  # those weights belong to the large network
         init_from_skip=(),
         platform="any",
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=2),

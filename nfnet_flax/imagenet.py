@@ -1,4 +1,4 @@
-"""What the recipes for ImageNet have in common: each of them says only what is its own."""
+"""What the recipes for ImageNet have in common; each recipe file gives only what differs."""
 
 from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
@@ -19,7 +19,7 @@ RESNET_OPTIM = OptimConfig(
     weight_decay=1e-4,
     ema_decay=0.9999,
 )
-"""Optimizer of the ResNets, with BatchNorm and without, which train for 90 epochs."""
+"""Optimizer of the ResNets with and without BatchNorm, which train for 90 epochs."""
 
 
 def imagenet_recipe(
@@ -39,15 +39,15 @@ def imagenet_recipe(
     """A run on ImageNet; change more of it by `dataclasses.replace`.
 
     Args:
-      name: of the run.
+      name: name of the run.
       model: the network.
       image_sizes: height and width of images; `IMAGE_SIZES` has the published ones of each named network.
-      optim: its optimizer.
-      num_epochs: length of the run.
-      batch_size: images of an update, over all devices.
-      images_per_part: of the equal parts into which the batch is cut; there can be as many devices as parts, and
-        BatchNorm averages over a part.
-      randaugment: RandAugment, beside random crops and flips.
+      optim: the optimizer.
+      num_epochs: length of the run, in epochs.
+      batch_size: number of images of one update, over all devices.
+      images_per_part: number of images in each of the equal parts into which the batch is cut. There can be at most as
+        many devices as parts, and BatchNorm averages over a part.
+      randaugment: RandAugment, in addition to random crops and flips.
       mixing: mixup and CutMix.
       checkpoint_every_steps: a checkpoint is written each time the step is a multiple of this.
       eval_every_steps: the held-out set is evaluated each time the step is a multiple of this.
@@ -62,7 +62,7 @@ def imagenet_recipe(
         num_classes=1000,
         platform="accelerator",
         data=DataConfig(
-            # Of `tools/prepare_imagenet.py --out data/imagenet`.
+            # The files that `tools/prepare_imagenet.py --out data/imagenet` writes.
             source=ArrayRecordSource(
                 train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
             ),
@@ -74,7 +74,7 @@ def imagenet_recipe(
             augment=CropAugment(),
             randaugment=randaugment,
             mixing=mixing,
-            num_threads=8,  # on each host: give it one for each core
+            num_threads=8,  # on each host; best one for each core
             prefetch_batches=8,
         ),
         optim=optim,

@@ -10,14 +10,15 @@ from nfnet_flax.config import ConfigError
 
 
 class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """The folder of a run cannot be written or read. The message names it and the reason; older checkpoints stand."""
+    """The folder of a run cannot be written or read. The message names it and the reason; older checkpoints are
+    kept."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file, so that a process killed at any moment, or a full disk, leaves either the old or the new one.
 
     Raises:
-      OSError: it cannot be written; the old file stands.
+      OSError: it cannot be written; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -34,7 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """After a power failure, the new name is found, too; some file systems cannot promise this and refuse."""
+    """Makes a new file name in a folder survive a power failure, where the file system supports this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -47,8 +48,8 @@ def write_json(path: Path, data: Any) -> None:
     """Writes a JSON file by `write_whole`.
 
     Raises:
-      ValueError: the data hold a number that JSON does not know (NaN, infinity).
-      OSError: it cannot be written; the old file stands.
+      ValueError: the data hold a number that JSON does not have (NaN, infinity).
+      OSError: it cannot be written; the old file is unchanged.
     """
     write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
@@ -57,12 +58,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads the JSON object that `write_json` wrote.
 
     Args:
-      path: of the file.
-      remedy: ends the message of a `ConfigError`: what the user can do.
+      path: path of the file.
+      remedy: what the user can do; the end of the message of a `ConfigError`.
 
     Raises:
-      ConfigError: the file is missing, empty, cut short, no UTF-8, or holds something else than a JSON object.
-      StorageFailed: it cannot be opened or read, which says nothing of what it holds.
+      ConfigError: the file is missing, empty, cut short, not UTF-8, or contains something else than a JSON object.
+      StorageFailed: it cannot be opened or read; what it contains is then unknown.
     """
     try:
         content = path.read_bytes()
@@ -74,7 +75,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise StorageFailed(f"{path}: {type(error).__name__}: {error.strerror}") from error
     try:
         data = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # of the decoding and of JSON
+    except (ValueError, RecursionError) as error:  # raised by decoding and by JSON
         reason = f"{error}" if content else "it is empty"
         raise ConfigError(f"{path} is damaged ({reason}): {remedy}") from error
     if not isinstance(data, dict):

@@ -1,7 +1,8 @@
-"""What a user has to know besides the results, such as images that are not used: warnings of the logger `nfnet_flax`.
+"""Warnings: what a user has to know besides the results, such as that images are not used.
 
-They are printed to stderr, in commands and in Python alike. A program that embeds a run decides otherwise by the means
-of `logging`: `logging.getLogger("nfnet_flax").setLevel(logging.ERROR)` silences them, a handler takes them elsewhere.
+They go to the logger `nfnet_flax` and are printed to stderr, both by commands and in Python. A program can change this
+with `logging`: `logging.getLogger("nfnet_flax").setLevel(logging.ERROR)` turns them off, and a handler of its own
+receives them.
 """
 
 import logging
@@ -11,7 +12,7 @@ _logger = logging.getLogger("nfnet_flax")
 
 
 class _ToStderr(logging.Handler):
-    """Prints to what `sys.stderr` is at that moment."""
+    """Prints to `sys.stderr`, which is looked up at each message, as it may have been replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"nfnet: {record.getMessage()}", file=sys.stderr, flush=True)
@@ -23,6 +24,6 @@ if not _logger.handlers:
 
 
 def warn(text: str | None) -> None:
-    """Says something; nothing for None."""
+    """Prints a warning; does nothing if the text is None."""
     if text is not None:
         _logger.warning("%s", text)

@@ -1,7 +1,7 @@
-"""What training minimizes, and what an evaluation counts: one frozen configuration per task.
+"""What training minimizes, and what an evaluation measures: one frozen configuration per task.
 
-An objective of one's own is a frozen dataclass that derives from `Objective`. Its `train` and `evaluate` see a part of
-the batch at a time and are traced by JAX: no value of an array may decide what Python does.
+To add an objective, derive a frozen dataclass from `Objective`. Its `train` and `evaluate` get one part of the batch at
+a time and are traced by JAX, so Python's control flow must not depend on the values of arrays.
 """
 
 import abc
@@ -19,9 +19,9 @@ from nfnet_flax.paths import check_path
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
 Batch: TypeAlias = dict[str, jax.Array]
-"""`image` (N, H, W, 3), as the network sees it; `label` (N,) int32, or (N, num_classes) of zeros and ones where an
-example may be of several classes; optionally `mix_label`, like `label`, and `label_weight` (N,) float32, the share of
-`label` in the target."""
+"""`image` (N, H, W, 3), as the network gets it; `label` (N,) int32, or (N, num_classes) of zeros and ones if an example
+may have several classes; optionally `mix_label`, like `label`, and `label_weight` (N,) float32, the share of `label` in
+the target."""
 Arrays: TypeAlias = dict[str, jax.Array]
 _NUM_CANDIDATES = 5
 
@@ -29,34 +29,34 @@ _NUM_CANDIDATES = 5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number of a part of the batch, and how those of all parts make that of the whole batch."""
+    """A metric of one part of the batch, and how the metric of the whole batch is computed from those of its parts."""
 
     value: jax.Array
-    """(N,), of each example, for `mean` and `sum`; of any shape for `same`."""
+    """(N,), one value for each example, for `mean` and `sum`; any shape for `same`."""
     combine: Literal["mean", "sum", "same"] = dataclasses.field(default="mean", metadata={"static": True})
-    """The mean or the sum over all examples (whole numbers stay whole in a sum); or the value of any part, as it is the
-    same in all."""
+    """`mean` or `sum` over all examples (a sum of integers stays an integer); `same`: the value is equal in all parts,
+    so that of any part is taken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What an objective may need to know of the run."""
+    """What an objective may need to know about the run."""
 
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     mean: tuple[float, ...]
-    """Per channel, in grey levels: subtracted from images before the network sees them."""
+    """Mean of each channel, in grey levels, which is subtracted from the images before the network gets them."""
     std: tuple[float, ...]
-    """Per channel, in grey levels: what they are divided by then."""
+    """Standard deviation of each channel, in grey levels, by which they are then divided."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(OpenConfig, abc.ABC):
-    """What a recipe's `objective` offers. Files that it reads are named by `place_fields`."""
+    """Base class of a recipe's `objective`. Fields that name files to read are listed in `place_fields`."""
 
     def arrays(self, facts: RunFacts) -> Arrays:
-        """Arrays that `train` needs besides the batch, such as a teacher's weights; read once, at the start. By default
-        none. A run goes on only with the same ones."""
+        """Arrays that `train` needs besides the batch, such as a teacher's weights; by default none. They are read
+        once, at the start, and must be the same whenever the run continues."""
         del facts
         return {}
 
@@ -66,10 +66,10 @@ class Objective(OpenConfig, abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
-        """Values of each example, (N,) float32, by name; their means are reported. `loss` must be among them."""
+        """Values of each example, (N,) float32, by name; `loss` must be one of them. Their means are reported."""
 
     def small(self) -> "Objective":
-        """What `nfnet train --debug` minimizes, on noise and without files; by default the same."""
+        """The objective for `nfnet train --debug`, which has only images of noise and no files; by default the same."""
         return self
 
 
@@ -78,7 +78,7 @@ class _Smoothed(Objective):
     """An objective whose targets can be smoothed."""
 
     label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes; an evaluation takes none."""
+    """Share of the target that is spread over all classes in training; an evaluation does not smooth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ class _Smoothed(Objective):
 
 
 def targets_of(batch: Batch, num_classes: int) -> jax.Array:
-    """(N, num_classes) float32 targets, mixed where the batch is, without smoothing."""
+    """(N, num_classes) float32 targets without smoothing; mixed if the images of the batch are mixed."""
     targets = _encoded(batch["label"], num_classes)
     if "mix_label" in batch:
         weight = batch["label_weight"][:, None]
@@ -122,10 +122,10 @@ def _top1(logits: jax.Array, batch: Batch) -> dict[str, Metric]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxCrossEntropy(_Smoothed):
-    """Cross-entropy between a softmax over the classes and the target: each example is of one class."""
+    """Cross-entropy between a softmax over the classes and the target; each example has one class."""
 
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes; an evaluation takes none."""
+    """Share of the target that is spread over all classes in training; an evaluation does not smooth."""
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
@@ -139,19 +139,19 @@ class SoftmaxCrossEntropy(_Smoothed):
 
 
 def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """(N,) in float32."""
+    """Cross-entropy of each example, (N,) float32."""
     return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
 def _require_one_class(batch: Batch) -> None:
     shape = jnp.shape(batch["label"])
-    remedy = "a softmax is for one class an example: give (N,) class numbers, or another objective"
+    remedy = "this objective takes one class per example: give (N,) class numbers, or choose another objective"
     require(len(shape) == 1, "label", f"of shape {shape}", remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmoidCrossEntropy(_Smoothed):
-    """Binary cross-entropy of every class by itself, summed over the classes: an example may be of several classes."""
+    """Binary cross-entropy of each class, summed over the classes; an example may have several classes."""
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
@@ -168,10 +168,10 @@ def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Focal(Objective):
-    """Focal loss (arXiv 1708.02002, equation 4) of every class by itself, summed over the classes."""
+    """Focal loss (arXiv 1708.02002, equation 4) of each class, summed over the classes."""
 
     gamma: float = 2.0
-    """Power of the factor that makes examples count less the better they are classified; 0: binary cross-entropy."""
+    """Exponent of the factor that reduces the loss of well classified examples; 0: binary cross-entropy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,20 +193,20 @@ class Focal(Objective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(_Smoothed):
-    """A softmax that follows the labels and a teacher network (arXiv 1503.02531, section 2).
+    """Training towards the labels and towards the outputs of a teacher network (arXiv 1503.02531, section 2).
 
-    The loss is `(1 - teacher_share) * cross-entropy + teacher_share * temperature**2 * KL(teacher || student)`, both
-    distributions of the latter being softened by the temperature. The teacher sees the same augmented images.
+    The loss is `(1 - teacher_share) * cross-entropy + teacher_share * temperature**2 * KL(teacher || student)`, where
+    both distributions of the second term are softened by the temperature. The teacher gets the same augmented images.
     """
 
     place_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: str
-    """Weight file (`nfnet convert`) of a network that knows the same classes; `~` is the home folder."""
+    """Weight file (`nfnet convert`) of a network for the same classes; `~` is the home folder."""
     temperature: float = 1.0
-    """What the logits of both are divided by before the softmax that is compared."""
+    """Number by which the logits of teacher and student are divided before their softmax distributions are compared."""
     teacher_share: float = 0.5
-    """Weight of what the teacher says; the labels have the rest."""
+    """Weight of the term that compares with the teacher; the cross-entropy with the labels has the rest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,7 +231,7 @@ class Distillation(_Smoothed):
         return SoftmaxCrossEntropy(label_smoothing=0.0).evaluate(logits, batch)
 
     def small(self) -> SoftmaxCrossEntropy:
-        # A teacher knows the classes of the recipe's images, not those of noise.
+        # The teacher was trained on the classes of the recipe's images, not on those of noise.
         return SoftmaxCrossEntropy(label_smoothing=self.label_smoothing)
 
 

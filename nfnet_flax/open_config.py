@@ -1,7 +1,7 @@
-"""Parts of a recipe that users may bring: what their classes derive from, which ones there are, and their names.
+"""Parts of a recipe that users may define: their base class, the table of known classes, and the names of classes.
 
-A field of a recipe that is annotated with such a base class holds an instance of any class that derives from it. The
-package's own classes stand in a table; those of users are found among the classes that are loaded.
+A field of a recipe that is annotated with such a base class takes an instance of any class that derives from it. The
+package's own classes are listed in a table; those of users are found among the classes that are loaded.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenConfig:
-    """A part of a recipe that users may bring: a frozen dataclass, whose fields are compared, stored, and options.
+    """A part of a recipe that users may define: a frozen dataclass.
 
-    A field is a number, a text, a Literal, None, a tuple of these, or another frozen dataclass.
+    Its fields are stored with a run, are compared when the run continues, and are command line options. A field is a
+    number, a text, a Literal, None, a tuple of these, or another frozen dataclass.
     """
 
     place_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of fields that only say where something lies on this machine: paths, or tuples of paths. They may change at
-    a resume, and are stored as absolute paths; what lies there is compared by its content."""
+    """Names of fields that only say where files are on this machine: paths, or tuples of paths. They may change when a
+    run continues, and are stored as absolute paths; the files are compared by their content."""
 
     def __post_init__(self) -> None:
         """Checks the types of the fields; a class with checks of its own calls `super().__post_init__()` first."""
@@ -42,12 +43,12 @@ class OpenConfig:
             require(name in names, f"{kind.__name__}.place_fields", self.place_fields, f"{name!r} is no field of it")
 
     def with_absolute_places(self) -> Self:
-        """A copy whose `place_fields` mean the same from every current folder."""
+        """A copy whose `place_fields` are absolute paths, which mean the same in every current folder."""
         return dataclasses.replace(self, **{name: _absolute(getattr(self, name)) for name in self.place_fields})
 
 
 def _absolute(value: object) -> object:
-    # Symbolic links stay: a pattern is no path yet, and a link may be moved to another copy of the same files.
+    # Symbolic links are not resolved: a pattern is not a path, and a link may later point to another copy of the files.
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
     return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
@@ -58,25 +59,25 @@ _TABLES: dict[type, tuple[type, ...]] = {}
 
 
 def declare_kinds(base: type, *kinds: type) -> None:
-    """Names the package's own classes of a base; to be called once, where they are imported together."""
+    """Registers the package's own classes of a base class; called once, where they are imported together."""
     _TABLES[base] = kinds
 
 
 def is_own(kind: type) -> bool:
-    """Whether a class is of a user's code, not of the package."""
+    """Whether a class is defined in a user's code, not in the package."""
     return kind.__module__.partition(".")[0] != _PACKAGE
 
 
 def type_name(kind: type) -> str:
-    """What a class is called where it is stored: its name, and that of its module if it is of a user's code."""
+    """Name under which a class is stored: its own, with that of its module before it if it is defined by a user."""
     return f"{public_name(kind.__module__)}:{kind.__qualname__}" if is_own(kind) else kind.__name__
 
 
 def kinds_of(hint: type) -> dict[str, type]:
-    """Stored name -> each class that a field annotated with `hint` may hold an instance of.
+    """Stored name -> class, for all classes of which a field annotated with `hint` may hold an instance.
 
-    Of a base class of users' parts these are the package's, in the order of its table, and those of users that are
-    loaded; of classes with one name, as where a file was loaded twice, the newest.
+    For a base class that users may derive from, these are the package's classes, in the order of the table, and the
+    users' classes that are loaded. Of several classes with the same name (a file was loaded twice) the newest counts.
     """
     if not issubclass(hint, OpenConfig):
         return {type_name(hint): hint}
@@ -86,7 +87,7 @@ def kinds_of(hint: type) -> dict[str, type]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
-    """All that are loaded, older ones first."""
+    """All subclasses that are loaded, older ones first."""
     subclasses: list[type] = kind.__subclasses__()
     for found in subclasses:
         yield found
@@ -94,7 +95,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 
 def with_places_of(config: C, other: object) -> C:
-    """A configuration with the `place_fields` of another one, at any depth where both have parts of the same type."""
+    """A configuration with the `place_fields` of another one, also in nested parts if both have the same type."""
     mine: Any = config
     if not _is_config(mine) or type_name(type(mine)) != type_name(type(other)):
         return config
@@ -109,7 +110,7 @@ def with_places_of(config: C, other: object) -> C:
 
 
 def with_absolute_places(config: C) -> C:
-    """A configuration whose `place_fields`, at any depth, mean the same from every current folder."""
+    """A configuration whose `place_fields`, also those of nested parts, are absolute paths."""
     mine: Any = config
     if not _is_config(mine):
         return config
@@ -123,7 +124,7 @@ def with_absolute_places(config: C) -> C:
 
 
 def own_classes(config: Any) -> list[type]:
-    """Classes of a user's code that a configuration is made of, at any depth, with those that they derive from."""
+    """Classes of a user's code in a configuration and its nested parts, with the users' classes they derive from."""
     found: list[type] = []
     parts = list(config) if isinstance(config, tuple) else []
     if _is_config(config):

@@ -1,4 +1,4 @@
-"""What a command or a run prints: whether it can be printed is not the fate of the run."""
+"""What a command or a run prints: a failure to print must not end the run."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 
 class OutputLost(Exception):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """What was printed could not be written; the cause says why."""
+    """Printed text could not be written; the cause of this exception says why."""
 
 
 class _Guarded:
@@ -24,12 +24,12 @@ class _Guarded:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes; characters that the stream's encoding lacks are written as escapes."""
+        """Writes text; characters that the stream's encoding does not have are written as escapes."""
         self._attempt(lambda: self._write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Writes what the stream still holds."""
+        """Writes what the stream has buffered."""
         self._attempt(self._stream.flush)
 
     def _write(self, text: str) -> None:
@@ -51,16 +51,16 @@ class _Guarded:
 
 @contextlib.contextmanager
 def guarded_output(*, goes_on: bool) -> Iterator[None]:
-    """Guards stdout and stderr within the context, which works as a decorator, too.
+    """Guards stdout and stderr within the context; it can also be used as a decorator.
 
-    A reader that went away (`| head`), a full disk behind stdout, a stream that is closed or absent: none of them may
-    look like an error of the code that prints.
+    A reader that has ended (`| head`), a full disk behind stdout, or a stream that is closed or absent must not look
+    like an error of the code that prints.
 
     Args:
-      goes_on: whether what cannot be written is dropped, which is reported once on stderr.
+      goes_on: whether text that cannot be written is dropped, which is reported once on stderr.
 
     Raises:
-      OutputLost: what is printed cannot be written, unless `goes_on`.
+      OutputLost: printed text cannot be written, unless `goes_on`.
     """
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nothing:  # for streams that are absent
@@ -71,7 +71,7 @@ def guarded_output(*, goes_on: bool) -> Iterator[None]:
             yield
             out.flush()
         finally:
-            if sys.stdout is out:  # whoever has replaced it since restores it, too
+            if sys.stdout is out:  # otherwise other code has replaced it since, and will restore it
                 sys.stdout = before[0]
             if sys.stderr is err:
                 sys.stderr = before[1]

@@ -1,7 +1,8 @@
 """Code of a user's own: recipe files, and modules that define networks, sources, objectives and the like.
 
-Nothing is run but what the user names: a recipe, or `--code`. A file is a module under its own name (`my_net.py` is
-`my_net`), so that what is stored can say `my_net:MyNetConfig` however the file was loaded, and classes can be pickled.
+Only code that the user names is run: a recipe, or what `--code` gives. A file becomes a module of its own name
+(`my_net.py` is `my_net`), so that its classes are stored as `my_net:MyNetConfig` however it was loaded, and can be
+pickled.
 """
 
 import contextlib
@@ -22,16 +23,16 @@ from nfnet_flax.config import ConfigError, nearest
 from nfnet_flax.paths import local_path
 
 _FILES: dict[str, Path] = {}
-"""Name in `sys.modules` -> file that was run under it, because a user named the file."""
+"""Name in `sys.modules` -> file that was run under this name, because a user named the file."""
 _UNKNOWN_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
 def load_code(code: str | os.PathLike[str]) -> types.ModuleType:
-    """Loads code that defines classes which a run, a weight file or a command names.
+    """Loads code that defines classes that a run, a weight file or a command names.
 
     Args:
-      code: path of a `.py` file, which may import modules that lie beside it, or the name of a module that can be
-        imported. What is loaded already is not loaded again.
+      code: path of a `.py` file, which may import modules from its own folder, or the name of a module that can be
+        imported. Code that is already loaded is not loaded again.
 
     Raises:
       ConfigError: there is no such file or module, or it cannot be run; the message names the file and the line.
@@ -52,10 +53,10 @@ def load_code(code: str | os.PathLike[str]) -> types.ModuleType:
 
 
 def python_file(field: str, value: str | os.PathLike[str]) -> Path:
-    """The absolute path of a Python file that is there.
+    """The absolute path of an existing Python file.
 
     Raises:
-      ConfigError: it is not.
+      ConfigError: it does not exist, or is not a `.py` file.
     """
     file = local_path(field, value)
     if file.suffix != ".py" or not file.is_file():
@@ -64,13 +65,13 @@ def python_file(field: str, value: str | os.PathLike[str]) -> Path:
 
 
 def run_file(file: Path) -> types.ModuleType:
-    """Runs a file as a module, also where it was run before; to be called within `running`."""
+    """Runs a file as a module, again if it was run before; to be called within `running`."""
     name = _free_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up what their annotations name
+    sys.modules[name] = module  # dataclasses look up the names in their annotations there
     _FILES[name] = file
     try:
         spec.loader.exec_module(module)
@@ -82,7 +83,7 @@ def run_file(file: Path) -> types.ModuleType:
 
 
 def _free_name(file: Path) -> str:
-    """The file's own name, or another one where that is the name of a module that is something else."""
+    """A module name for a file: its own name, or another one if a different module has that name."""
     stem = file.stem
     if stem in sys.modules:
         is_free = stem in _FILES  # an older version of it, or a file of the same name in another folder
@@ -109,7 +110,7 @@ def file_of(module: types.ModuleType) -> Path | None:
 
 
 def public_name(module: str) -> str:
-    """A module's name as its author would write it: that of a file, also of one that runs as a program."""
+    """A module's name as its author would write it: that of its file, also if the file runs as a program."""
     if module in _FILES:
         return _FILES[module].stem
     if module == "__main__":
@@ -121,7 +122,7 @@ def public_name(module: str) -> str:
 
 @contextlib.contextmanager
 def running(what: str, file: Path) -> Iterator[None]:
-    """Lets the code of a file import what lies beside it, and says where in it something is wrong.
+    """Lets the code of a file import modules from its folder, and adds the file and line to its errors.
 
     Raises:
       ConfigError: any exception was raised; the message begins with `what` and names the line.
@@ -135,9 +136,9 @@ def running(what: str, file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Lets modules of a folder be imported, as those beside a script are.
+    """Lets modules be imported from a folder, as Python does for the folder of a script.
 
-    Afterwards the folder is the last in which modules are looked for: code may import some when it is called.
+    Afterwards the folder is the last in which modules are looked for, as functions may import modules when called.
     """
     sys.path.insert(0, str(folder))
     try:
@@ -150,9 +151,9 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def loaded_files() -> dict[str, str]:
-    """Name -> file of each module that was loaded from a file that a user named, or from beside one.
+    """Name -> file of each module that was loaded from a file that a user named, or from the folder of such a file.
 
-    Another process that is given these to `find_modules_in` runs the same files, wherever it looks for modules.
+    Another process that passes these to `find_modules_in` runs the same files, whatever its import path is.
     """
     folders = {str(file.parent) for file in _FILES.values()}
     found = {}
@@ -167,7 +168,7 @@ def loaded_files() -> dict[str, str]:
 
 
 def find_modules_in(files: Mapping[str, str]) -> None:
-    """Makes modules of the given names be loaded from the given files, as in the process that `loaded_files` is of."""
+    """Makes modules of the given names load from the given files, as in the process that called `loaded_files`."""
     _FILES.update({name: Path(file) for name, file in files.items() if Path(file).name != "__init__.py"})
     sys.meta_path.insert(0, _GivenFiles(dict(files)))
 
@@ -190,7 +191,7 @@ class _GivenFiles(importlib.abc.MetaPathFinder):
 
 
 def _location(file: Path, error: Exception) -> str:
-    """The innermost line of a file, or of a module beside it, that led to an error."""
+    """The innermost line, in a file or in a module from its folder, that led to an error."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename!r}, line {error.lineno}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a run, in one frozen value. Its JSON form is stored in the run's folder."""
+"""A recipe: all settings of a run, in one frozen value. Its JSON form is stored in the run's folder."""
 
 import dataclasses
 import re
@@ -21,19 +21,20 @@ from nfnet_flax.paths import local_path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept on disk."""
+    """When checkpoints are written, and which are kept."""
 
     every_steps: int = 100
     """A checkpoint is written each time the step is a multiple of this."""
     every_minutes: float | None = None
-    """A checkpoint is written at the first log step after so many minutes without one, too; None: only by steps."""
+    """A checkpoint is also written at the first log step after this many minutes without one; None: only by steps."""
     keep_last: int = 3
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     best_metric: str = "eval_ema/top1"
-    """Metric that chooses the best checkpoint, which is kept in addition to the newest ones: `eval/NAME` of the
-    parameters as trained, or `eval_ema/NAME` of their moving average, where the objective's `evaluate` gives NAME."""
+    """Metric by which the best checkpoint is chosen, which is kept in addition to the newest ones: `eval/NAME` for the
+    parameters as trained, or `eval_ema/NAME` for their moving average, where the objective's `evaluate` returns
+    NAME."""
     best_is: Literal["highest", "lowest"] = dataclasses.field(default="highest", metadata=ADDED_LATER)
-    """Which value of the metric is the best: the highest, as of an accuracy, or the lowest, as of a loss."""
+    """Which value of the metric is the best: the highest, as for an accuracy, or the lowest, as for a loss."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -52,14 +53,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run. The update at step N depends on this, the seed in it, and N."""
+    """One training run. The update at step N depends on the recipe, which contains the seed, and on N."""
 
     name: str
     """Name of the run, for logs and weight files."""
     model: ModelConfig
     """The network."""
     num_classes: int
-    """Number of outputs of the network; at least the number of classes in the images."""
+    """Number of outputs of the network; at least the number of classes of the images."""
     data: DataConfig
     """Training and held-out images, and how they are read and augmented."""
     optim: OptimConfig
@@ -67,31 +68,31 @@ class Recipe:
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     """How the training step is computed on the devices: memory, speed, reproducibility."""
     reduction: Reduction | None = dataclasses.field(default=None, metadata=ADDED_LATER)
-    """How the gradients of the devices are added; None: in a fixed order where the execution is reproducible, else in
-    the fastest."""
+    """How the gradients of the devices are added; None: in a fixed order if `execution.reproducible` is on, otherwise
+    in the fastest order."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When checkpoints are written, and which are kept."""
     init_from: str | None = None
     """Weight file (made by `nfnet convert`) with which parameters and EMA start, or the folder of a run, whose newest
-    EMA is used; None: random parameters. The classes of a stored head must have the same names as those of the images.
-    The file may be moved, but its content must not change until the run has a checkpoint."""
+    EMA is used; None: random parameters. If the weights include a head, its classes must have the same names as those
+    of the images. The file may be moved, but its content must not change until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
     seed: int = 0
     """Random seed of initialization, data order, augmentation and dropout; below 2**32."""
     platform: Platform = "any"
-    """Kind of device that the run is for; on any other it does not start."""
+    """Kind of device that the run needs; on any other kind it does not start."""
     num_epochs: float = 1.0
-    """Length of the run in passes over the training set; ignored where `num_steps` is given."""
+    """Length of the run in passes over the training set; ignored if `num_steps` is given."""
     num_steps: int | None = None
-    """Length of the run in updates; None: from `num_epochs`."""
+    """Length of the run in updates; None: it follows from `num_epochs`."""
     objective: Objective = dataclasses.field(default_factory=SoftmaxCrossEntropy)
-    """What is minimized, and what an evaluation counts."""
+    """Loss that training minimizes, and metrics that an evaluation measures."""
     log_every_steps: int = 10
     """Metrics of a step are written each time the step is a multiple of this."""
     tensorboard: bool = True
-    """Metrics are written for TensorBoard as well as to `metrics.jsonl`; that imports TensorFlow, which takes seconds
-    at each start."""
+    """Whether metrics are written for TensorBoard in addition to `metrics.jsonl`; this imports TensorFlow, which takes
+    seconds at each start."""
     eval_every_steps: int = 100
     """The held-out set is evaluated each time the step is a multiple of this, and at the end."""
 
@@ -107,7 +108,7 @@ class Recipe:
         check_seed("seed", self.seed)
         for field, part in (("reduction", self.reduction), ("optim.method", self.optim.method)):
             keeps_promise = part is None or part.is_reproducible or not self.execution.reproducible
-            remedy = "gives other bits on another number of devices: say so by execution.reproducible = False"
+            remedy = "gives other bits on another number of devices: set execution.reproducible = False"
             require(keeps_promise, field, part, remedy)
         require(self.num_epochs > 0, "num_epochs", self.num_epochs, "must be positive")
         if self.num_steps is not None:
@@ -116,10 +117,10 @@ class Recipe:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
     def total_steps(self, num_examples: int) -> int:
-        """Updates of the whole run for a training set of `num_examples`.
+        """Number of updates of the whole run for a training set of `num_examples`.
 
         Raises:
-          ConfigError: `num_epochs` are more updates than can be counted.
+          ConfigError: `num_epochs` amounts to more updates than can be counted.
         """
         if self.num_steps is not None:
             return self.num_steps
@@ -142,12 +143,12 @@ def read_recipe(path: Path) -> Recipe:
     """Reads what `save_recipe` wrote.
 
     Raises:
-      CodeNotLoaded: it names a class of a user's own code that is not loaded; nothing is loaded by reading.
+      CodeNotLoaded: it names a class of a user's own code that is not loaded; reading does not load it.
       ConfigError: the file is missing, damaged, or of another version of the package; the message names it.
       StorageFailed: it cannot be opened or read.
     """
     remedy = (
-        "give the folder of a run; a damaged file is written anew if it is moved away and nfnet train started again"
+        "give the folder of a run; if the file is damaged, move it away and start nfnet train again, which writes it"
     )
     data = read_json(path, remedy)
     try:
@@ -160,30 +161,30 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per differing field that decides an update, or which examples and how they are evaluated.
+    """One line for each differing field that affects the updates, or which examples are evaluated and how.
 
-    The length of a run is none of them, though the learning rate follows it: see `length_change`.
+    The length of a run is not among them, although the learning rate depends on it: see `length_change`.
     """
     same = dataclasses.replace(_with_free_fields_of(old, new), num_epochs=new.num_epochs, num_steps=new.num_steps)
     return differences(to_json(same), to_json(new))
 
 
 def free_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per differing field that decides no update, and may change at a resume."""
+    """One line for each differing field that does not affect the updates and so may change when a run continues."""
     return differences(to_json(old), to_json(_with_free_fields_of(old, new)))
 
 
 def length_change(old: Recipe, new: Recipe, *, num_examples: int, step: int) -> str | None:
-    """What to say of a run that goes on with another length; None where there is nothing to say.
+    """A message about a run that continues with another length; None if there is nothing to report.
 
     Args:
       old: recipe of the run until now.
       new: recipe from now on.
-      num_examples: of the training set.
-      step: updates done.
+      num_examples: number of examples in the training set.
+      step: number of updates done.
 
     Raises:
-      ConfigError: more updates are done than the run is to have.
+      ConfigError: more updates are done than the run shall have.
     """
     before, after = old.total_steps(num_examples), new.total_steps(num_examples)
     if step > after:
@@ -196,16 +197,16 @@ def length_change(old: Recipe, new: Recipe, *, num_examples: int, step: int) -> 
         return None
     return (
         f"the run now has {after} steps instead of {before}: from step {step} on the learning rate follows the "
-        "schedule of the new length, so that it ends elsewhere than a run that had this length from its start"
+        "schedule of the new length, so the result differs from that of a run that had this length from its start"
     )
 
 
 def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
-    """The fields of `other` that decide no update.
+    """A recipe with those fields of `other` that do not affect the updates.
 
-    These are: when and what is saved, logged and evaluated, the run's name, where images, initial weights, a teacher
-    and the like lie (`OpenConfig.place_fields`), what is done about a corrupt image, how many threads prepare the
-    input, over how many devices parameters and images are divided, and which platform is asked for.
+    These are: when and what is saved, logged and evaluated, the run's name, the paths of images, initial weights, a
+    teacher and the like (`OpenConfig.place_fields`), what happens with a corrupt image, how many threads prepare the
+    input, over how many devices parameters and images are divided, and the required platform.
     """
     recipe = with_places_of(recipe, other)
     return dataclasses.replace(
@@ -223,7 +224,7 @@ def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A recipe whose paths mean the same from every folder, as it is stored in that of a run.
+    """A recipe whose paths are absolute, as it is stored in the folder of a run.
 
     Raises:
       ConfigError: a path is not one of this machine's file systems.

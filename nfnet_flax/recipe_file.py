@@ -19,19 +19,20 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     types.NoneType: lambda text: {"none": None}[text.lower()],
     str: str,
 }
-"""By the annotation of a parameter of `recipe()`, what makes its value of a text."""
+"""Annotation of a parameter of `recipe()` -> function that converts a text to its value."""
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Runs a recipe file and returns what its `recipe()` makes.
+    """Runs a recipe file and returns the result of its function `recipe()`.
 
-    It may import modules that lie beside it, and define networks, sources and objectives of its own: it is a module of
-    the name of the file.
+    The file may import modules from its own folder, and may define networks, sources and objectives: it becomes a
+    module with the name of the file.
 
     Args:
-      path: of the file; `recipes/nfnet_imagenet.py:variant=f3` calls `recipe(variant="f3")`. Several arguments are
-        separated by commas. Their values arrive as text, unless the parameter is annotated with int, float, bool or one
-        of them or None: then as such (`true`, `false`, `none`).
+      path: path of the file, with arguments if there are any: `recipes/nfnet_imagenet.py:variant=f3` calls
+        `recipe(variant="f3")`. Several arguments are separated by commas. A value is passed as text, unless the
+        parameter is annotated with int, float, bool or one of them or None: then it is converted (`true`, `false`,
+        `none`).
 
     Raises:
       ConfigError: there is no such file, it defines no `recipe`, it cannot be run, an argument is not of its
@@ -57,13 +58,13 @@ def _split_arguments(path: str) -> tuple[str, dict[str, str]]:
     for item in text.split(","):
         name, _, value = item.partition("=")
         if not name or not value or name in arguments:
-            raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value of its own, such as variant=f3")
+            raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value, such as variant=f3, or is given twice")
         arguments[name] = value
     return f"{file}.py", arguments
 
 
 def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str, Any]:
-    """Arguments of a function as its annotations say; text where they say nothing that is known here.
+    """Arguments of a function, converted as its annotations say; text if an annotation is missing or not supported.
 
     Raises:
       ConfigError: the function has no such parameter, or its value is not of the annotated type.
@@ -71,7 +72,7 @@ def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str,
     parameters = inspect.signature(function).parameters
     try:
         hints = typing.get_type_hints(function)
-    except NameError:  # they name what is imported for type checkers alone
+    except NameError:  # they use names that are imported only for type checkers
         hints = {}
     for name in arguments:
         if name not in parameters:
@@ -80,7 +81,7 @@ def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str,
 
 
 def _value(name: str, text: str, hint: Any) -> Any:
-    """What a text means for a parameter of a type: of several, the first that it can be."""
+    """The value of a text for a parameter of a type; for a union, the first type to which the text can be converted."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = sorted(typing.get_args(hint) if is_union else (hint,), key=lambda kind: kind is str)
     for kind in kinds:

@@ -1,6 +1,6 @@
-"""The process that computes: what must be set before JAX starts, and what of its surroundings decides bits.
+"""Settings that a process needs before JAX starts, and the facts about it that can change the bits of a result.
 
-The command line and the Python API both call `prepare`, so that the same recipe gives the same bits through either.
+The command line and the Python API both call `prepare`, so that the same recipe gives the same bits with both.
 """
 
 import contextlib
@@ -49,26 +49,26 @@ _SETTINGS = (
     "jax_use_direct_linearize",
     "jax_use_shardy_partitioner",
 )
-"""Settings of JAX, from `JAX_*` variables or `jax.config`, that choose random numbers, types or what is compiled."""
+"""Settings of JAX, from `JAX_*` variables or `jax.config`, that change random numbers, types or compiled programs."""
 _FREE_FLAGS = re.compile(r"xla_force_host_platform_device_count|xla_dump_\w+")
-"""Flags of XLA that decide no bits: how many devices there are is free by design."""
+"""Flags of XLA that do not change bits: by design, results do not depend on the number of devices."""
 _VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _INSTRUCTION_SETS = re.compile(
     r"(?!smep)(sse|ssse|avx|amx|vaes|vpclmul|fma|f16c|gfni|bmi|popcnt|asimd|sve|sme|bf16|i8mm)\w*"
 )
-"""Of the flags of a processor, those that a compiler for arithmetic chooses by."""
+"""Flags of a processor that name instruction sets for arithmetic, on which compiled programs depend."""
 
 
 def prepare(*, reproducible: bool = False) -> None:
-    """Prepares this process for computing; to be called before JAX looks for devices, as often as one likes.
+    """Prepares this process for computing; call it before JAX looks for devices. Repeated calls do no harm.
 
-    On CPUs XLA's thread pool gets a size that does not depend on the machine (`NPROC`, 8 unless set): it decides where
-    long sums are split, and with it how they are rounded. Freed memory is kept, and compiled programs are kept on disk.
-    Where it comes too late for the thread pool, that is said once on stderr.
+    On CPUs XLA's thread pool gets a size that does not depend on the machine (`NPROC`, 8 unless set), because this size
+    determines how long sums are split, and so how they are rounded. Freed memory is kept, and compiled programs are
+    kept on disk. If the call is too late for the thread pool, one warning says so.
 
     Args:
-      reproducible: whether to ask XLA for deterministic operations on GPUs (`XLA_FLAGS`), unless the user has decided
-        about them; `check_deterministic` finds out whether that succeeded.
+      reproducible: whether to ask XLA for deterministic operations on GPUs (`XLA_FLAGS`), unless the user has set that
+        flag; `check_deterministic` finds out whether this succeeded.
     """
     if not xla_bridge.backends_are_initialized():
         os.environ.setdefault("NPROC", str(_POOL_SIZE))
@@ -88,7 +88,7 @@ def prepare(*, reproducible: bool = False) -> None:
 
 
 def check_deterministic() -> None:
-    """Checks that the same step gives the same bits twice on the devices at hand; starts JAX's backend.
+    """Checks that the same step gives the same bits twice on the available devices; starts JAX's backend.
 
     Raises:
       ConfigError: they are GPUs, and XLA is not set to use deterministic operations only.
@@ -101,9 +101,9 @@ def check_deterministic() -> None:
 
 
 def environment() -> dict[str, str]:
-    """What of this process and its machine can change the bits of a result, by name; starts JAX's backend.
+    """Facts about this process and its machine that can change the bits of a result, by name; starts JAX's backend.
 
-    Not the number of devices and processes: results do not depend on it.
+    The number of devices and processes is not included, as results do not depend on it.
     """
     facts = {"nfnet_flax": nfnet_flax.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
     facts |= {name: _version(name) for name in _PACKAGES}
@@ -121,7 +121,7 @@ def environment() -> dict[str, str]:
 
 
 def xla_flags() -> dict[str, str]:
-    """Name, without dashes, and value of each flag in `XLA_FLAGS`, or in the file that it names."""
+    """Name (without dashes) -> value of each flag in `XLA_FLAGS`, or in the file that this variable names."""
     text = os.environ.get("XLA_FLAGS", "")
     if text and not text.lstrip().startswith("-"):
         with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ def _pool_size() -> int:
 
 
 def _leave_out_absent_tpu() -> None:
-    # Where libtpu is installed to plan for TPUs, and no TPU is there, JAX would try it and libtpu print its errors.
+    # If libtpu is installed for planning and there is no TPU, JAX would try to use it, and libtpu would print errors.
     only_tpu = importlib.util.find_spec("libtpu") is not None and not _gpu_plugins()
     if only_tpu and not jax.config.values["jax_platforms"] and not num_available_tpu_chips_and_device_id()[0]:
         jax.config.update("jax_platforms", "cpu")
@@ -182,22 +182,22 @@ def _say_once(text: str) -> None:
 
 @functools.cache
 def _memory_is_glibcs() -> bool:
-    # Where an accelerator's plugin is installed and may be used, it allocates in its own way.
+    # If an accelerator's plugin is installed and may be used, it has its own way of allocating memory.
     has_plugin = importlib.util.find_spec("libtpu") is not None or _gpu_plugins()
     return platform.libc_ver()[0] == "glibc" and (not has_plugin or jax.config.values["jax_platforms"] == "cpu")
 
 
 def keep_freed_memory() -> bool:
-    """Lets a process that computes on CPUs keep what a step has freed; call it before JAX's backend starts.
+    """Makes a process that computes on CPUs keep freed memory for the next step; call it before JAX's backend starts.
 
-    XLA allocates a step's temporary memory, hundreds of megabytes, anew in each step; glibc takes such blocks from the
-    operating system and gives them back, and the page faults took 15% of NFNet-F0's step on two cores
-    (`tools/bench_step.py`). From here on all threads share one heap, which is given back when the process ends, or by
+    XLA allocates a step's temporary memory, hundreds of megabytes, anew in each step; glibc gets such blocks from the
+    operating system and returns them each time, and the page faults took 15% of NFNet-F0's step on two cores
+    (`tools/bench_step.py`). After this call all threads share one heap, which is returned when the process ends, or by
     `return_freed_memory`.
 
     Returns:
-      False, and nothing has changed, where an accelerator's plugin is installed and `JAX_PLATFORMS` does not leave it
-      out, as those allocate in their own way, and where the C library is not glibc.
+      Whether it is now so. False, and nothing has changed, if an accelerator's plugin is installed and `JAX_PLATFORMS`
+      does not exclude it, as plugins have their own way of allocating memory, or if the C library is not glibc.
     """
     if not _memory_is_glibcs():
         return False
@@ -207,17 +207,17 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Gives back once what is free now, where `keep_freed_memory` keeps it.
+    """Returns the memory that is free now to the operating system, if `keep_freed_memory` keeps it.
 
     Call it from time to time, between steps: compilation, checkpoints and evaluations leave gaps between small blocks
-    that no step can use, and without it NFNet-F0's process grew from 3.5 to 5.9 GB.
+    that no step can use. Without these calls NFNet-F0's process grew from 3.5 to 5.9 GB.
     """
     if _memory_is_glibcs():
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def default_folder() -> Path:
-    """Where compiled programs are kept unless JAX is set to another place.
+    """Folder of compiled programs, unless JAX is set to another one.
 
     Raises:
       RuntimeError: the user has no home folder.
@@ -226,13 +226,13 @@ def default_folder() -> Path:
 
 
 def use_compilation_cache() -> Path | None:
-    """Keeps compiled programs in the user's cache folder, unless JAX is set to another place.
+    """Keeps compiled programs in the user's cache folder, unless JAX is set to another one.
 
-    `JAX_COMPILATION_CACHE_DIR` chooses another folder and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A folder
-    that cannot be used is said once on stderr and costs nothing but time.
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder and `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. If
+    the folder cannot be used, one warning says so, and programs are compiled at each start.
 
     Returns:
-      The folder; None where there is no cache.
+      The folder; None if there is no cache.
     """
     settings = jax.config.values
     if not settings["jax_enable_compilation_cache"]:

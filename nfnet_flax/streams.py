@@ -1,4 +1,4 @@
-"""The standard streams of the command's process, before its first and after its last word."""
+"""The standard streams of a command's process, at its start and at its end."""
 
 import contextlib
 import os
@@ -6,9 +6,10 @@ import sys
 
 
 def open_missing() -> None:
-    """Opens what the command was started without (`>&-`).
+    """Opens the standard streams that are closed, as after `>&-` in a shell.
 
-    Otherwise the next file that is opened gets the number of stdout or stderr, and C++ code writes its messages there.
+    Otherwise the next file that is opened gets the file descriptor of stdout or stderr, and C++ code writes its
+    messages into that file.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
@@ -21,12 +22,12 @@ def open_missing() -> None:
 
 
 def drop_unwritten() -> None:
-    """Drops what cannot be written: Python writes it when it ends, and would change the exit code for its failure."""
+    """Drops buffered text that cannot be written: Python would write it at its end, fail, and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # not a file of the system's
+            with contextlib.suppress(OSError, ValueError):  # the stream has no file descriptor
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, stream.fileno())
                 os.close(nothing)

@@ -1,4 +1,4 @@
-"""Numbers and lists for people: a few digits and the unit that shows them, whatever the size; a few names of many."""
+"""Numbers and lists as text for people: numbers with a few digits and a unit that fits, long lists cut short."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ _MAX_NAMES_SHOWN = 5
 
 
 def human_size(num_bytes: float) -> str:
-    """Such as `1.5 GiB`."""
+    """A number of bytes as text, such as `1.5 GiB`."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
         if num_bytes >= 2**power:
             return f"{num_bytes / 2**power:.1f} {unit}"
@@ -14,7 +14,7 @@ def human_size(num_bytes: float) -> str:
 
 
 def scaled(number: float) -> str:
-    """Three digits and a prefix for a unit, such as `31.0 M`."""
+    """A number as text with three digits and the prefix of a unit, such as `31.0 M`."""
     for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**power:
             digits = number / 10**power
@@ -23,12 +23,12 @@ def scaled(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds, or microseconds where these are fewer than one."""
+    """A duration as text: in milliseconds, or in microseconds if it is shorter than one millisecond."""
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first names of a list, and how many more there are, as text."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -168,7 +168,7 @@ def test_without_a_good_one_the_run_does_not_start_over(run: Path) -> None:
     for step in "123":
         flip(data_files(run / "checkpoints" / step)[-1])
     before = listing(run)
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged: bring a good one back"):
+    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged: restore a good one"):
         restored_step(run)
     assert listing(run) == before
 

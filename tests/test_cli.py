@@ -74,7 +74,7 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         ("top1", "checkpoint.best_metric = 'top1': give eval/NAME or eval_ema/NAME"),
         (
             "eval/hits",
-            "SoftmaxCrossEntropy does not give it: give one of eval/loss, eval/top1, eval/top5, eval_ema/loss",
+            "SoftmaxCrossEntropy does not compute it: give one of eval/loss, eval/top1, eval/top5, eval_ema/loss",
         ),
     ):
         assert message in fails(capsys, "train", RECIPE, "--workdir", workdir, "--checkpoint.best-metric", name)

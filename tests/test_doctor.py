@@ -87,7 +87,7 @@ def test_the_command_names_all_that_is_broken_and_changes_nothing(
         f"{run / 'checkpoints' / '6'} is damaged (an empty folder): nfnet train sets it aside and goes on from step 4"
     )
     assert lines[2].startswith(f"{run / 'recipe.json'} is damaged (")
-    assert lines[2].endswith("a damaged file is written anew if it is moved away and nfnet train started again")
+    assert lines[2].endswith("move it away and start nfnet train again, which writes it")
     assert printed.endswith("3 wrong, as marked above\n")
     assert everything() == before
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run: Path) -> No
     notes.symlink_to(notes)  # whoever opens it is told that there are too many links
     (line,) = workdir_problems(run)
     assert line.startswith(f"{notes}: OSError: ")
-    assert line.endswith("nothing says that it is damaged")
+    assert line.endswith("it need not be damaged")
 
 
 def test_checkpoints_are_read_as_long_as_there_is_time(run: Path) -> None:
@@ -211,7 +211,7 @@ def test_files_of_a_run_that_are_damaged_or_missing_are_named(run: Path) -> None
         "good rows",
         f"{run}/input.json is missing: put it back, or start in a new workdir",
         f"{run}/classes.json is missing: put it back, or start in a new workdir",
-        "the run has another recipe (seed: 0 -> 7): give its values back",
+        "the run has another recipe (seed: 0 -> 7): use the values of the run",
     ]
     stored.unlink()
     assert workdir_problems(run)[-1].startswith(f"{run}/recipe.json is missing")
@@ -237,7 +237,7 @@ def test_data_that_are_damaged_or_changed_are_named(tmp_path: Path) -> None:
     added = root / "train" / CLASSES[0] / "added.JPEG"
     added.write_bytes((root / "train" / CLASSES[0] / f"{CLASSES[0]}_1.JPEG").read_bytes())
     number, fingerprint = problems(check_data(recipe, workdir))
-    assert number == "the run began with another input (source.num_examples: 12 -> 13): give it back"
+    assert number == "the run began with another input (source.num_examples: 12 -> 13): restore that input"
     assert "source.fingerprint" in fingerprint
     for path in (root / "val").rglob("*.JPEG"):
         os.truncate(path, path.stat().st_size // 2)

@@ -150,11 +150,15 @@ def test_images_may_be_repaired_which_is_said(first: Path, run: Path) -> None:
             file.write(b"\0")  # behind the image
     code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
     assert code == EXIT_DONE, printed
-    (said,) = [line for line in printed.splitlines() if line.startswith("nfnet: other images than before")]
+    (said,) = [
+        line
+        for line in printed.splitlines()
+        if line.startswith("nfnet: held-out images or contents of training images changed")
+    ]
     assert "eval_source.contents: " in said
     assert " source.contents: " in said
     code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
-    assert "other images than before" not in printed  # they are on record now
+    assert "contents of training images changed" not in printed  # they are on record now
     next((images / "train" / CLASSES[0]).iterdir()).unlink()
     code, printed = train(run, first / "mine.py", f"--data.source.root={images}")
     assert code == EXIT_BAD_INPUT

@@ -87,7 +87,7 @@ def sigmoid_loss(targets: np.ndarray, gamma: float = 0.0) -> np.ndarray:
 def test_losses_are_those_of_their_formulas(objective: Objective, smoothing: float, formula: Any, kind: str) -> None:
     batch = jax.tree.map(jnp.asarray, BATCHES[kind])
     if isinstance(objective, SoftmaxCrossEntropy) and batch["label"].ndim == 2:
-        with pytest.raises(ConfigError, match="a softmax is for one class an example"):
+        with pytest.raises(ConfigError, match="this objective takes one class per example"):
             objective.train(jnp.asarray(LOGITS), batch, {})
         return
     targets = plain_targets(BATCHES[kind])

@@ -104,24 +104,24 @@ def test_a_change_of_what_the_code_does_is_refused(copied: Path) -> None:
     code, printed = ran("train", recipe, "--workdir", workdir)
     assert code == EXIT_BAD_INPUT
     changed = "my_layers.py: - return max(2, width // 2) + return max(2, width // 4)"
-    assert f"the code of the run in '{workdir}' changed since it began: {changed} give it back" in printed
+    assert f"the code of the run in '{workdir}' changed since it began: {changed} use the code as it was" in printed
     copy = workdir / "code" / "my_recipe.py"
-    assert f"nfnet train {copy} --workdir {workdir} goes on with the copies on record" in printed
+    assert f"nfnet train {copy} --workdir {workdir} continues with the copies of the run" in printed
     code, printed = ran("train", copy, "--workdir", workdir, "--num-steps", "201")
     assert code == EXIT_DONE, printed
     code, printed = ran("doctor", "--workdir", workdir, "--code", recipe, "--timeout-s", "300")
-    assert f"WRONG: the run began with other code ( {changed}): give it back" in printed
+    assert f"WRONG: the run began with other code ( {changed}): restore it" in printed
     code, printed = ran("eval", "--workdir", workdir, "--code", recipe)
     assert code == EXIT_DONE, printed
-    assert f"changed since it began, and is taken as it is now (copies of what it was are in {copy.parent})" in printed
+    assert f"changed since it began; the present code is used (copies of the old code are in {copy.parent})" in printed
 
 
 def test_commands_run_nothing_but_what_is_named(own: Path, tmp_path: Path) -> None:
     workdir = own / "run"
-    refused = "of a user's own code, which is not loaded. Nothing that is read is executed: name the file that defines"
+    refused = "of a user's own code, which is not loaded. Code is run only if you name it: give the file that defines"
     code, printed = ran("eval", "--workdir", workdir)
     assert code == EXIT_BAD_INPUT
-    assert f"recipe.json: model names the class my_net:MyNetConfig {refused} it (--code my_net.py)" in printed
+    assert f"recipe.json: model names the class my_net:MyNetConfig {refused} the class (--code my_net.py)" in printed
     assert f"or import it first; copies are in {workdir / 'code'}" in printed
     code, printed = ran(
         "eval", "--workdir", workdir, "--code", own / "my_recipe.py", "--data.source.num-examples", "30"

@@ -337,11 +337,11 @@ def test_a_run_is_one_with_the_weights_that_it_began_with(made: Made, tmp_path: 
     workdir = tmp_path / "run"
     claimed(workdir, raw, records[raw.init_from], logs=False)
     (said,) = claimed(workdir, ema, records[ema.init_from])
-    assert re.search(r"which trained nothing here: init_from: run .* of other content", said)
+    assert re.search(r"which trained nothing here: init_from: run .* with other content", said)
     # By now it trained, though it has no checkpoint: it starts from its weights again, wherever they lie.
     moved = dataclasses.replace(ema, init_from=str(made.workdir))
     (said,) = claimed(workdir, moved, initial_weights(moved, CLASSES).record)
-    assert said.startswith("changed since the last start, which decides no update: init_from: ")
+    assert said.startswith("changed since the last start, without an effect on updates: init_from: ")
     with pytest.raises(ConfigError, match="holds other weights than this run began with") as error:
         claimed(workdir, raw, records[raw.init_from])
     assert str(files["raw"]) in str(error.value)

@@ -152,7 +152,7 @@ def test_variants_of_one_network_differ_where_the_papers_say_so() -> None:
         ("nfnet", "varient=f1", "no parameter 'varient': it has variant"),
         ("nfnet", "f1", "'f1' is not a name=value"),
         ("nfnet", "variant=", "'variant=' is not a name=value"),
-        ("nfnet", "variant=f1,variant=f2", "'variant=f2' is not a name=value of its own"),
+        ("nfnet", "variant=f1,variant=f2", "'variant=f2' is not a name=value"),
         ("nfnet", "", "'' is not a name=value"),
     ],
 )

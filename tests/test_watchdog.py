@@ -54,7 +54,7 @@ def test_a_suspended_process_goes_on() -> None:
 
 
 def test_one_that_hangs_is_told_after_a_pause_too() -> None:
-    assert "nothing moved (step 1: step, for " in watched(num_naps=60, suspended_s=1.5)
+    assert "no progress (step 1: step, for " in watched(num_naps=60, suspended_s=1.5)
 
 
 def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_the_watchdog_names_what_it_waits_for(capfd: pytest.CaptureFixture[str])
             watchdog.enter("step", step)
         assert called.wait(30)
     assert re.fullmatch(
-        r"nothing moved \(step 3: step, for [1-9]\d* s\); the stacks of this process are printed above", said[0]
+        r"no progress \(step 3: step, for [1-9]\d* s\); the stacks of this process are printed above", said[0]
     )
     assert "test_watchdog.py" in capfd.readouterr().err
 

@@ -184,7 +184,7 @@ def test_wrong_metadata_are_named(model: Classifier, tmp_path: Path) -> None:
         "unknown type 'list'": metadata | {"model": json.dumps({"type": "list"})},
         "metadata are wrong: model = [1, 2]": metadata | {"model": "[1, 2]"},
         "written by another version": metadata | {"model": json.dumps(config | {"new_field": 1})},
-        "tell of 1000000003 blocks": metadata | {"model": json.dumps(config | {"depths": [10**9, 3]})},
+        "name 1000000003 blocks": metadata | {"model": json.dumps(config | {"depths": [10**9, 3]})},
         "WeightsInfo.parameters = 'best'": metadata | {"parameters": "best"},
         "must not be more than num_classes": metadata | {"class_names": '["a", "b", "c", "d"]'},
         "a head of 10 classes, not 3": metadata | {"num_classes": "10"},

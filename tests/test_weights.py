@@ -279,7 +279,7 @@ def test_a_timm_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == exit_codes.EXIT_BAD_INPUT
     assert re.search(r"missing: \d+ \(stages \d+\), such as stages\.0\.1\.conv1\.bias", printed)
     assert len(printed.splitlines()) < 5
-    for out, reason in ((tmp_path, "exists already"), (path, "is a file's name")):
+    for out, reason in ((tmp_path, "exists already"), (path, "is the name of a file")):
         code, printed = convert("timm", str(path), "--model", "nfnet_f0", "--out", str(out), capsys=capsys)
         assert code == exit_codes.EXIT_BAD_INPUT
         assert reason in printed

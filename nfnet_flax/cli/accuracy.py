@@ -3,11 +3,11 @@
 from nfnet_flax.units import metric_text
 
 _FIRST = ("top1", "top5", "loss")
-"""Metrics that come before all others, where there are any of them."""
+"""Metrics that are printed before all others, if the evaluation has them."""
 
 
 def print_accuracy(metrics: dict[str, float]) -> None:
-    """Prints what an evaluation gave, of raw and EMA parameters."""
+    """Prints the metrics of an evaluation as a table, for raw and EMA parameters."""
     found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
     names = [*(name for name in _FIRST if name in found), *(name for name in found if name not in _FIRST)]
     rows = [["parameters", *(metric_text(name, 0.0)[0] for name in names)]]

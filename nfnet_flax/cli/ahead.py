@@ -1,4 +1,4 @@
-"""Options that count before all others are read: what a recipe or a run names has to be loaded first."""
+"""Options that are read before all others, because code that a recipe or a run names must be loaded first."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -19,7 +19,7 @@ Code = Annotated[
 
 
 def load_given_code(argv: list[str]) -> None:
-    """Loads what `--code` names.
+    """Loads the code that the options `--code` name.
 
     Raises:
       ConfigError: there is no such code, or it cannot be run.
@@ -29,7 +29,7 @@ def load_given_code(argv: list[str]) -> None:
 
 
 def values_of(option: str, argv: list[str]) -> Iterator[str]:
-    """What is given for an option, each time that it is."""
+    """The value of an option, for each time that it is given."""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         if name == option:

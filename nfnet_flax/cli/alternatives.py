@@ -1,6 +1,7 @@
-"""Options of what a recipe leaves out or makes of another type: `--optim.sam.rho 0.05`, `--data.source FolderSource`.
+"""Options that turn on a part of a recipe or replace it by one of another type.
 
-tyro shows and sets the fields of what the recipe holds. Here, before it, a part of the recipe is replaced by another.
+Examples: `--optim.sam.rho 0.05`, `--data.source FolderSource`. tyro only shows and sets the fields of the parts that
+the recipe has; the code here runs before tyro and exchanges parts.
 """
 
 import contextlib
@@ -23,34 +24,34 @@ _NONE = "none"
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A field of a recipe that may hold one of several configurations, or none."""
+    """A field of a recipe that may hold a configuration of one of several classes, or None."""
 
     path: tuple[str, ...]
-    """Names of fields, from the recipe's own."""
+    """Names of the fields that lead to it, from a field of the recipe on."""
     known: dict[str, type]
-    """Classes of the configurations, by the names that the option takes."""
+    """Name that the option takes -> class of the configuration."""
     is_optional: bool
-    """Whether None is a value, too."""
+    """Whether the field may be None."""
     value: Any
-    """What the recipe holds."""
+    """Value of the field in the recipe."""
 
     @property
     def option(self) -> str:
-        """Such as `--optim.sam`."""
+        """Name of the command line option, such as `--optim.sam`."""
         return f"--{'.'.join(self.path)}".replace("_", "-")
 
     @property
     def names(self) -> list[str]:
-        """What the option may be."""
+        """Values that the option takes."""
         return [*self.known, *([_NONE] if self.is_optional else [])]
 
     def name_of(self, value: object) -> str:
-        """What the option calls a value."""
+        """Name of a value, as the option takes it."""
         return next((name for name, kind in self.known.items() if kind is type(value)), type(value).__name__)
 
 
 def choices(config: Any, path: tuple[str, ...] = ()) -> Iterator[Choice]:
-    """All of a recipe, at any depth."""
+    """All such fields of a recipe and of its nested parts."""
     for name, hint in field_hints(type(config)).items():
         value = getattr(config, name)
         members = members_of(hint)
@@ -65,7 +66,7 @@ def choices(config: Any, path: tuple[str, ...] = ()) -> Iterator[Choice]:
 
 
 def _by_name(hints: list[type]) -> dict[str, type]:
-    """The classes that a field may hold: by their short names, or with their modules where a name is another's, too."""
+    """The classes that a field may hold, by their short names, or with the module if two have the same short name."""
     known: dict[str, type] = {}
     for stored, kind in (item for hint in hints for item in kinds_of(hint).items()):
         known[stored if kind.__name__ in known else kind.__name__] = kind
@@ -73,19 +74,19 @@ def _by_name(hints: list[type]) -> dict[str, type]:
 
 
 def choose(config: T, options: list[str], prog: str) -> tuple[T, list[str]]:
-    """Replaces the parts of a configuration that options name by type, or turn on by one of their fields.
+    """Replaces parts of a configuration for which an option names another type, or that a field's option turns on.
 
     Args:
       config: a recipe as its file makes it, or a part of one.
-      options: of the command line.
-      prog: for messages, such as `nfnet train mine.py`.
+      options: options of the command line.
+      prog: name of the program in messages, such as `nfnet train mine.py`.
 
     Returns:
-      The configuration, whose fields are checked against one another where all options are known, and the other
-      options.
+      The configuration, and the options that remain for tyro. Whether the configuration's fields fit together is
+      checked later, when all options are applied.
 
     Raises:
-      ConfigError: a name is none of the known types, or it is not clear of which type the given fields are.
+      ConfigError: a name is none of the known types, or it is not clear to which type the given fields belong.
     """
     for choice in list(choices(config)):
         name, fields, others = _taken(choice.option, options)
@@ -96,7 +97,7 @@ def choose(config: T, options: list[str], prog: str) -> tuple[T, list[str]]:
 
 
 def describe(config: object) -> str:
-    """Help on all types but those that a configuration holds, whose options tyro shows."""
+    """Help text on the types that a configuration does not hold; tyro shows the options of those that it holds."""
     parts = []
     for choice in choices(config):
         held = _NONE if choice.value is None else choice.name_of(choice.value)
@@ -106,13 +107,14 @@ def describe(config: object) -> str:
                 parts.append(f"  {choice.option} {name}: then also")
                 parts.append(textwrap.indent(_help(choice, kind), "  "))
     heading = (
-        "Parts of another type, or that the recipe leaves out. A part of one type is turned on by any of its options."
+        "Parts that may be of another type, or that the recipe leaves out. A part with a single type is turned on by "
+        "any of its options."
     )
     return "\n".join([heading, *parts])
 
 
 def _taken(option: str, options: list[str]) -> tuple[str | None, list[str], list[str]]:
-    """The type's name that is given for an option, the options of its fields, and all others."""
+    """The name of a type that is given for an option, the options of its fields, and all other options."""
     name: str | None = None
     fields: list[str] = []
     others: list[str] = []
@@ -162,13 +164,13 @@ def _is_number(text: str) -> bool:
 
 
 def _first_option(choice: Choice) -> str:
-    """The option of the first field, of what the recipe holds or of the first type."""
+    """The option of the first field of the recipe's value, or of the first type if that value is None."""
     kind = next(iter(choice.known.values())) if choice.value is None else type(choice.value)
     return ".".join([choice.option, *(field.name.replace("_", "-") for field in dataclasses.fields(kind)[:1])])
 
 
 def _holder(choice: Choice, kind: type, default: Any = dataclasses.MISSING) -> Any:
-    """A class of one field, whose options tyro names as those of the recipe's."""
+    """A class with one field, for which tyro makes options with the same names as those of the recipe."""
     field = dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)
     named = Annotated[kind, tyro.conf.arg(name=".".join(choice.path))]  # type: ignore[valid-type]
     return dataclasses.make_dataclass(kind.__name__, [("value", named, field)])
@@ -184,7 +186,7 @@ def _help(choice: Choice, kind: type) -> str:
 
 
 def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
-    """A copy with another value at a path. Its fields are not compared: options that follow may change others."""
+    """A copy with another value at a path. Its fields are not checked yet: options that follow may change more."""
     changed = copy.copy(config)
     name, *rest = path
     object.__setattr__(changed, name, _with(getattr(config, name), tuple(rest), value) if rest else value)

@@ -1,4 +1,4 @@
-"""Which subcommand runs, and how its errors are reported."""
+"""Runs the subcommand that the command line names, and reports its errors."""
 
 import os
 import signal
@@ -24,9 +24,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor.run,
 }
 _WRITE_FILES = (["train"], ["convert"])
-"""What these make lies in files: they go on where nothing can be printed. The others have nothing but their output."""
+"""Commands whose results are files: they continue if nothing can be printed. The others only print."""
 _EXIT_NOT_READ = 128 + signal.SIGPIPE
-"""What a shell gives for a command whose reader went away, as in `nfnet models | head`."""
+"""Exit code that a shell reports for a command whose output is no longer read, as in `nfnet models | head`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
         print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
     logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line
-    # It logs its errors with tracebacks and raises them, too; they are reported once.
+    # Orbax both logs its errors with tracebacks and raises them; they shall be reported once.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         return _COMMANDS[argv[0]](argv[1:])
@@ -66,5 +66,5 @@ def _run(argv: list[str]) -> int:
         if code == EXIT_STORAGE_FAILED:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # threads that still write would be waited for, some of them for minutes
+            os._exit(code)  # a normal exit would wait for threads that still write, some of them for minutes
         return code

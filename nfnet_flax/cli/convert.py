@@ -14,36 +14,36 @@ from nfnet_flax.exit_codes import EXIT_DONE
 
 @dataclasses.dataclass(frozen=True)
 class Haiku:
-    """Converts a published pickle to NAME.safetensors."""
+    """Converts a published pickle file to MODEL.safetensors."""
 
     file: tyro.conf.Positional[str]
-    """A published file, such as F0_haiku.npz. Nothing in it is executed."""
+    """A published file, such as F0_haiku.npz. Code in it is not executed."""
     model: str
-    """Name of the network (`nfnet models`)."""
+    """Name of the network, as `nfnet models` lists it."""
     out: str
-    """Folder of the result."""
+    """Folder for the result."""
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
-    """What the file holds; recorded."""
+    """Which parameters the file holds: as trained, or their moving average. The result records it."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timm:
-    """Converts timm's .safetensors to NAME.safetensors."""
+    """Converts a .safetensors file of timm to MODEL.safetensors."""
 
     file: tyro.conf.Positional[str]
     """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6."""
     model: str
-    """Name of the network (`nfnet models`)."""
+    """Name of the network, as `nfnet models` lists it."""
     out: str
-    """Folder of the result."""
+    """Folder for the result."""
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
-    """What the file holds; recorded."""
+    """Which parameters the file holds: as trained, or their moving average. The result records it."""
     timm_form: bool = False
-    """The weights were trained with timm: record its exact gelu and its standardization."""
+    """Record timm's exact gelu and its weight standardization, for weights that were trained with timm."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Run:
     workdir: tyro.conf.Positional[str]
     """Folder of a run."""
     out: str
-    """Folder of the result."""
+    """Folder for the result."""
     parameters: Literal["raw", "ema"] = "ema"
-    """Which of the two to write."""
+    """Which parameters to write: as trained, or their moving average."""
     checkpoint: Literal["newest", "best"] | int = "newest"
-    """The newest or the best good one, or that of a step."""
+    """Which checkpoint to read: the newest or the best undamaged one, or the number of a step."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
     code: Code = ()
 
 
@@ -117,5 +117,5 @@ def run(argv: list[str]) -> int:
 def _help(name: str) -> None:
     try:
         tyro.cli(_KINDS[name], args=["--help"], prog=f"nfnet convert {name}")
-    except SystemExit:  # its way to end after help
+    except SystemExit:  # raised by tyro after it printed help
         sys.stdout.write("\n")

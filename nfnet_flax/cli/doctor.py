@@ -18,11 +18,11 @@ def run(argv: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class DoctorOptions:
         workdir: str | None = None
-        """Folder of a run, begun or not."""
+        """Folder of a run; the run need not have begun."""
         recipe: str | None = None
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
         timeout_s: float = 60.0
-        """Longest wait for a disk or a device that does not answer."""
+        """Longest time to wait for a disk or a device that does not answer, in seconds."""
         code: Code = ()
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")

@@ -1,4 +1,4 @@
-"""What the command line says of an error, and the exit code that goes with it."""
+"""The message and the exit code with which the command line reports an error."""
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed
@@ -15,7 +15,7 @@ from nfnet_flax.training.storage import StorageFailed
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and message of an error that is the user's or the world's; None for a bug."""
+    """Exit code and message of an error that the user, a disk, a device or another process caused; None for a bug."""
     match error:
         case ConfigError():
             return EXIT_BAD_INPUT, f"error: {error}"

@@ -14,7 +14,7 @@ from nfnet_flax.paths import run_folder
 
 @dataclasses.dataclass(frozen=True)
 class Changeable:
-    """What of a run's recipe an evaluation may change: where the images lie, or which they are."""
+    """The part of a run's recipe that an evaluation may change: where the images are, and which they are."""
 
     data: DataConfig
 
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
         workdir: str
         """Folder of the run."""
         checkpoint: Literal["newest", "best"] | int = "newest"
-        """The newest or the best good one, or that of a step."""
+        """Which checkpoint to evaluate: the newest or the best undamaged one, or the number of a step."""
         code: Code = ()
         data: Annotated[tyro.conf.AvoidSubcommands[DataConfig], tyro.conf.arg(name="data")] = given.config.data
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def _data_of_run(argv: list[str]) -> DataConfig:
-    """The settings that options change; looked for ahead of them. Any, for help, where no folder is given."""
+    """The data settings of the run, which the options change; the defaults if no folder is given, as for help."""
     from nfnet_flax.cli import recipe_options
     from nfnet_flax.training.reading import Run
 

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class ModelsOptions:
         pattern: tyro.conf.Positional[str] = "*"
-        """Shell-style pattern of names."""
+        """Shell-style pattern of the names to list, such as 'nfnet_*'."""
 
     options = tyro.cli(ModelsOptions, args=argv, prog="nfnet models", description="List the named networks.")
     from nfnet_flax.models import list_models

@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class PlanOptions:
         topology: str
-        """Such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
+        """Kind and number of TPU chips, such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
         search: bool = False
         """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
         debug: bool = "--debug" in argv
@@ -30,7 +30,8 @@ def run(argv: list[str]) -> int:
         code: Code = ()
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
-    chosen = recipe_options.parse(PlanOptions, given, "Compile the step of a recipe for a TPU, and say what it takes.")
+    about = "Compile the training step of a recipe for a TPU, and print the memory and time that it needs."
+    chosen = recipe_options.parse(PlanOptions, given, about)
     result = search(chosen.recipe, chosen.topology)[-1] if chosen.search else plan(chosen.recipe, chosen.topology)
     print(describe(result))
     return EXIT_DONE

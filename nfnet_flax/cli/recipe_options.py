@@ -1,4 +1,4 @@
-"""The recipe that a command is given, and the options that change it or a part of it."""
+"""The recipe that is given to a command, and the options that change it or a part of it."""
 
 import dataclasses
 from typing import Generic, TypeVar
@@ -22,18 +22,18 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Given(Generic[Config]):
-    """What stands after the name of a command."""
+    """The arguments of a command after its name."""
 
     prog: str
-    """For messages, such as `nfnet train mine.py`."""
+    """Name of the program in messages, such as `nfnet train mine.py`."""
     options: list[str]
-    """All but the recipe, and but those that `config` holds already."""
+    """Options that are still to be read: without the recipe, and without those that `config` already contains."""
     config: Config
-    """What other options may change."""
+    """The configuration that these options may change."""
 
 
 def read(command: str, argv: list[str]) -> Given[Recipe]:
-    """Loads the recipe, ahead of its options, so that its own errors come first; before it, what `--code` names.
+    """Loads the code that `--code` names and then the recipe, before its options, so that its errors come first.
 
     Raises:
       ConfigError: there is no recipe, it or other code cannot be loaded, or options name none of the types of a part.
@@ -52,7 +52,7 @@ def read(command: str, argv: list[str]) -> Given[Recipe]:
 
 
 def read_changes(prog: str, options: list[str], config: Config) -> Given[Config]:
-    """Takes from options what names the type of a part of a configuration, or turns a part on.
+    """Applies those options that name the type of a part of a configuration, or turn a part on.
 
     Raises:
       ConfigError: options name none of the types of a part, or are of earlier versions.
@@ -65,7 +65,7 @@ def read_changes(prog: str, options: list[str], config: Config) -> Given[Config]
 
 
 def _refuse_moved(options: list[str]) -> None:
-    """Raises `ConfigError` for an option of earlier versions, with the one that takes its place."""
+    """Raises `ConfigError` for an option of earlier versions, and names the option that replaces it."""
     for word in options:
         name = word.removeprefix("--optim.").partition("=")[0].partition(".")[0].replace("-", "_")
         if word.startswith("--optim.") and name in OptimConfig.moved_fields:
@@ -74,7 +74,7 @@ def _refuse_moved(options: list[str]) -> None:
 
 
 def parse(kind: type[T], given: Given[Config], description: str) -> T:
-    """The options of a command, among them what `given` holds; ends the process after help or a wrong option."""
+    """The options of a command, including `given.config`; ends the process after help or a wrong option."""
     try:
         return tyro.cli(kind, args=given.options, prog=given.prog, description=description)
     except SystemExit as stopped:
@@ -88,6 +88,6 @@ def _wants_help(argv: list[str]) -> bool:
 
 
 def example() -> Recipe:
-    """Stands for a recipe in help that is asked for without one: the classes' own defaults."""
+    """A recipe of defaults, for help that is requested without a recipe."""
     data = DataConfig(source=SyntheticSource())
     return Recipe(name="example", model=model_config("nfnet_f0"), num_classes=1000, data=data, optim=OptimConfig())

@@ -30,13 +30,13 @@ def run(argv: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
         workdir: str
-        """Folder of the run: made, or continued."""
+        """Folder of the run. A new folder is created; a run that is in it already is continued."""
         debug: bool = "--debug" in argv
-        """Four steps of a small network of the family on noise; other options then change this smaller recipe."""
+        """Train four steps of a small network of the family on noise; other options then change this small recipe."""
         distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
         """The processes of the run."""
         watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
-        """How long nothing may move."""
+        """How long the run may make no progress."""
         code: Code = ()
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 

@@ -1,7 +1,7 @@
-"""What a run will meet on this machine, and what is wrong with it: `nfnet doctor`. It reads, and changes nothing.
+"""`nfnet doctor`: reports what a run will find on this machine, and what is wrong. It only reads and changes nothing.
 
-Every check runs in a thread of its own and has only so much time, as a disk that does not answer holds its reader up
-for ever. Devices are looked for in another process: a driver that hangs can only be killed.
+Every check runs in a thread of its own with a time limit, as reading from a disk that does not answer never ends.
+Devices are looked for in another process, because a driver that hangs can only be killed.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ Check = Callable[[], list[Finding]]
 
 
 def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) -> Iterator[tuple[str, list[Finding]]]:
-    """Yields topics and what was found, as it is found.
+    """Yields each topic with its findings, as soon as they are known.
 
     Args:
-      workdir: folder of a run, begun or not; None: no run is looked into.
-      recipe_path: of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
-      timeout_s: for each check. One that has not ended by then is a finding.
+      workdir: folder of a run, which need not have begun; None: no run is examined.
+      recipe_path: path of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
+      timeout_s: time limit of each check, in seconds. A check that has not ended by then is a finding.
     """
     recipes: list[Recipe] = []
     yield "versions", _within(timeout_s, check_versions)
@@ -46,7 +46,7 @@ def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) 
     if recipe is not None:
         yield "data", _within(timeout_s, functools.partial(check_data, recipe, workdir))
     if workdir is not None:
-        until_s = time.monotonic() + timeout_s / 2  # a large checkpoint is no disk that hangs
+        until_s = time.monotonic() + timeout_s / 2  # reading a large checkpoint must not look like a disk that hangs
         yield "workdir", _within(timeout_s, functools.partial(check_workdir, workdir, recipe, until_s=until_s))
     yield "disks", _within(timeout_s, functools.partial(check_disks, workdir))
 
@@ -59,9 +59,9 @@ def _check_recipe(workdir: Path | None, recipe_path: str | None, recipes: "list[
     if recipe_path is not None:
         recipes.append(load_recipe(recipe_path))
     elif workdir is not None and (workdir / RECIPE).exists():
-        with contextlib.suppress(ConfigError):  # for `check_workdir` to say
+        with contextlib.suppress(ConfigError):  # `check_workdir` reports it
             recipes.append(read_recipe(workdir / RECIPE))
-    return [seen(recipe.name) for recipe in recipes] or [seen("none, so no data are looked into")]
+    return [seen(recipe.name) for recipe in recipes] or [seen("none, so no data are examined")]
 
 
 def describe(topic: str, findings: list[Finding]) -> str:
@@ -71,7 +71,7 @@ def describe(topic: str, findings: list[Finding]) -> str:
 
 
 def _within(timeout_s: float, check: Check) -> list[Finding]:
-    """What a check finds; an error that it raises, and that it does not end in time, are findings, too."""
+    """The findings of a check; an error that it raises is a finding, too, and so is that it did not end in time."""
     found: list[list[Finding]] = []
 
     def run() -> None:
@@ -82,7 +82,7 @@ def _within(timeout_s: float, check: Check) -> list[Finding]:
         except Exception as error:
             found.append([wrong(f"{type(error).__name__}: {error}", "this check could not be finished")])
 
-    thread = threading.Thread(target=run, name="check", daemon=True)  # one that is stuck must not keep us
+    thread = threading.Thread(target=run, name="check", daemon=True)  # one that is stuck must not stop this process
     thread.start()
     thread.join(timeout_s)
     return found[0] if found else [wrong(f"no answer within {timeout_s:g} s", "a disk or driver hangs; look at it")]

@@ -1,4 +1,4 @@
-"""The images of a run."""
+"""Checks of the images of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
-    """Opens both splits and decodes an image of each; compares them with what the run in the workdir began with."""
+    """Opens both splits and decodes one image of each; compares them with the images that the run began with."""
     from nfnet_flax.data.classes import spare_outputs
     from nfnet_flax.data.held_out import check_distinct
     from nfnet_flax.data.pipeline import input_changes, input_identity, open_split, source_record
@@ -45,8 +45,8 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
         now = input_identity(recipe.data, seed=recipe.seed, train_source=sources["train"], eval_source=sources["eval"])
         recorded = read_json(stored, "put it back from a copy, or start in a new workdir")
         changed, said = input_changes(recorded, now)
-        findings += [wrong(f"the run began with another input ({line})", "give it back") for line in changed]
-        findings += [seen(f"other images than before under the same names ({line})") for line in said]
+        findings += [wrong(f"the run began with another input ({line})", "restore that input") for line in changed]
+        findings += [seen(f"held-out images or contents of training images changed ({line})") for line in said]
     return findings
 
 

@@ -1,4 +1,4 @@
-"""The devices of this host, and whether a run fits on them. They are looked for in another process."""
+"""Checks of the devices of this host, and whether a run fits on them. Another process looks for the devices."""
 
 import json
 import os
@@ -28,30 +28,31 @@ import jax
 found = [(d.platform, d.device_kind, (d.memory_stats() or {}).get("bytes_limit")) for d in jax.local_devices()]
 print(json.dumps({"devices": found, "environment": runtime.environment()}))
 """
-"""Run by itself, as `nfnet train` would start; prints platform, kind and bytes of memory of each device of this host,
-and the environment that decides the last bits."""
+"""Program of the other process, which starts JAX as `nfnet train` does. It prints platform, kind and bytes of memory of
+each device of this host, and the environment on which the last bits of a result depend."""
 _DEVICE_FILES = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
-"""What shows that there is an accelerator -> the extra that lets JAX use it."""
+"""File that exists if there is an accelerator -> the extra of this package that lets JAX use it."""
 _CLUSTERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "GKE": ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
 }
-"""Environment variables with the index of this process, and with the number or the hosts of all."""
+"""Environment variables of a cluster: the first gives the index of this process, the second the number of processes or
+the names of all hosts."""
 _FREE_FIELDS = ("execution.fsdp", "execution.spatial")
-"""Of the recipe; they may change at a resume."""
+"""Fields of the recipe that may change when a run continues."""
 _MAX_PROCESSES = 64
-"""How many processes like this one are tried, until a run fits on their devices."""
+"""Largest number of processes with as many devices as this one for which it is tested whether a run fits."""
 
 
 def check_devices(recipe: "Recipe | None", workdir: Path | None, *, is_stored: bool, timeout_s: float) -> list[Finding]:
     """The devices that JAX finds on this host, and whether the recipe fits on them.
 
     Args:
-      recipe: the run; None: only the devices are looked for.
-      workdir: folder of the run, begun or not; None: there is none.
-      is_stored: whether the recipe is that of a run. Then it may need other devices than those of one process here.
-      timeout_s: how long the devices may take to answer.
+      recipe: the recipe of the run; None: only the devices are reported.
+      workdir: folder of the run, which need not have begun; None: there is none.
+      is_stored: whether the recipe was stored by a run. Then the run may need more devices than one process has here.
+      timeout_s: time within which the devices have to answer, in seconds.
     """
     reproducible = recipe is not None and recipe.execution.reproducible
     probed, error = _probe(["reproducible"] if reproducible else [], timeout_s)
@@ -74,7 +75,7 @@ def check_devices(recipe: "Recipe | None", workdir: Path | None, *, is_stored: b
     if cluster is not None:
         index, size = (os.environ[variable] for variable in _CLUSTERS[cluster])
         size = size if size.isdecimal() else str(len(size.split(",")))
-        return [*findings, seen(f"process {index} of {size} ({cluster}); the devices of the others are not seen")]
+        return [*findings, seen(f"process {index} of {size} ({cluster}); the devices of the others are not visible")]
     findings.append(seen("1 process: the environment names no cluster that is known"))
     if recipe is not None:
         findings += _check_layout(recipe, len(found), is_stored=is_stored)
@@ -119,13 +120,13 @@ def _check_environment(stored: Path, environment: dict[str, str]) -> list[Findin
     changed = differences(before, environment)
     if not changed:
         return []
-    text = f"another environment than the run's ({'; '.join(changed)}): it can go on here, with other last bits"
+    text = f"another environment than the run's ({'; '.join(changed)}): it can continue here, with other last bits"
     return [seen(text)]
 
 
 def _probe(options: list[str], timeout_s: float) -> tuple[dict[str, Any], str | None]:
-    """What the probe prints, or why it printed nothing."""
-    # Without preallocation, so that a run that uses the devices loses nothing.
+    """The data that the probe prints, or the reason why it printed none."""
+    # Without preallocation, so that the probe takes no memory away from a run that uses the devices.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     words = [sys.executable, "-c", _PROBE, *options]
     with subprocess.Popen(

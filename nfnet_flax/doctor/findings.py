@@ -1,4 +1,4 @@
-"""One line of the doctor's report, and what its checks share."""
+"""One line of the doctor's report, and functions that several checks use."""
 
 import contextlib
 import dataclasses
@@ -10,18 +10,18 @@ class Finding:
     """One line of the report."""
 
     text: str
-    """What was seen; with a problem, also what to do about it."""
+    """What was found; for a problem also what to do about it."""
     is_wrong: bool = False
     """Whether it is a problem."""
 
 
 def seen(text: str) -> Finding:
-    """Something that is as it may be."""
+    """A finding that is no problem."""
     return Finding(text=text)
 
 
 def wrong(problem: str, remedy: str) -> Finding:
-    """A problem, and what to do about it."""
+    """A finding that is a problem, and what to do about it."""
     return Finding(text=f"{problem}: {remedy}", is_wrong=True)
 
 

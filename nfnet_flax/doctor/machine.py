@@ -1,4 +1,4 @@
-"""Versions, processors, limits and disks."""
+"""Checks of versions, processors, limits and disks."""
 
 import importlib.metadata
 import importlib.util
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "opencv-python-headless", "simplejpeg")
 _TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
-"""Packages that give the module."""
+"""Packages that contain the module `tensorflow`."""
 _MIN_FREE_BYTES = 2**30
 _MIN_OPEN_FILES = 1024
-"""Besides the shards of the set, each of which stays open once it was read."""
+"""Smallest limit of open files, in addition to the shards of the set, each of which stays open after the first read."""
 
 
 def check_versions() -> list[Finding]:
-    """Versions of what decides a run; a package that is missing is a problem, TensorFlow excepted."""
+    """Versions of the packages that a run needs; a missing package is a problem, except TensorFlow."""
     found = [f"Python {platform.python_version()}", f"nfnet_flax {nfnet_flax.__version__}"]
     versions = {name: _version(name) for name in _PACKAGES}
     found += [f"{name} {version}" for name, version in versions.items() if version is not None]
@@ -35,7 +35,7 @@ def check_versions() -> list[Finding]:
         found.append("no TensorFlow: metrics.jsonl, but no TensorBoard files")
     else:
         known = (f"{name} {version}" for name in _TENSORFLOWS if (version := _version(name)) is not None)
-        found.append(next(known, "TensorFlow of a package that is not known"))
+        found.append(next(known, "TensorFlow of an unknown package"))
     return [seen(", ".join(found)), *(wrong(f"{name} is not installed", f"pip install {name}") for name in missing)]
 
 
@@ -67,7 +67,7 @@ def check_disks(workdir: Path | None) -> list[Finding]:
     if workdir is not None:
         places = {"workdir": workdir, **places}
         sizes = [tree_bytes(path) for kind in CHECKPOINT_KINDS for path in (workdir / kind).glob("*")]
-        wanted["workdir"] = 2 * max(sizes, default=0)  # a new one is whole before an old one is deleted
+        wanted["workdir"] = 2 * max(sizes, default=0)  # a new checkpoint is complete before an old one is deleted
     findings = []
     for name, path in places.items():
         if path is None:

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, and what is wrong with it; reads, and changes nothing."""
+"""Checks of the folder of a run: what it contains, and what is wrong with it. They only read."""
 
 import os
 import time
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
     from nfnet_flax.recipe import Recipe
 
 _MAX_LINES = 5
-"""Of a damaged file that are named."""
+"""Largest number of damaged lines of a file that are named."""
 _DELETION_S = 1.0
-"""Within which a run that is going on has deleted a checkpoint that it no longer keeps."""
+"""Time within which a run that is training has deleted a checkpoint that it no longer keeps, in seconds."""
 
 
 def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> list[Finding]:
     """Recipe, checkpoints and metrics of a run.
 
     Args:
-      workdir: folder of the run, begun or not.
-      recipe: that it is to go on with; None: its own.
+      workdir: folder of the run, which need not have begun.
+      recipe: the recipe with which the run shall continue; None: its own.
       until_s: time of `time.monotonic` after which no more contents of checkpoints are read.
     """
     if workdir.exists() and not workdir.is_dir():
         return [wrong(f"{workdir} is no folder", "give another workdir")]
     findings = [seen(f"{workdir}" + ("" if workdir.exists() else " does not exist yet; nfnet train makes it"))]
     existing = nearest(workdir)
-    # Root is told yes by `access`, and a probe would change something; so the read-only flag is looked at, too.
+    # For root, `access` is always true, and writing a test file would change something; so the read-only flag is
+    # checked.
     if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         remedy = "change its permissions, mount it writable, or give another one"
         findings.append(wrong(f"{existing} cannot be written", remedy))
@@ -59,7 +60,7 @@ def _check_owner(workdir: Path) -> list[Finding]:
 
 
 def _check_checkpoints(folder: Path, until_s: float) -> list[Finding]:
-    """What a folder of checkpoints holds; the contents of the newest are read first."""
+    """The checkpoints in a folder, and what is wrong with them; the contents of the newest are read first."""
     if folder.exists() and not folder.is_dir():
         return [wrong(f"{folder} is no folder", "move it away; nfnet train makes one")]
     problems: dict[int, Damaged | StorageFailed] = {}
@@ -100,10 +101,10 @@ def _problem_of(checkpoint: Path, until_s: float) -> tuple[Damaged | StorageFail
 
 
 def _read(checkpoint: Path, until_s: float) -> bool:
-    """Compares a checkpoint with its checksums; False: there was not enough time for all of it.
+    """Compares a checkpoint with its checksums; False if there was not enough time for all of it.
 
     Raises:
-      Damaged: it is not what was saved.
+      Damaged: it differs from what was saved.
       StorageFailed: it cannot be read.
     """
     _, saved = read_sealed(checkpoint)
@@ -117,18 +118,18 @@ def _read(checkpoint: Path, until_s: float) -> bool:
 
 def _describe_problem(checkpoint: Path, problem: Damaged | StorageFailed, good: list[int]) -> Finding:
     if isinstance(problem, StorageFailed):
-        return wrong(f"{problem}", "look at permissions and disk; nothing says that it is damaged")
+        return wrong(f"{problem}", "check the permissions and the disk; it need not be damaged")
     if checkpoint.parent.name == layout.BEST:
-        remedy = "move it away; the best is then chosen among the evaluations to come"
+        remedy = "move it away; the best is then chosen among later evaluations"
     elif before := [step for step in good if step < int(checkpoint.name)]:
         remedy = f"nfnet train sets it aside and goes on from step {before[0]}"
     else:
-        remedy = "bring a good one back from a copy, or move all checkpoints away to begin anew"
+        remedy = "restore a good one from a copy, or move all checkpoints away to begin anew"
     return wrong(f"{checkpoint} is damaged ({problem})", remedy)
 
 
 def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
-    """What shows that a start in this folder is the same run as before."""
+    """Whether the records by which a run is recognized exist, and whether the recipe is the same as before."""
     from nfnet_flax.recipe import read_recipe, recipe_differences
     from nfnet_flax.training.record import has_trained
 
@@ -143,28 +144,30 @@ def _check_identity(workdir: Path, recipe: "Recipe | None") -> list[Finding]:
         return [*findings, wrong(f"{stored} is missing", remedy) if has_begun else seen("no run has begun here")]
     try:
         own = read_recipe(stored)
-    except CodeNotLoaded as error:  # nothing says that the run is not as it should be
+    except CodeNotLoaded as error:  # this is no sign that anything is wrong with the run
         return [*findings, seen(str(error))]
     except ConfigError as error:  # its message says what to do
         return [*findings, Finding(text=str(error), is_wrong=True)]
     findings += _check_code(workdir, own)
     changed = [] if recipe is None else recipe_differences(own, recipe)
     if not has_trained(workdir):
-        return findings + [seen(f"another recipe than of a start that trained nothing ({line})") for line in changed]
-    return findings + [wrong(f"the run has another recipe ({line})", "give its values back") for line in changed]
+        return findings + [
+            seen(f"the last start, which trained nothing, had another recipe ({line})") for line in changed
+        ]
+    return findings + [wrong(f"the run has another recipe ({line})", "use the values of the run") for line in changed]
 
 
 def _check_code(workdir: Path, recipe: "Recipe") -> list[Finding]:
-    """Whether the user's own code that is loaded is that which the run began with."""
+    """Whether the user's own code that is loaded is the same as when the run began."""
     from nfnet_flax.training.kept_code import changed_files, code_of, describe
     from nfnet_flax.training.record import has_trained
 
     code, folder = code_of(recipe), workdir / layout.CODE
     changes = changed_files(workdir, code)
     if changes and has_trained(workdir):
-        return [wrong(f"the run began with other code ({describe(changes)})", f"give it back; copies are in {folder}")]
+        return [wrong(f"the run began with other code ({describe(changes)})", f"restore it; copies are in {folder}")]
     if changes:
-        return [seen(f"other code than of a start that trained nothing ({describe(changes)})")]
+        return [seen(f"the last start, which trained nothing, had other code ({describe(changes)})")]
     if code.files and folder.exists():
         return [seen(f"code: {', '.join(code.files)} as on record in {folder}")]
     return []

@@ -1,4 +1,4 @@
-"""What a recipe computes with, before any image is looked at: shared by training and by planning."""
+"""The network's structure and the optimizer of a recipe, made without any image; training and planning use this."""
 
 from jax.sharding import Mesh
 
@@ -24,9 +24,9 @@ def build_optimizer(recipe: Recipe, structure: Structure, num_examples: int) -> 
     """The optimizer with the run's learning rates; allocates nothing.
 
     Args:
-      recipe: of the run.
-      structure: whose parameters are updated.
-      num_examples: of the training set, which decides the length of an epoch.
+      recipe: recipe of the run.
+      structure: structure of the network whose parameters are updated.
+      num_examples: number of training examples, which determines the length of an epoch.
 
     Raises:
       ConfigError: parameter groups do not fit the network, or there are more steps than can be counted.

@@ -1,4 +1,4 @@
-"""Checkpoints on Orbax: the newest few, and the best in a folder of its own so that neither evicts the other."""
+"""Checkpoints, written by Orbax: the newest ones, and the best one in another folder, so that both are kept."""
 
 import contextlib
 import time
@@ -23,15 +23,15 @@ Kind = Literal["checkpoints", "best"]
 
 @contextlib.contextmanager
 def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run; leaving the context waits for what is still being written.
+    """The checkpoints of a run; leaving the context waits for checkpoints that are still being written.
 
     Raises:
-      StorageFailed: the last of it could not be written.
+      StorageFailed: the last checkpoint could not be written.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         enable_async_checkpointing=True,
-        # Both managers may write the same step at once: without names of their own their barriers would collide.
+        # Both managers may write the same step at once, so their barriers need different names.
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind),
     )
     folder = (workdir / kind).absolute()
@@ -45,7 +45,7 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int) -> Iterator[ocp.Checkp
 
 
 def _handlers() -> dict[str, Any]:
-    # A manager that has not saved anything yet cannot know them from the folder.
+    # A manager of an empty folder cannot find out the handlers from the checkpoints in it.
     return {STATE: ocp.StandardCheckpointHandler(), NOTES: ocp.JsonCheckpointHandler(NOTES_FILE)}
 
 
@@ -64,7 +64,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
     sealed = seal(notes, arrays)
     items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), NOTES: ocp.args.JsonSave(sealed)})
     with storage_errors(manager.directory):
-        # Where Orbax cannot make its folder, its threads wait for it for minutes, and the process for them.
+        # If Orbax cannot make its folder, its threads wait for the folder for minutes, and the process for the threads.
         probe = Path(manager.directory) / f".writable.{jax.process_index()}"
         probe.write_bytes(b"0")
         probe.unlink()
@@ -75,18 +75,18 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, notes: No
 
 
 def check_written(manager: ocp.CheckpointManager) -> None:
-    """Does not wait: looks whether the background write, if it is over, came to a good end.
+    """Checks, without waiting, whether a background write that has ended was successful.
 
     Raises:
-      StorageFailed: it did not; the reason is named.
+      StorageFailed: it failed; the message says why.
     """
     if not manager.is_saving_in_progress():
         with storage_errors(manager.directory):
-            manager.wait_until_finished()  # there is nothing left to wait for, but only this tells
+            manager.wait_until_finished()  # does not wait here, but only this call raises the error of the write
 
 
 def latest_step(workdir: Path) -> int | None:
-    """Newest step that a run's folder has something of, good or not; reads only names."""
+    """Newest step for which a run's folder has a checkpoint, damaged or not; only names are read."""
     return next(iter(steps_in(workdir / CHECKPOINTS)), None)
 
 
@@ -103,18 +103,19 @@ def read_newest_notes(manager: ocp.CheckpointManager) -> tuple[int, Notes] | Non
 
 
 class SaveClock:
-    """Says when the next checkpoint is due by the time of day, to all processes alike."""
+    """Says when the next checkpoint is due because of `every_minutes`, equally in all processes."""
 
     def __init__(self, every_minutes: float | None) -> None:
         self._every_s = None if every_minutes is None else 60 * every_minutes
         self._started = time.monotonic()
 
     def restart(self) -> None:
-        """A checkpoint was just written."""
+        """To be called when a checkpoint was written."""
         self._started = time.monotonic()
 
     def is_due(self) -> bool:
-        """To be asked by every process at the same step, and seldom: the clock of process 0 decides for all."""
+        """Whether a checkpoint is due. To be called by every process at the same step, and not often, as the processes
+        communicate: the clock of process 0 decides for all."""
         if self._every_s is None:
             return False
         due = time.monotonic() - self._started >= self._every_s

@@ -1,8 +1,9 @@
-"""Every process holds the same state: compared before a checkpoint is written, and after the first step.
+"""Checks that all processes have the same state, before a checkpoint is written and after the first step.
 
-Where parameters are not divided, each process updates its own copy and they stay equal because all compute alike. Two
-hosts whose processors round differently, or one flipped bit of memory, end that without an error. And as a checkpoint
-takes each part of an array from one process, a mixture of copies would be saved, which no process ever had.
+Where parameters are not divided, each process updates its own copy. The copies are equal as long as all processes
+compute the same. If the processors of two hosts round differently, or a bit in memory flips, the copies differ without
+an error. As a checkpoint takes each part of an array from one process, a mixture of copies would then be saved, which
+no process ever had.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from nfnet_flax.parallel.processes import Processes
 from nfnet_flax.training.fingerprints import CopiesDiffer, Fingerprints
 
 _TIMEOUT_S = 3600.0
-"""How long processes wait for one that still computes."""
+"""Longest time that processes wait for one that still computes."""
 _NUM_NAMED = 3
 _names = (f"copies/{number}" for number in itertools.count())
 
@@ -21,22 +22,22 @@ _names = (f"copies/{number}" for number in itertools.count())
 def check_copies(processes: Processes, arrays: Fingerprints, step: int) -> None:
     """Compares the fingerprints of all processes; to be called by all of them at the same step.
 
-    Without a difference it moves a few bytes for each process, through the coordination service.
+    If there is no difference, each process sends only a few bytes through the coordination service.
 
     Args:
-      processes: of this run.
-      arrays: of this process's copy of the state.
-      step: of the state, for the message.
+      processes: the processes of this run.
+      arrays: fingerprints of this process's copy of the state.
+      step: step of the state, for the message.
 
     Raises:
-      CopiesDiffer: in all processes, where the copies differ. The message names processes and arrays.
+      CopiesDiffer: the copies differ; raised in all processes. The message names processes and arrays.
     """
     if processes.count > 1:
         compare_copies(processes, next(_names), arrays, step)
 
 
 def compare_copies(processes: Processes, name: str, arrays: Fingerprints, step: int) -> None:
-    """As `check_copies`, of several processes; each `name` is for one use."""
+    """Like `check_copies`, for several processes; each `name` can be used once."""
     digest = hashlib.blake2b(json.dumps(arrays, sort_keys=True).encode(), digest_size=16).hexdigest()
     processes.put(f"{name}/{processes.index}", digest)
     processes.barrier(name, _TIMEOUT_S)
@@ -60,6 +61,6 @@ def _difference(digests: dict[int, str], arrays: dict[int, Fingerprints], step: 
     return (
         f"the processes of this run hold different states at step {step} ({which}): "
         f"{', '.join(names[:_NUM_NAMED])}{more} differ between process {one} and process {other}. Hosts whose "
-        "processors or libraries round differently drift apart like this, and so does one with faulty memory. Nothing "
-        "of this step was saved and earlier checkpoints are good: run again on hosts of one kind, or without that one"
+        "processors or libraries round differently cause this, and so does a host with faulty memory. Nothing of this "
+        "step was saved and earlier checkpoints are good: run again on hosts of one kind, or without the faulty host"
     )

@@ -21,13 +21,13 @@ from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.state import Structure, TrainState
 
 Weights = tuple[Params, BatchStats]
-"""What a network computes with."""
+"""Parameters and running statistics of a network."""
 _MAX_BATCHES_IN_FLIGHT = 2
 EvalStep = Callable[[Weights, Batch], Arrays]
 
 
 def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
-    """Names of what an objective's `evaluate` gives; computes nothing.
+    """Names of the values that an objective's `evaluate` returns; computes nothing.
 
     Raises:
       ConfigError: `loss` is not among them, or a value is not one number for each example.
@@ -40,21 +40,22 @@ def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
     }
     found = jax.eval_shape(objective.evaluate, jax.ShapeDtypeStruct((rows, num_classes), jnp.float32), batch)
     called = f"{type(objective).__name__}.evaluate"
-    require("loss" in found, called, sorted(found), "must give loss, too: the loss of each example")
-    require("mask" not in found, called, sorted(found), "mask says which examples count: give it another name")
+    require("loss" in found, called, sorted(found), "must also return loss: the loss of each example")
+    require("mask" not in found, called, sorted(found), "mask says which examples count: choose another name")
+    remedy = "must be (N,): one number for each example"
     for name, value in found.items():
-        require(value.shape == (rows,), f"{called}: {name}", f"of shape {value.shape}", "must be (N,): of each example")
+        require(value.shape == (rows,), f"{called}: {name}", f"of shape {value.shape}", remedy)
     return tuple(found)
 
 
 def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> EvalStep:
-    """Builds `step(weights, batch) -> per example`: what `objective.evaluate` gives, whole on every device.
+    """Builds `step(weights, batch)`, which returns the values of `objective.evaluate`, all of them on every device.
 
-    Rows are computed in as many parts as the training batch has, so that the number of devices does not decide how
-    anything is rounded.
+    Rows are computed in as many parts as the training batch has, so that rounding does not depend on the number of
+    devices.
 
     Raises:
-      ConfigError: as `evaluated_names`.
+      ConfigError: as for `evaluated_names`.
     """
     evaluated_names(objective, structure.num_classes)
     config, execution = structure.config, structure.execution
@@ -99,7 +100,7 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> Ev
 
 
 def weights_to_evaluate(state: TrainState) -> dict[str, Weights]:
-    """Raw and EMA weights of a state, under the prefixes of their metrics."""
+    """Prefix of the metrics -> raw or EMA weights of a state."""
     return {
         "eval": (state.params, state.batch_stats),
         "eval_ema": (state.ema_params, state.ema_batch_stats),
@@ -118,21 +119,22 @@ def run_evaluation(
     """Metrics of several sets of weights over the same batches.
 
     Args:
-      eval_step: from `make_eval_step`.
+      eval_step: result of `make_eval_step`.
       weights_of: prefix of the metrics (`eval`, `eval_ema`) -> parameters and running statistics.
       batches: this process's rows, with `mask`.
-      mesh: of the step.
-      is_stopped: asked before each batch; true ends the evaluation early. The same in all processes.
-      counted_in: what the batches are of, where images that cannot be decoded are left out: they are then counted, and
-        if there are any, process 0 says so on stderr.
+      mesh: mesh of the step.
+      is_stopped: called before each batch; if it returns True, the evaluation ends early. It must return the same in
+        all processes.
+      counted_in: the source of the batches, if images that cannot be decoded are left out: these are then counted, and
+        if there are any, process 0 prints a warning.
 
     Returns:
-      The objective's metrics as `{prefix}/top1`, `/loss` and so on, and `eval/num_examples`, with `counted_in` also
-      `eval/num_corrupt`; None if it was stopped. Only a loss may be not finite: where logits overflow. Every other
-      value of such an example counts as 0.
+      The objective's metrics as `{prefix}/top1`, `{prefix}/loss` and so on, and `eval/num_examples`, with `counted_in`
+      also `eval/num_corrupt`; None if the evaluation was stopped. Only the loss may be not finite, if logits overflow;
+      the other values of such an example count as 0.
 
     Raises:
-      ConfigError: nothing was there to be evaluated.
+      ConfigError: there was no example to evaluate.
     """
     found: list[dict[str, Arrays]] = []
     for rows in batches:
@@ -140,7 +142,7 @@ def run_evaluation(
             return None
         batch = to_global(rows, mesh)
         found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})
-        if len(found) > _MAX_BATCHES_IN_FLIGHT:  # bounds the images that wait on the devices
+        if len(found) > _MAX_BATCHES_IN_FLIGHT:  # limits the images that wait on the devices
             jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])
     batches_of: list[dict[str, dict[str, np.ndarray]]] = jax.device_get(found)
     metrics = {
@@ -155,7 +157,7 @@ def run_evaluation(
 
 
 def _say_left_out(source: Source, mask: np.ndarray) -> int:
-    """How many examples are not counted; says so if there are any. All that follows them in the mask is padding."""
+    """Number of examples that are left out; prints a warning if there are any. The end of the mask is padding."""
     left_out = np.flatnonzero(mask[: len(source)] == 0)
     if left_out.size and jax.process_index() == 0:
         warn(

@@ -1,8 +1,8 @@
-"""TensorBoard's event files of a run. Only those that the run itself wrote are ever changed.
+"""TensorBoard's event files of a run. Only files that the run itself wrote are changed.
 
-A run's own files carry a random name in their suffix, which is stored beside them: a file of another run, of
-`nfnet_flax` or not, may be put into the folder to compare curves. Files of runs that began before there was such a
-suffix are taken for those of others, too: nothing is lost, but they show the steps after a resume twice.
+The names of a run's own files end with a random text, which is stored in the same folder. So files of other runs, of
+`nfnet_flax` or not, may be put into the folder to compare curves. Files of runs that began before this suffix existed
+are treated like files of others: nothing is lost, but they show the steps after a resume twice.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from nfnet_flax.training import layout
 from nfnet_flax.training.storage import storage_errors
 
 _NAME_FILE = "run_name.txt"
-"""In the folder of the event files: what the suffixes of the run's own files end in."""
+"""File in the folder of the event files with the text in which the suffixes of the run's own files end."""
 _EVENTS = "events.out.tfevents"
 _SUFFIX = ".nfnet_flax-"
 _HEADER_BYTES = 12
-"""In front of each record of an event file: its length, and a checksum of the length."""
+"""Size of the header of each record in an event file: the record's length, and a checksum of the length."""
 _FRAME_BYTES = 16
-"""The same, and the checksum behind each record."""
+"""Size of this header and of the checksum after each record."""
 
 Stands = Callable[[int, str], bool]
-"""Whether the value of a (step, tag) is to be kept."""
+"""Function of a step and a tag: whether their value is kept."""
 Key = tuple[int, str]
 """Step and tag of a value."""
 
 
 class EventWriter:
-    """Writes scalars to an event file of its own, by CLU.
+    """Writes scalars to a new event file, by CLU.
 
-    Raises (each method, too):
+    Raises (also by each method):
       StorageFailed: the file cannot be written.
     """
 
@@ -51,7 +51,7 @@ class EventWriter:
         tf.config.set_visible_devices([], "GPU")
 
         class Writer(SummaryWriter):
-            """CLU's, which gives its files no suffix of one's choice."""
+            """CLU's writer, for whose files the suffix cannot be chosen otherwise."""
 
             def __init__(self) -> None:
                 super(SummaryWriter, self).__init__()
@@ -84,10 +84,10 @@ class EventWriter:
 
 
 def open_events(workdir: Path) -> EventWriter | None:
-    """A writer into a new event file of a run; None, with one warning, where TensorFlow is missing.
+    """A writer for a new event file of a run; None, with one warning, if TensorFlow is missing.
 
     Raises:
-      ConfigError: `tensorboard` is no folder.
+      ConfigError: `tensorboard` is not a folder.
       StorageFailed: the folder or the file cannot be written.
     """
     folder = workdir / layout.TENSORBOARD
@@ -96,7 +96,7 @@ def open_events(workdir: Path) -> EventWriter | None:
     try:
         import clu.metric_writers  # noqa: F401
         import tensorflow  # noqa: F401
-    except ImportError as error:  # before there is a folder: TensorBoard would show an empty run
+    except ImportError as error:  # before the folder is made, as TensorBoard would show an empty run
         warn(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
         return None
     with storage_errors(folder, OSError):
@@ -105,18 +105,18 @@ def open_events(workdir: Path) -> EventWriter | None:
 
 
 def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> None:
-    """Makes a run's own event files hold each (step, tag) that stands, once.
+    """Rewrites a run's own event files so that they contain each valid (step, tag) once.
 
-    What does not stand is dropped; wall times stay. A file that is damaged is kept in `damaged/`, and what is missing
-    is written again. The files are left as they are where there is nothing to do.
+    Other values are dropped; wall times are kept. A damaged file is kept in `damaged/`, and missing values are written
+    again. If there is nothing to do, the files are not changed.
 
     Args:
       workdir: folder of the run.
-      stands: what is to be kept.
-      rows: of `metrics.jsonl`; what they hold is missing if no event file has it. Empty: nothing is.
+      stands: function that says which values are valid.
+      rows: rows of `metrics.jsonl`; values in them that no event file contains are missing. Empty: no value is missing.
 
     Raises:
-      ConfigError: `tensorboard` is no folder.
+      ConfigError: `tensorboard` is not a folder.
       StorageFailed: a file cannot be read or written.
     """
     folder = workdir / layout.TENSORBOARD
@@ -153,7 +153,7 @@ def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str,
     if not damaged and not missing and num_values == len(kept):
         return
     for path in damaged:
-        # TensorBoard takes every file for one of its own that has this in its name.
+        # TensorBoard reads every file that has this text in its name.
         aside = layout.free_place(workdir, path.name.replace("tfevents", "damaged"))
         write_whole(aside, path.read_bytes())
         warn(f"{path} is damaged; it is kept as {aside}")
@@ -165,14 +165,14 @@ def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str,
     target = files[0].with_name(f"{_EVENTS}.0000000000.repaired{suffix}")  # sorts first, so that steps are in order
     write_whole(target, (header or _header()) + b"".join(ordered))
     for path in files:
-        if path != target:  # after a kill before this, values stand twice until the next start
+        if path != target:  # if the process is killed before this, values are there twice until the next start
             path.unlink()
 
 
 def _read(path: Path) -> tuple[list[tuple[Key | None, bytes]], bytes]:
-    """The records in front of the first damage as they lie in the file, and the bytes behind them.
+    """The records before the first damage, as bytes, and the bytes after them.
 
-    Each record comes with the step and tag of its value; None: it has no value.
+    Each record comes with the step and tag of its value, or None if it has no value.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[list[tuple[Key | None, bytes]], bytes]:
     content = path.read_bytes()
     records: list[tuple[Key | None, bytes]] = []
     start = 0
-    for record in RawEventFileLoader(str(path)).Load():  # it ends at damage without a word, as at the end of the file
+    for record in RawEventFileLoader(str(path)).Load():  # ends at damage as at the end of the file, without an error
         end = start + len(record) + _FRAME_BYTES
         event = Event.FromString(record)
         tags = [value.tag for value in event.summary.value]  # CLU writes one scalar an event
@@ -190,7 +190,8 @@ def _read(path: Path) -> tuple[list[tuple[Key | None, bytes]], bytes]:
 
 
 def _is_cut_short(rest: bytes) -> bool:
-    """Whether the end of a file is nothing, or the beginning of a record whose end a kill cut off."""
+    """Whether the rest of a file is empty, or the beginning of a record that was cut short when the process was
+    killed."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     if len(rest) < _HEADER_BYTES:
@@ -222,7 +223,7 @@ def _header() -> bytes:
 
 
 def _own_name(folder: Path) -> str | None:
-    """What the suffixes of the run's own files end in; None where the run has written none yet."""
+    """The text in which the suffixes of the run's own files end; None if the run has not written any yet."""
     path = folder / _NAME_FILE
     text = path.read_text(errors="replace").strip() if path.exists() else ""
     return text if re.fullmatch("[0-9a-f]{8}", text) else None
@@ -230,7 +231,7 @@ def _own_name(folder: Path) -> str | None:
 
 def _new_name(folder: Path) -> str:
     if any(folder.glob(f"{_EVENTS}*")):
-        warn(f"{folder} holds event files that this run has not written; they are left as they are")
+        warn(f"{folder} holds event files that this run has not written; they are not changed")
     name = secrets.token_hex(4)
     write_whole(folder / _NAME_FILE, f"{name}\n".encode())
     return name
@@ -239,11 +240,11 @@ def _new_name(folder: Path) -> str:
 def _check_folder(folder: Path) -> None:
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ConfigError(
-            f"{folder} is no folder, but TensorBoard's files are written there: move it away, or give --no-tensorboard"
+            f"{folder} is not a folder, but TensorBoard's files go there: move it away, or give --no-tensorboard"
         )
 
 
 def _silence_tensorflow() -> None:
-    # Before anything imports TensorFlow (TensorBoard's reader does): its notices would land in the progress line.
+    # Before anything imports TensorFlow (TensorBoard's reader does), whose messages would break the progress line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

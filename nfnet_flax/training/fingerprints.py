@@ -1,12 +1,12 @@
-"""A checksum of every array of a state, the same on every sharding, device count and process count.
+"""Checksums of the arrays of a state, which do not depend on sharding, number of devices or number of processes.
 
-Orbax writes array data without checksums of its own: a flipped byte comes back as another number, unnoticed. So each
-checkpoint holds what is computed here, and what is read back is compared with it.
+Orbax writes array data without checksums: a flipped byte is read as another number without an error. So each checkpoint
+contains the checksums that are computed here, and arrays are compared with them when they are read.
 
 The words of an array (each element bit-cast to an unsigned integer, widened to uint32) are multiplied by odd weights
-that depend on their positions, mixed by the multiply and xor-shift steps of MurmurHash3's finalizer, and added up
-modulo 2^32: in any order, the sum is the same. Multiplying by an odd number and xor-shifting can be undone, so a change
-of one element changes the sum for certain; other changes go unnoticed with a chance of about one in 2^32.
+that depend on their positions, mixed by the multiply and xor-shift steps of MurmurHash3's finalizer, and added modulo
+2^32; the sum does not depend on the order. Multiplication by an odd number and xor-shift are invertible, so a change of
+one element always changes the sum; other changes are missed with a probability of about one in 2^32.
 """
 
 import functools
@@ -19,16 +19,16 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Fingerprints = dict[str, str]
-"""Array of a state -> its type, shape and checksum, such as `float32[3,3,16,32] 0123abcd`."""
+"""Name of an array of a state -> its type, shape and checksum, such as `float32[3,3,16,32] 0123abcd`."""
 
 _WORDS = {1: "uint8", 2: "uint16", 4: "uint32"}
 _FACTOR = 0x85EBCA6B
 _HOST_CHUNK = 1 << 16
-"""Elements that are mixed at a time on the host: their temporaries stay in the processor's cache."""
+"""Number of elements that are mixed at a time on the host, so that temporary arrays fit into the processor's cache."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves under the names that Orbax gives them on disk: the keys of the path, joined by dots."""
+    """Leaves of a tree, by the names that Orbax uses on disk: the keys of the path, joined by dots."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {".".join(_key(part) for part in path): leaf for path, leaf in leaves}
 
@@ -45,15 +45,15 @@ def _key(part: Any) -> str:
 
 
 class CopiesDiffer(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """Devices or processes hold different copies of what must be the same. The message names them and the arrays."""
+    """Devices or processes hold different copies of the same array. The message names them and the arrays."""
 
 
 def fingerprints(state: Any) -> Fingerprints:
-    """Of every array of a state, in one pass over it. Waits for the state.
+    """Fingerprints of all arrays of a state, in one pass over it. Waits for the state.
 
     Raises:
       CopiesDiffer: the devices of this process hold different copies of an array.
-      TypeError: an element is not of 1, 2 or 4 bytes.
+      TypeError: the elements of an array do not have 1, 2 or 4 bytes.
     """
     arrays = named_leaves(state)
     on_devices = {name: array for name, array in arrays.items() if not _is_whole_in_host_memory(array)}
@@ -74,7 +74,7 @@ def fingerprints(state: Any) -> Fingerprints:
 
 
 def host_fingerprint(array: np.ndarray) -> str:
-    """Of one array in memory, without a device."""
+    """Fingerprint of one array in the host's memory, computed without a device."""
     flat = np.ascontiguousarray(array).reshape(-1).view(_word(array.dtype))
     total = 0
     for start in range(0, flat.size, _HOST_CHUNK):
@@ -85,15 +85,15 @@ def host_fingerprint(array: np.ndarray) -> str:
 
 
 def _is_whole_in_host_memory(array: jax.Array) -> bool:
-    """On a CPU there is nothing to compile then, which takes longer than the sums."""
+    """Whether the host can compute the checksum. On CPUs this avoids compiling, which takes longer than the sums."""
     return array.is_fully_replicated and all(shard.device.platform == "cpu" for shard in array.addressable_shards)
 
 
 def _device_totals(arrays: list[jax.Array]) -> list[list[int]]:
-    """Of each array, the sum as each device of this process has it: it sums up its own copy, where it has one."""
+    """For each array, the sums that the devices of this process compute; a device with a whole copy uses that copy."""
     if not arrays:
         return []
-    # However the arrays are sharded, every process must hold every sum.
+    # Every process needs all sums, whatever the shardings of the arrays.
     sharding = arrays[0].sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     totals = [np.asarray(shard.data).tolist() for shard in _program(whole)(arrays).addressable_shards]
@@ -107,7 +107,7 @@ def _program(whole: NamedSharding | None) -> jax.stages.Wrapped:
 
 def _device_sum(array: jax.Array) -> jax.Array:
     words = array.view(_word(array.dtype)).astype(jnp.uint32)
-    # Of the flattened array, but without flattening it, which would gather a sharded one.
+    # Positions in the flattened array; flattening the array itself would gather it if it is sharded.
     positions = jnp.zeros(array.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(array.ndim)):
@@ -117,7 +117,7 @@ def _device_sum(array: jax.Array) -> jax.Array:
 
 
 def _mix(words: Any, positions: Any) -> Any:
-    """Of NumPy and JAX alike; all uint32, wrapping around."""
+    """Mixes the words of an array with their positions, for NumPy and JAX; uint32 that wraps around."""
     mixed = words * (positions * np.uint32(2) + np.uint32(1))
     mixed ^= mixed >> np.uint32(16)
     mixed *= np.uint32(_FACTOR)
@@ -136,5 +136,5 @@ def _describe(array: Any, total: int) -> str:
 
 
 def describe_type(array: Any) -> str:
-    """Such as `float32[3,3,16,32]`."""
+    """Type and shape of an array as text, such as `float32[3,3,16,32]`."""
     return f"{np.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"

@@ -1,7 +1,7 @@
-"""The gradient of the global batch: per device under `shard_map`, part by part, then summed over all devices.
+"""The gradient of the global batch: computed on each device under `shard_map`, part by part, then summed over devices.
 
-It is computed per device on purpose: left to itself, XLA's partitioner gathers the activations of the whole global
-batch onto every device for each grouped convolution (openxla issue 47945).
+`shard_map` is needed because XLA's partitioner would gather the activations of the whole global batch onto every device
+for each grouped convolution (openxla issue 47945).
 """
 
 import functools
@@ -44,16 +44,17 @@ from nfnet_flax.training.state import Structure
 
 Metrics = dict[str, jax.Array]
 Gradient = Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params, BatchStats, Metrics]]
-"""A function that gives the gradient of the mean loss over the global batch; see `make_gradient`."""
+"""A function that returns the gradient of the mean loss over the global batch; see `make_gradient`."""
 _LARGEST_NORMALISED = 32.0
-"""Images of zero mean and unit variance stay far below it."""
+"""Largest absolute value that is accepted in normalised images; those of zero mean and unit variance are far below."""
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 images to zero mean and unit variance per channel, in float32.
+    """Converts uint8 images to zero mean and unit variance per channel, in float32.
 
-    Float images pass unchanged, as they are taken to be normalised already. Where they hold what no normalised image
-    does, such as grey levels up to 255, all become NaN, and with them the loss: a compiled step cannot raise.
+    Float images are returned unchanged, as they should already be normalised. If they contain values that no normalised
+    image has, such as grey levels up to 255, all values become NaN, and so does the loss, because a compiled step
+    cannot raise an error.
 
     Raises:
       ConfigError: the images are neither uint8 nor float.
@@ -79,12 +80,12 @@ def _make_part(
     """Builds `part(batch_stats, arrays, weights, keys, batch)`: gradient, statistics and metrics of one part.
 
     Args:
-      structure: of the network, and how it is computed.
-      objective: gives the loss.
-      platform: of the devices.
-      num_turns: parts that a device computes one after the other.
-      num_parts: of the whole batch.
-      fixed: names of weights with respect to which there is no gradient.
+      structure: structure of the network, and how it is computed.
+      objective: computes the loss.
+      platform: platform of the devices.
+      num_turns: number of parts that a device computes, one after the other.
+      num_parts: number of parts of the whole batch.
+      fixed: names of weights for which no gradient is computed.
     """
     mean, std = structure.normalization.mean, structure.normalization.std
 
@@ -100,7 +101,7 @@ def _make_part(
         require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
         for name, metric in metrics.items():
             require(isinstance(metric, Metric), f"{made_by}: {name}", type(metric).__name__, "must be a Metric")
-        # A share of the mean over all parts: what the parts give need only be added.
+        # Divided by the number of parts, so that the results of the parts only have to be added.
         share = jnp.mean(losses) / num_parts
         found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}
         return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
@@ -109,7 +110,7 @@ def _make_part(
         others = {name: value for name, value in weights.items() if name in fixed}
         moving = {name: value for name, value in weights.items() if name not in fixed}
         gradient, (moved, metrics) = jax.grad(loss_of, has_aux=True)(moving, others, batch_stats, arrays, keys, batch)
-        # Whole numbers are BatchNorm's counts, the same in all parts.
+        # Integers are BatchNorm's counts, which are the same in all parts.
         shares = {
             name: Part(value / num_parts) if is_float(value) else Part(value, "same") for name, value in moved.items()
         }
@@ -129,25 +130,26 @@ def make_gradient(
     fraction: float = 1.0,
     wanted: Container[str] | None = None,
 ) -> Gradient:
-    """Builds `gradient(prepared, batch_stats, step, batch, arrays)`: of the mean loss over the global batch.
+    """Builds `gradient(prepared, batch_stats, step, batch, arrays)` of the mean loss over the global batch.
 
     Args:
-      structure: of the network, and how it is computed.
-      objective: gives the loss.
-      mesh: over whose devices the rows of the batch are divided.
-      seed: of dropout and stochastic depth.
-      reduction: adds what the devices have found; None: in a fixed order where the execution is reproducible.
-      fraction: share of each microbatch that is used, from its first rows on.
-      wanted: names of the parameters that the gradient is with respect to: nothing is computed for the others, and no
-        layer below the first of them is passed through backwards. None: all.
+      structure: structure of the network, and how it is computed.
+      objective: computes the loss.
+      mesh: mesh over whose devices the rows of the batch are divided.
+      seed: random seed of dropout and stochastic depth.
+      reduction: adds the results of the devices; None: in a fixed order if `execution.reproducible` is on, otherwise in
+        the fastest order.
+      fraction: share of each microbatch that is used (its first rows).
+      wanted: names of the parameters for which the gradient is computed. For the others nothing is computed, and the
+        backward pass ends at the first layer that has a wanted parameter. None: all parameters.
 
     Returns:
-      A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the step's number
-      the batch, and the objective's arrays. It gives the gradient, the moved statistics and metrics.
+      A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the number of the
+      step, the batch, and the objective's arrays. It returns the gradient, the updated statistics and metrics.
 
     Raises:
-      ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
-        decides what is computed.
+      ConfigError: the parts of the batch cannot be divided equally over the mesh, or their number is not given although
+        the result depends on it.
     """
     config, execution = structure.config, structure.execution
     reduction = reduction or (OrderedSum() if execution.reproducible else FastSum())
@@ -155,7 +157,7 @@ def make_gradient(
     _require_parts(structure, fraction)
     num_turns = count_turns(execution.num_microbatches, mesh)
     num_parts = num_turns * num_batch_shards(mesh)
-    # On TPUs a product casts its kernel by the way; elsewhere a kernel is cast in a pass over memory: once is best.
+    # On TPUs the cast of a kernel is part of its product. Elsewhere it is a pass over memory, which is done only once.
     cast_in_turns = _dense_kernels(structure) if execution.reproducible and platform == "tpu" else ()
 
     fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
@@ -170,11 +172,12 @@ def make_gradient(
         rows = lax.axis_index(BATCH_AXES) * num_rows + jnp.arange(num_rows)
         keys = example_keys(key_of_step(seed, step), rows)
         if num_turns == 1:
-            # Else a TPU brings the bytes themselves into the layout that the loop asks for, which is slow.
+            # With a loop this is done in each turn, as a TPU would otherwise change the layout of the bytes, which is
+            # slow.
             images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])
             batch = batch | {"image": images}
         weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
-        # Layers cast what is not cast yet. What fsdp gathered becomes wide again, so that all layouts run one loop.
+        # These kernels are cast by the layers. Gathered ones are widened again, so that all layouts run the same loop.
         weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
         parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
         one_part = functools.partial(part, batch_stats, arrays)
@@ -193,7 +196,7 @@ def make_gradient(
     return jax.shard_map(
         local_gradient,
         mesh=mesh,
-        axis_names=set(BATCH_AXES),  # the height of images is left to the partitioner, which exchanges borders
+        axis_names=set(BATCH_AXES),  # XLA's partitioner divides the height of images and exchanges their borders
         in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
         out_specs=(of_gradient, PartitionSpec(), PartitionSpec()),
         check_vma=False,
@@ -201,7 +204,7 @@ def make_gradient(
 
 
 def _require_parts(structure: Structure, fraction: float) -> None:
-    """What is computed must not change with the number of devices."""
+    """Raises `ConfigError` if the number of parts is not given although the result depends on it."""
     by_part = []
     if structure.batch_stat_shapes:
         by_part.append("BatchNorm normalises each part of the batch by itself")
@@ -246,15 +249,15 @@ def over_parts(
     step: jax.Array | None,
     cast_in_turns: tuple[str, ...],
 ) -> Parts:
-    """What the parts give, added: in the order of the tree if there is a step, else as they come.
+    """The sum of the parts' results: in the order of the tree if a step is given, otherwise one part after the other.
 
     Args:
-      one_part: of weights, and of the keys and rows of one part.
-      weights: the same for all parts.
+      one_part: function of the weights and of the keys and rows of one part.
+      weights: weights, the same for all parts.
       parts: keys and batch, cut along a new first axis.
       num_turns: length of that axis.
-      step: any number that is never negative; see `sum_of_turns`.
-      cast_in_turns: names of weights that `one_part` casts, where the sum is in the order of the tree.
+      step: any number that is never negative, see `sum_of_turns`; None: the order does not matter.
+      cast_in_turns: names of weights that `one_part` casts, if the sum is in the order of the tree.
     """
 
     def turn(index: jax.Array) -> Parts:

@@ -1,8 +1,9 @@
-"""Which run a folder belongs to: what decides its updates, on record there, and compared at every start.
+"""The identity of a run: everything on which its updates depend, recorded in its folder and compared at every start.
 
-The processes of a run compare these things with one another, and a start compares them with those that the run began
-with. Recipe, input, class names and the user's own code have to be the same. Of the environment (versions, processor,
-settings of JAX) it is said what differs, as only the last bits depend on it. What decides no update is free.
+The processes of a run compare these facts with one another, and a start compares them with those of the run's first
+start. Recipe, input, class names and the user's own code must be the same. Differences of the environment (versions,
+processor, settings of JAX) are only reported, as only the last bits depend on it. Settings on which no update depends
+may change.
 """
 
 import dataclasses
@@ -34,11 +35,11 @@ from nfnet_flax.units import shown
 
 
 def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
-    """Checks that all processes are about to run the same; before any of them computes.
+    """Checks, before anything is computed, that all processes have the same settings.
 
     Raises:
       ConfigError: recipe, the user's own code that it uses, workdir, versions, kind of device or processor, settings of
-        JAX or the number of devices differ, or a process did not say in time.
+        JAX or the number of devices differ, or a process did not report them in time.
     """
     if processes.count == 1:
         return
@@ -49,7 +50,7 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
         return {name: text for key, value in data.items() for name, text in fields(value, f"{path}.{key}").items()}
 
     shared = dataclasses.replace(recipe, data=recipe.data.with_execution_of(DataConfig(prefetch_batches=2)))
-    # Each host may hold images, initial weights and a teacher in a place of its own: what is in them is compared.
+    # Images, initial weights and a teacher may have other paths on each host: their contents are compared.
     settings = to_json(shared, places=False)
     del settings["init_from"]
     facts = {
@@ -64,26 +65,26 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a start is about to run."""
+    """The identity of the run that a start is about to begin or continue."""
 
     recipe: Recipe
     input: dict[str, Any]
-    """What decides every byte of every batch (`pipeline.input_identity`)."""
+    """Facts on which the contents of the batches depend (`pipeline.input_identity`)."""
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     environment: dict[str, str]
-    """What decides the last bits (`runtime.environment`)."""
+    """Facts on which the last bits depend (`runtime.environment`)."""
     code: OwnCode
     """The user's own code that the recipe uses."""
     initial: dict[str, str] | None = None
-    """Which weights it starts from (`initial.InitialWeights`); None: random ones, or a checkpoint."""
+    """The record of the weights that it starts from (`initial.InitialWeights`); None: random ones, or a checkpoint."""
 
 
 def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: float) -> list[str]:
-    """Records by process 0 what a run is, or checks in all processes that the folder is that of the same run.
+    """Records the identity of a new run (in process 0), or checks that the folder belongs to the same run.
 
     Returns:
-      Lines for the user: what differs from before without deciding an update, and what the differences mean.
+      Messages for the user: allowed differences from the last start, and what they mean.
 
     Raises:
       ConfigError: the folder cannot be written, belongs to another recipe, input or classes, to other code or other
@@ -94,7 +95,7 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
         lines = _claim(workdir, identity)
     processes.barrier("claimed", timeout_s)
     if not processes.is_first:
-        remedy = f"is not the folder that process 0 sees, as process {processes.index} finds no recipe.json in it: "
+        remedy = f"is not the folder of process 0, as process {processes.index} finds no recipe.json in it: "
         remedy += "give one on a file system that all hosts share"
         require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)
         _check_recipe(workdir, read_recipe(workdir / layout.RECIPE), identity.recipe)
@@ -132,10 +133,11 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
         lines += _claim_environment(workdir, identity.environment)
         lines += [longer] if longer is not None else []
         if images:
-            lines.append(f"other images than before under the same names, which count from now on: {'; '.join(images)}")
+            what = "held-out images or contents of training images changed; the new ones are used from now on"
+            lines.append(f"{what}: {'; '.join(images)}")
             write_json(workdir / layout.INPUT, identity.input)
         if changed := free_differences(before, recipe):
-            lines.append(f"changed since the last start, which decides no update: {'; '.join(changed)}")
+            lines.append(f"changed since the last start, without an effect on updates: {'; '.join(changed)}")
         if before != recipe:
             save_recipe(recipe, workdir / layout.RECIPE)
     except OSError as error:
@@ -144,12 +146,12 @@ def _claim(workdir: Path, identity: Identity) -> list[str]:
 
 
 def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
-    """Removes the record of a start that trained nothing, such as one that an image or a wrong number ended, where this
-    one is another run; returns what to say. Called by the owner of the folder."""
+    """If the last start trained nothing, for example because of an image or a wrong number, and this start is another
+    run, removes the record of the last start. Returns messages for the user. Called by the owner of the folder."""
     if has_trained(workdir):
         return []
     changed = [f"code of {path}" for path in changed_files(workdir, identity.code)]
-    if (workdir / layout.RECIPE).exists() and not changed:  # other code may not be able to read it
+    if (workdir / layout.RECIPE).exists() and not changed:  # with other code it may not be readable
         try:
             changed += recipe_differences(read_recipe(workdir / layout.RECIPE), identity.recipe)
         except CodeNotLoaded as error:
@@ -161,7 +163,7 @@ def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
         changed.append(f"class names: {shown(names)} -> {shown(identity.class_names)}")
     then, now = stored_initial(workdir), identity.initial
     if then is not None and now is not None and then["content"] != now["content"]:
-        changed.append(f"init_from: {then['source']} -> {now['source']}, of other content")
+        changed.append(f"init_from: {then['source']} -> {now['source']}, with other content")
     if not changed:
         return []
     for name in (layout.RECIPE, layout.INPUT, layout.CLASSES, layout.INITIAL):
@@ -172,48 +174,50 @@ def _take_off_record(workdir: Path, identity: Identity) -> list[str]:
 
 
 def _claim_code(workdir: Path, code: OwnCode) -> list[str]:
-    """Records the user's own code, or checks that it is as on record; returns what to say.
+    """Records the user's own code, or checks that it is as recorded. Returns messages for the user.
 
     Raises:
       ConfigError: it changed.
     """
     check_code(workdir, code)
     lines = [
-        f"the code of {name} is in no file, so that none is kept with the run and a change of it goes unnoticed: "
+        f"the code of {name} is in no file, so the run keeps no copy of it, and a change of it is not noticed: "
         "define it in a file"
         for name in code.without_source
     ]
     if code.files and not (workdir / layout.CODE).exists() and has_trained(workdir):
-        lines.append(f"the run's own code was not on record; from now on it is: {', '.join(code.files)}")
+        lines.append(f"the run's own code was not recorded; from now on it is: {', '.join(code.files)}")
     keep(workdir, code)
     return lines
 
 
 def _check_initial(workdir: Path, before: Recipe, identity: Identity, step: int | None) -> tuple[Recipe, list[str]]:
-    """Checks that a run which starts at step 0 again starts from the same weights as before.
+    """Checks that a run that starts at step 0 again starts from the same weights as before.
 
     Returns:
-      The recipe for the record, in which `init_from` changes only where its weights were read and compared; and lines.
+      The recipe to record, in which `init_from` changes only if its weights were read and compared; and messages for
+      the user.
 
     Raises:
-      ConfigError: they are others.
+      ConfigError: the weights are different ones.
     """
     recipe, now = identity.recipe, identity.initial
     if step is not None and recipe.init_from != before.init_from:
-        line = f"init_from = {recipe.init_from!r} has no effect: the run goes on from a checkpoint, and began with "
+        line = f"init_from = {recipe.init_from!r} has no effect: the run continues from a checkpoint, and began with "
         return dataclasses.replace(recipe, init_from=before.init_from), [f"{line}{before.init_from!r}"]
     then = stored_initial(workdir)
     if then is not None and now is not None and then["content"] != now["content"]:
         raise ConfigError(
             f"init_from = {recipe.init_from!r}: holds other weights than this run began with ({then['source']}, "
-            f"content {then['content']} -> {now['source']}, content {now['content']}): give those back, or another "
-            "workdir; the weights of a run that trains on change, and nfnet convert run makes a file that stays"
+            f"content {then['content']} -> {now['source']}, content {now['content']}): restore those, or give another "
+            "workdir. If they are of a run that was trained further, note that nfnet convert run writes a file that "
+            "does not change"
         )
     return recipe, []
 
 
 def _check_recipe(workdir: Path, stored: Recipe, recipe: Recipe) -> None:
-    """Raises `ConfigError` where a field differs that decides an update."""
+    """Raises `ConfigError` if a field differs on which updates depend."""
     if lines := recipe_differences(stored, recipe):
         raise ConfigError(
             f"workdir {str(workdir)!r} belongs to another recipe; give another workdir, or the same values as before:\n"
@@ -227,22 +231,22 @@ def _record(path: Path, data: Any) -> None:
 
 
 def _check_input(workdir: Path, now: dict[str, Any]) -> list[str]:
-    """Returns what differs and is only to be said (`pipeline.input_changes`).
+    """Returns the differences that are only reported (`pipeline.input_changes`).
 
     Raises:
-      ConfigError: the images, their number or order, or how batches are made of them changed; what did is named.
+      ConfigError: the images, their number or order, or the settings of the batches changed; the message says which.
     """
     lines, said = input_changes(stored_input(workdir), now)
     if lines:
         raise ConfigError(
-            f"workdir {str(workdir)!r} was trained on another input; give back the same images, or another workdir:\n"
+            f"workdir {str(workdir)!r} was trained on another input; restore these images or use another workdir:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
     return said
 
 
 def _claim_environment(workdir: Path, environment: dict[str, str]) -> list[str]:
-    """Records the environment; returns what to say where it is another than at the last start."""
+    """Records the environment; returns messages for the user if it changed since the last start."""
     path = workdir / layout.ENVIRONMENT
     step = checkpoint.latest_step(workdir)
     changed: list[str] = []
@@ -251,8 +255,8 @@ def _claim_environment(workdir: Path, environment: dict[str, str]) -> list[str]:
         changed = differences(before, environment)
         if not changed:
             return []
-        # Kept for whoever wants to know later which steps were computed by what. Where it is there already, the last
-        # environment has computed no step that is on disk.
+        # Kept as a record of the environment that computed the steps so far. If the file already exists, the last
+        # environment has not computed any step that was saved.
         kept = workdir / f"environment-until-step-{step or 0}.json"
         if not kept.exists():
             path.rename(kept)

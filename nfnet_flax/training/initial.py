@@ -1,4 +1,4 @@
-"""The weights that a run starts from: out of a weight file or of another run, for the classes of its own images."""
+"""The weights that a run starts from: those of a weight file or of another run, for the classes of its own images."""
 
 import dataclasses
 import hashlib
@@ -22,27 +22,27 @@ _REMEDY = "let the head start at random (--init-from-skip 'head.*'), or give ima
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """What a run starts from before its first update."""
+    """The weights of a run before its first update."""
 
     arrays: HostArrays
-    """By the names of the network; those that it lacks are random."""
+    """Name of a parameter or running statistic -> its value; those that are not named are random."""
     record: dict[str, str] | None = None
-    """What `init_from` gave, for the record in the run's folder: `source`, and `content`, a digest; None without it."""
+    """Record of `init_from` for the run's folder: `source`, and `content`, a digest of the weights; None without it."""
     said: str | None = None
-    """A line for the user."""
+    """A message for the user; None: there is none."""
 
 
 def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeights:
-    """What `init_from` gives; no arrays without it.
+    """Reads the weights that `init_from` names; without it, there are no arrays.
 
     Args:
-      recipe: `init_from` is a weight file, or the folder of a run, whose newest checkpoint's EMA is taken. Of another
-        checkpoint, or raw, `nfnet convert run` makes a file.
-      class_names: of the run, in the order of its labels. Where the stored head has the same ones in another order, its
-        outputs are put into the run's order.
+      recipe: the recipe. Its `init_from` is a weight file, or the folder of a run, whose newest checkpoint's EMA is
+        used. For another checkpoint or for raw parameters, make a file with `nfnet convert run`.
+      class_names: class names of the run, in the order of its labels. If the stored head has the same classes in
+        another order, its outputs are reordered.
 
     Raises:
-      ConfigError: the weights cannot be read, do not fit the network, or their head is of other classes.
+      ConfigError: the weights cannot be read, do not fit the network, or their head has other classes.
       StorageFailed: the folder cannot be read.
     """
     if recipe.init_from is None:
@@ -65,7 +65,7 @@ def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeight
 
 
 def content_of(arrays: Mapping[str, np.ndarray]) -> str:
-    """A digest of names, types, shapes and values."""
+    """A digest of the names, types, shapes and values of arrays."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -75,16 +75,16 @@ def content_of(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def check_same_start(processes: Processes, recipe: Recipe, initial: InitialWeights | None, *, timeout_s: float) -> None:
-    """Checks that all processes start from the same weights; each has read them by itself.
+    """Checks that all processes start from the same weights, which each process has read.
 
     Args:
-      processes: of this run.
-      recipe: names the weights in the message.
-      initial: of `initial_weights`; None where this process finds a checkpoint, from which the run goes on.
-      timeout_s: longest wait for the others.
+      processes: the processes of this run.
+      recipe: the recipe, which names the weights in the message.
+      initial: result of `initial_weights`; None if this process finds a checkpoint, from which the run continues.
+      timeout_s: longest wait for the others, in seconds.
 
     Raises:
-      ConfigError: they differ, or a process did not say in time. All processes raise it.
+      ConfigError: the weights differ, or a process did not report in time. All processes raise it.
     """
     if processes.count == 1:
         return

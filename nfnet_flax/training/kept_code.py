@@ -1,8 +1,8 @@
-"""Code of a user's own, on record in the run's folder, so that a change of it is noticed.
+"""Copies of a user's own code in the run's folder, by which a change of the code is noticed.
 
-A run that uses classes of a user's own keeps copies, in `code/`, of the files that define them and of what these import
-from their own folder. They are compared by what they do: comments, docstrings and formatting are free, and so are what
-only a program does (`if __name__ == "__main__"`) and the function `recipe`, whose value is compared by itself.
+A run that uses classes of a user's own keeps copies, in `code/`, of the files that define them and of the modules that
+these import from their own folder. The comparison ignores comments, docstrings, formatting, code under
+`if __name__ == "__main__"`, and the function `recipe`, because the recipe itself is compared.
 """
 
 import ast
@@ -27,10 +27,10 @@ from nfnet_flax.training import layout
 from nfnet_flax.training.storage import storage_errors
 
 _MAX_FILES, _MAX_LINES = 3, 6
-"""How many files of a change are shown, and how many lines of each."""
+"""Largest number of changed files that a message shows, and of lines for each of them."""
 _INSTALLED_AS = {"site-packages", "dist-packages"}
 _INSTALLED_IN = [Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))]
-"""Folders of installed code, by name and by path: this package's and Python's own."""
+"""Folders of installed code: by name (above), and by path: those of this package and of Python itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,22 +38,23 @@ class OwnCode:
     """The code of a user's own that a recipe uses."""
 
     files: Mapping[str, bytes]
-    """Path within `code/` -> source, which decides updates."""
+    """Path within `code/` -> source of the files on which updates depend."""
     recipes: Mapping[str, bytes]
-    """The same of recipe files that import these: kept, so that the copies can be run, and not compared."""
+    """Path within `code/` -> source of recipe files that import these. They are kept, so that the copies can be run,
+    but not compared."""
     without_source: tuple[str, ...]
-    """Classes of which no source is found, as where they were typed into an interpreter."""
+    """Names of classes whose source is not found, as if they were typed into an interpreter."""
 
     def digests(self) -> dict[str, str]:
-        """Path -> digest of what is compared."""
+        """Path -> digest of the part of the source that is compared."""
         return {path: hashlib.sha256(_plain(source).encode()).hexdigest()[:32] for path, source in self.files.items()}
 
 
 def code_of(config: object) -> OwnCode:
-    """The code of the classes of a user's own that a configuration is made of.
+    """The code of a user's own classes that a configuration consists of.
 
     Raises:
-      ConfigError: a file that was loaded is gone.
+      ConfigError: a file that was loaded cannot be read any more.
     """
     classes = own_classes(config)
     if not classes:
@@ -79,13 +80,14 @@ def code_of(config: object) -> OwnCode:
 
 
 def _text_of(kind: type) -> str | None:
-    """The source of a class that is in no module's file: of all of it, or else of its methods."""
+    """The source of a class that is not in the file of a module: of the whole class if possible, or of its methods."""
     with contextlib.suppress(OSError, TypeError):
         return textwrap.dedent(inspect.getsource(kind))
     methods = []
     for value in vars(kind).values():
         function = value.fget if isinstance(value, property) else value
-        if isinstance(function, types.FunctionType) and function.__code__.co_filename != "<string>":  # of dataclasses
+        # Functions in the file "<string>" are made by `dataclasses`.
+        if isinstance(function, types.FunctionType) and function.__code__.co_filename != "<string>":
             try:
                 methods.append(textwrap.indent(textwrap.dedent(inspect.getsource(function)), "    "))
             except OSError:
@@ -94,7 +96,7 @@ def _text_of(kind: type) -> str | None:
 
 
 def _with_imports(modules: list[types.ModuleType]) -> dict[str, bytes]:
-    """Path within `code/` -> source of modules, and of those that they import from their own folder."""
+    """Path within `code/` -> source, for modules and for those that they import from their own folder."""
     found: dict[str, bytes] = {}
     named = set(loaded_files())
     pending = [(public_name(module.__name__), file_of(module)) for module in modules]
@@ -102,7 +104,7 @@ def _with_imports(modules: list[types.ModuleType]) -> dict[str, bytes]:
         name, file = pending.pop()
         if file is None:
             continue
-        is_package, is_alone = file.name == "__init__.py", file.stem == name  # whose name may hold dots
+        is_package, is_alone = file.name == "__init__.py", file.stem == name  # the name of a file may contain dots
         path = file.name if is_alone else f"{name.replace('.', '/')}{'/__init__' if is_package else ''}.py"
         if path in found:
             continue
@@ -122,13 +124,13 @@ def _source(file: Path) -> bytes:
 
 
 def _parents(name: str) -> Iterator[str]:
-    """Packages that a module lies in: they are run before it."""
+    """Packages that contain a module; Python runs them before it."""
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _imported(source: bytes, package: str) -> Iterator[str]:
-    """Names of modules that import statements of a source may mean, at any depth."""
+    """Names of modules that import statements anywhere in a source may refer to."""
     for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -143,7 +145,7 @@ def _imported(source: bytes, package: str) -> Iterator[str]:
 
 
 def _own_file(name: str, root: Path, named: set[str]) -> Path | None:
-    """The file of a module, if it is of the user's own: in the folder `root`, or among the modules that are `named`."""
+    """The file of a module if it is the user's own, that is, in the folder `root` or among the modules in `named`."""
     if name in sys.modules:
         file = file_of(sys.modules[name])
         is_own = file is not None and (file.is_relative_to(root) or name in named)
@@ -153,14 +155,14 @@ def _own_file(name: str, root: Path, named: set[str]) -> Path | None:
 
 
 def _is_installed(file: Path) -> bool:
-    """Whether a file is of this package, of an installed one, or of Python itself: those are on record by version."""
+    """Whether a file belongs to this package, an installed package or Python, of which the versions are recorded."""
     return not _INSTALLED_AS.isdisjoint(file.parts) or any(map(file.is_relative_to, _INSTALLED_IN))
 
 
 def _parsed(source: bytes) -> ast.Module:
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError):  # changed since it was loaded
+    except (SyntaxError, ValueError):  # the file has changed since it was loaded
         return ast.Module([ast.Expr(ast.Name(repr(source), ast.Load()))], [])
 
 
@@ -173,7 +175,7 @@ def _is_recipe_function(node: ast.stmt) -> bool:
 
 
 def _plain(source: bytes) -> str:
-    """A source without what is free to change."""
+    """A source without the parts that may change."""
     tree = _parsed(source)
     tree.body = [node for node in tree.body if not _is_recipe_function(node) and not _is_of_program(node)]
     for node in ast.walk(tree):
@@ -183,7 +185,7 @@ def _plain(source: bytes) -> str:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a text alone: a docstring, or what is said of a field."""
+    """Whether a statement is only a text: the docstring of a function, a class or a field."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
@@ -192,7 +194,7 @@ def _is_of_program(node: ast.stmt) -> bool:
 
 
 def keep(workdir: Path, code: OwnCode) -> None:
-    """Writes the copies, all or none; leaves those alone that are there.
+    """Writes all copies or none; does nothing if there are copies already.
 
     Raises:
       OSError: they cannot be written.
@@ -210,7 +212,7 @@ def keep(workdir: Path, code: OwnCode) -> None:
 
 
 def changed_files(workdir: Path, code: OwnCode) -> dict[str, list[str]]:
-    """Path -> changed lines of each file that is not as on record; empty where nothing is on record.
+    """Path -> changed lines, for each file that differs from the recorded copy; empty if there are no copies.
 
     Raises:
       StorageFailed: the record cannot be read.
@@ -230,16 +232,16 @@ def changed_files(workdir: Path, code: OwnCode) -> dict[str, list[str]]:
 
 
 def check_code(workdir: Path, code: OwnCode) -> None:
-    """Raises `ConfigError` where the code of a run is not as on record."""
+    """Raises `ConfigError` if the code of a run differs from the recorded copies."""
     if changes := changed_files(workdir, code):
         raise ConfigError(
             f"the code of the run in {str(workdir)!r} changed since it began:\n{describe(changes)}\n"
-            f"give it back as it was: {_how_to_run_the_copies(workdir)}; or give another workdir"
+            f"use the code as it was: {_how_to_run_the_copies(workdir)}; or give another workdir"
         )
 
 
 def describe(changes: Mapping[str, list[str]]) -> str:
-    """The beginnings of changes."""
+    """The first changed lines as text."""
     text = []
     for path, lines in list(changes.items())[:_MAX_FILES]:
         text += [f"  {path}:", *(f"    {line}" for line in lines[:_MAX_LINES])]
@@ -254,16 +256,16 @@ def _how_to_run_the_copies(workdir: Path) -> str:
     folder = workdir / layout.CODE
     for file in sorted(folder.rglob("*.py")):
         if _is_recipe(file.read_bytes()):
-            return f"nfnet train {file} --workdir {workdir} goes on with the copies on record"
-    return f"the copies on record are in {folder}"
+            return f"nfnet train {file} --workdir {workdir} continues with the copies of the run"
+    return f"the copies of the run are in {folder}"
 
 
 def change_of_code(workdir: Path, config: object) -> str | None:
-    """What to say to who reads a run with other code than it was trained with; None where there is nothing to say."""
+    """A message for a reader of a run whose code changed since it was trained; None if it did not change."""
     changes = changed_files(workdir, code_of(config))
     if not changes:
         return None
     return (
-        f"the code of the run in {str(workdir)!r} changed since it began, and is taken as it is now "
-        f"(copies of what it was are in {workdir / layout.CODE}):\n{describe(changes)}"
+        f"the code of the run in {str(workdir)!r} changed since it began; the present code is used "
+        f"(copies of the old code are in {workdir / layout.CODE}):\n{describe(changes)}"
     )

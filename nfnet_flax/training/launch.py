@@ -1,4 +1,4 @@
-"""From the command line to the loop: the processes join, agree, train under a watchdog, and leave together."""
+"""Between the command line and the loop: the processes connect, train under a watchdog, and end together."""
 
 import sys
 import traceback
@@ -17,19 +17,19 @@ def run_together(
     run: Callable[[Watchdog], int],
     explain: Callable[[BaseException], tuple[int, str] | None],
 ) -> int:
-    """Joins the other processes, runs, and ends so that no process is left behind.
+    """Joins the other processes, calls `run`, and makes sure that all processes end.
 
     Args:
-      distributed: how the processes find one another.
-      watchdog: how long nothing may move.
+      distributed: how the processes connect to one another.
+      watchdog: how long the run may make no progress.
       run: trains, and returns the exit code.
-      explain: exit code and message of an error that is the user's or the world's; None for any other.
+      explain: returns exit code and message of an expected error, see `cli.errors.explain`; None for any other error.
 
     Returns:
-      What `run` does, in a process by itself; with several, the process ends here.
+      The exit code of `run`, in a run of one process; with several, the process ends here.
 
     Raises:
-      BaseException: in a process by itself, what `run` does.
+      BaseException: an error of `run`, in a run of one process.
     """
     silence_abandoned_writes()
     start(distributed)
@@ -53,7 +53,7 @@ def run_together(
             traceback.print_exc()
             known = EXIT_BUG, f"{type(error).__name__}: {error}"
         code, message = known
-        if code in (EXIT_BUG, EXIT_STORAGE_FAILED):  # saving is done together, too
+        if code in (EXIT_BUG, EXIT_STORAGE_FAILED):  # saving needs all processes, so a dead one may be the cause
             peers.fail_if_another_is_lost()
         print(f"nfnet: {message}", file=sys.stderr, flush=True)
         peers.fail(code, message)

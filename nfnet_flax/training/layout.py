@@ -1,22 +1,22 @@
-"""What the folder of a run holds. Whoever writes, reads or inspects a run takes the names from here.
+"""The layout of a run's folder. All code that writes, reads or inspects a run takes the names from here.
 
     recipe.json        the resolved recipe
-    input.json         what the input is made of
+    input.json         facts on which the contents of the batches depend
     classes.json       class names in the order of the labels
-    initial.json       which weights `init_from` gave
-    environment.json   versions, device and settings that decide the last bits
-    code/              copies of the user's own code that defines parts of the recipe, if any does
+    initial.json       the weights that `init_from` named
+    environment.json   versions, device and settings on which the last bits depend
+    code/              copies of the user's own code that defines parts of the recipe, if there is any
     owner/             which process writes here
     checkpoints/STEP   the newest checkpoints
-    best/STEP          the best one
+    best/STEP          the best checkpoint
     damaged/           checkpoints and files that were found damaged
     metrics.jsonl      one JSON object for each step that has metrics
     tensorboard/       the same numbers as TensorBoard scalars
 
-A checkpoint is a folder with two parts. `notes/notes.json` names every array with its type, shape and checksum, and
-carries a checksum of its own: what it does not name does not belong to the checkpoint. `state` holds the arrays as
-Orbax writes them: Zarr arrays in an OCDBT database. How many files this database has, and how they are called, is up to
-the library and depends on the number of processes; so an array is there if TensorStore can read it.
+A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
+contains a checksum of itself; anything that it does not list is not part of the checkpoint. `state` contains the arrays
+as Orbax writes them: Zarr arrays in an OCDBT database. The number and the names of the files of this database depend on
+the library and on the number of processes; so an array exists if TensorStore can read it.
 """
 
 import contextlib
@@ -50,43 +50,43 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 STATE = "state"
-"""Part of a checkpoint: the arrays."""
+"""Part of a checkpoint: folder of the arrays."""
 NOTES = "notes"
-"""Part of a checkpoint: a folder with one file."""
+"""Part of a checkpoint: folder of the notes, which are one file."""
 NOTES_FILE = "notes.json"
 
 Notes = dict[str, Any]
-"""What is known of a checkpoint besides its state: JSON."""
+"""Facts about a checkpoint besides its state, as JSON."""
 
 _CACHE_BYTES = 100_000_000
-"""For the index of the arrays, which would be read anew for each."""
+"""Size of the cache for the index of the arrays, which would otherwise be read again for each array."""
 _DAMAGE = re.compile("(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION): |(?![A-Z_]+: )")
-"""How TensorStore's errors begin where a file is missing, too short, or not what its checksum or format says. With no
-code in front are those of an invalid argument: here, of content that cannot be decoded."""
+"""Beginning of TensorStore's errors if a file is missing, too short, or does not have the right checksum or format. An
+error without a code means an invalid argument; here, this is content that cannot be decoded."""
 
 
 class Damaged(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
-    """A checkpoint is known not to be what was saved: a part is missing or too short, or a checksum differs."""
+    """A checkpoint differs from what was saved: a part is missing or too short, or a checksum differs."""
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps for which a folder holds something under a checkpoint's name, good or not; newest first.
+    """Steps of the checkpoints in a folder, damaged or not, newest first; only names are read.
 
     Raises:
-      StorageFailed: the folder is there and cannot be listed, which is not the same as a run without checkpoints.
+      StorageFailed: the folder exists and cannot be listed, which is not the same as a run without checkpoints.
     """
     with storage_errors(folder, OSError):
         try:
             names = os.listdir(folder)
         except (FileNotFoundError, NotADirectoryError):
-            if folder.exists():  # a file in its place
+            if folder.exists():  # a file with the name of the folder
                 raise
             return []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
 
 def free_place(workdir: Path, name: str) -> Path:
-    """Where something that is damaged can be kept: a path in `damaged/` that nothing has yet. Makes that folder.
+    """An unused path in `damaged/` to which a damaged file or folder can be moved. Makes the folder `damaged/`.
 
     Raises:
       OSError: the folder cannot be made.
@@ -98,7 +98,7 @@ def free_place(workdir: Path, name: str) -> Path:
 
 
 def seal(notes: Notes, arrays: Fingerprints) -> dict[str, Any]:
-    """What is stored as a checkpoint's `notes`: those of the run, the checksum of every array, and their own."""
+    """The contents of a checkpoint's `notes.json`: the notes, the checksum of every array, and a checksum of both."""
     return {"notes": notes, "arrays": arrays, "checksum": _checksum(notes, arrays)}
 
 
@@ -110,8 +110,8 @@ def read_sealed(checkpoint: Path) -> tuple[Notes, Fingerprints]:
     """Notes and checksums of a checkpoint.
 
     Raises:
-      Damaged: they are missing, or not what was stored.
-      StorageFailed: the file cannot be opened or read, which says nothing of what it holds.
+      Damaged: they are missing, or differ from what was stored.
+      StorageFailed: the file cannot be opened or read; it need not be damaged.
     """
     path = checkpoint / NOTES / NOTES_FILE
     try:
@@ -135,39 +135,39 @@ def read_sealed(checkpoint: Path) -> tuple[Notes, Fingerprints]:
 
 
 def array_context() -> ts.Context:
-    """To be shared by the arrays of a checkpoint, so that their index is read once."""
+    """A context that the arrays of a checkpoint share, so that their index is read once."""
     return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
 
 def open_array(checkpoint: Path, name: str, context: ts.Context) -> ts.TensorStore:
-    """An array of a checkpoint, by its name in the notes; its data are read by slicing.
+    """Opens an array of a checkpoint, by its name in the notes; its data are read by slicing.
 
     Raises:
-      StorageFailed: TensorStore cannot read at such a place.
-      ValueError: of TensorStore; `reading` says what it means.
+      StorageFailed: TensorStore cannot read from such a path.
+      ValueError: raised by TensorStore; `reading` converts it.
     """
     base = {"driver": "file", "path": f"{(checkpoint / STATE).absolute()}/"}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
     try:
         checked = ts.Spec(spec)
-    except ValueError as error:  # such as a path that TensorStore does not take: no word about what is stored
+    except ValueError as error:  # such as a path that TensorStore does not support: this is not damage
         raise StorageFailed(f"{checkpoint}: {brief(error)}") from error
     return ts.open(checked, read=True, open=True, context=context).result()
 
 
 @contextlib.contextmanager
 def reading(checkpoint: Path, name: str) -> Iterator[None]:
-    """Says what the errors of TensorStore mean, while it opens or reads an array.
+    """Converts the errors that TensorStore raises while it opens or reads an array.
 
     Raises:
-      Damaged: a file is missing or too short, or is not what its checksum or format says.
-      StorageFailed: the system could not do what it was asked to, which says nothing of what was saved.
+      Damaged: a file is missing or too short, or does not have the right checksum or format.
+      StorageFailed: a system call failed; the array need not be damaged.
     """
     try:
         yield
     except ValueError as error:
         text = str(error)
-        # With an error number, the system could not do what it was asked to; only without one it is about the content.
+        # An error number means that a system call failed. Only errors without one are about the content.
         is_damage = bool(_DAMAGE.match(text)) and "os_error_code" not in text and checkpoint.is_dir()
         if is_damage:
             raise Damaged(f"{name}: {brief(error)}") from error
@@ -178,18 +178,18 @@ def read_array(checkpoint: Path, name: str, saved: str, context: ts.Context) -> 
     """A whole array of a checkpoint in the host's memory, compared with its checksum.
 
     Args:
-      checkpoint: its folder.
-      name: of the array.
-      saved: type, shape and checksum, as the notes have them.
-      context: of `array_context`.
+      checkpoint: folder of the checkpoint.
+      name: name of the array.
+      saved: type, shape and checksum of the array in the notes.
+      context: result of `array_context`.
 
     Raises:
-      Damaged: the array is missing or not what was saved.
-      StorageFailed: it cannot be read, which says nothing of what it holds.
+      Damaged: the array is missing or differs from what was saved.
+      StorageFailed: it cannot be read; it need not be damaged.
     """
     with reading(checkpoint, name):
         stored = open_array(checkpoint, name, context)
-        check_type(name, stored, saved)  # before memory is asked for
+        check_type(name, stored, saved)  # before memory is allocated
         array = np.asarray(stored.read().result())
     if (found := host_fingerprint(array)) != saved:
         raise Damaged(f"{name} is {found} instead of {saved}")

@@ -1,16 +1,17 @@
-"""One owner of a run's folder at a time: the lease in `owner/`.
+"""Ensures that only one process at a time owns a run's folder: the lease in `owner/`.
 
-Two processes that train in one folder would delete what the other writes. So process 0 of a run owns the folder while
-it runs, and a second start ends with a message that says who does.
+Two processes that train in the same folder would delete each other's files. So process 0 of a run owns the folder while
+it runs, and a second start ends with a message that names the owner.
 
-Each owner has a number, one above that of the owner before it, and two files: `00000007.json`, made once, says who it
-is, and `00000007.beat.json`, which it rewrites every few seconds, is its sign of life. Making the first file must fail
-where it exists already: that is how one of several that come at once wins. Nothing else is asked of the storage, no
-lock and no rename, so an object store with conditional writes can hold a lease, too.
+Each owner has a number, one more than that of the previous owner, and two files. `00000007.json` is written once and
+describes the owner; `00000007.beat.json` is rewritten every few seconds as its sign of life. Creating the first file
+fails if the file already exists, so if several processes start at once, one of them becomes the owner. No lock and no
+rename is needed, so an object store with conditional writes could hold a lease, too.
 
-An owner that was killed holds nobody up for long. On its own host it is seen at once that it is gone; on another one,
-when its sign of life has not changed for `ELSEWHERE_TIMEOUT_S`. An owner that was only suspended for so long, and is
-continued later, finds a higher number than its own: then its folder belongs to another process, and it ends.
+An owner that was killed does not block a new start for long. On its own host, the new process sees at once that the
+owner no longer runs; on another host, when its sign of life has not changed for `ELSEWHERE_TIMEOUT_S`. An owner that
+was only suspended for so long, and is continued later, finds a higher number than its own: then the folder belongs to
+another process, and this one ends.
 """
 
 import contextlib
@@ -31,46 +32,46 @@ from nfnet_flax.training.layout import OWNER
 from nfnet_flax.training.storage import StorageFailed, storage_errors
 
 BEAT_INTERVAL_S = 5.0
-"""How often an owner gives a sign of life."""
+"""Interval at which an owner gives a sign of life."""
 ELSEWHERE_TIMEOUT_S = 60.0
-"""An owner of another host, or another container, that gave no sign of life for so long is gone."""
+"""Time without a sign of life after which an owner on another host or in another container is considered ended."""
 _LOOK_INTERVAL_S = 0.5
 
 
 class LeaseLost(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
-    """The folder has another owner by now: this process was suspended for so long that it was taken for gone."""
+    """The folder has another owner now, because this process was suspended for so long that it was considered ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who owns a folder."""
+    """The process that owns a folder."""
 
     host: str
     """Name of the host."""
     boot_id: str
-    """Of the host's kernel since it was started, as far as it tells; empty: not known."""
+    """The host's boot id, which changes at each start of the host; empty: not known."""
     pid_namespace: str
-    """Within which `pid` means this process: that of the host, or of a container."""
+    """Namespace of `pid`: that of the host, or of a container."""
     pid: int
     process_start: str
-    """When the process began, as the kernel counts it: a later process may get the same `pid`."""
+    """Start time of the process, as the kernel reports it, because a later process may get the same `pid`."""
     folder_id: str
-    """Device and inode of the folder `owner`: those of a copy are others."""
+    """Device and inode of the folder `owner`, which are different for a copy of the folder."""
     since: str
-    """When it became the owner, in UTC."""
+    """When the process became the owner, in UTC."""
 
     def is_of_this_host(self) -> bool:
-        """Whether this process can see that one, if it is there."""
+        """Whether the owner would be visible to this process: same host, same start of the host, same namespace."""
         here = _this_process("")
         return self.boot_id != "" and (self.boot_id, self.pid_namespace) == (here.boot_id, here.pid_namespace)
 
     def is_running(self) -> bool:
-        """Whether the process exists; only for one of this host."""
+        """Whether the owner's process exists; only valid for an owner of this host."""
         return self.process_start != "" and _process_start(self.pid) == self.process_start
 
 
 class Lease:
-    """That this process owns a run's folder; made by `owning`."""
+    """The ownership of a run's folder by this process; made by `owning`."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder = folder
@@ -78,7 +79,7 @@ class Lease:
         self._num_beats = 0
 
     def check(self) -> None:
-        """Looks whether the folder is still this process's own; to be called before anything is written there.
+        """Checks that this process still owns the folder; to be called before anything is written there.
 
         Raises:
           LeaseLost: it has another owner.
@@ -90,15 +91,15 @@ class Lease:
             owner, _ = _read(self._folder, newest)
         if newest > self._number:
             raise LeaseLost(
-                f"{self._folder.parent} belongs to {_describe(owner)} by now: this process gave no sign of life for "
+                f"{self._folder.parent} belongs to {_describe(owner)} now: this process gave no sign of life for "
                 f"more than {ELSEWHERE_TIMEOUT_S:g} s (was it suspended?), so another one took over. This process "
-                "ends, and that run goes on"
+                "ends, and the other one continues"
             )
         if self._number not in numbers:
-            raise StorageFailed(f"{self._folder} was deleted or moved while this run was going on")
+            raise StorageFailed(f"{self._folder} was deleted or moved while this run was training")
 
     def beat(self, *, is_released: bool = False) -> None:
-        """Gives a sign of life, or says that the folder is free."""
+        """Gives a sign of life, or records that the folder is free."""
         self._num_beats += 1
         beat = {"number": self._num_beats, "at": _now(), "is_released": is_released}
         _beat_path(self._folder, self._number).write_text(json.dumps(beat))
@@ -110,7 +111,7 @@ def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Leas
 
     Args:
       workdir: folder of the run; made where it does not exist.
-      on_lost: called from a thread if the folder is found to have another owner. It must end the process.
+      on_lost: called in a thread if the folder has another owner. It must end the process.
 
     Raises:
       ConfigError: another process owns the folder and is alive; the message says which. Or it cannot be written.
@@ -132,7 +133,7 @@ def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Leas
             except LeaseLost as error:
                 on_lost(error)
                 return
-            except (StorageFailed, OSError):  # the run itself finds out, and says so, when it writes
+            except (StorageFailed, OSError):  # the run itself reports it when it writes
                 continue
 
     thread = threading.Thread(target=give_signs_of_life, name="lease", daemon=True)
@@ -142,15 +143,15 @@ def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Leas
     finally:
         is_over.set()
         thread.join()
-        with contextlib.suppress(StorageFailed, OSError):  # a folder that fails is no reason for another error here
+        with contextlib.suppress(StorageFailed, OSError):  # a failing disk must not raise another error here
             lease.check()
             lease.beat(is_released=True)
 
 
 def owner_of(workdir: Path) -> tuple[Owner, str] | None:
-    """Who owns a run's folder and when it last gave a sign of life (UTC); None: nobody does. Reads only.
+    """The owner of a run's folder and the time of its last sign of life (UTC); None: there is no owner. Only reads.
 
-    An owner of another host may be gone: that takes `ELSEWHERE_TIMEOUT_S` to find out, which this does not wait.
+    An owner on another host may have ended: finding that out takes `ELSEWHERE_TIMEOUT_S`, for which this does not wait.
     """
     folder = workdir / OWNER
     number = max(_numbers(folder), default=0)
@@ -171,17 +172,17 @@ def _take(folder: Path) -> int:
         me = dataclasses.asdict(_this_process(_folder_id(folder)))
         if _create_only(_owner_path(folder, number), json.dumps(me)):
             for old in _numbers(folder):
-                if old < number:  # the newest says all that matters
+                if old < number:  # only the files of the newest owner are needed
                     _owner_path(folder, old).unlink(missing_ok=True)
                     _beat_path(folder, old).unlink(missing_ok=True)
             return number
 
 
 def _wait_until_free(folder: Path, number: int) -> None:
-    """Returns once the owner `number` is known to be gone; at once where that is known at once.
+    """Waits until it is known that the owner `number` has ended; on the same host this is known at once.
 
     Raises:
-      ConfigError: it is alive.
+      ConfigError: the owner is alive.
     """
     owner, beat = _read(folder, number)
     if beat.get("is_released") is True or (owner is not None and _is_gone(owner, folder)):
@@ -208,7 +209,7 @@ def _in_use(folder: Path, owner: Owner | None, beat: dict[str, Any]) -> ConfigEr
     if owner is not None and here and owner.pid == os.getpid():
         return ConfigError(
             f"workdir {str(folder.parent)!r} is in use by this very process {owner.pid} on host {owner.host!r} (since "
-            f"{owner.since}): another call of train, in another thread, goes on in it. Wait for its end, or give "
+            f"{owner.since}): another call of train, in another thread, is running in it. Wait for its end, or give "
             "another workdir"
         )
     return ConfigError(
@@ -219,12 +220,12 @@ def _in_use(folder: Path, owner: Owner | None, beat: dict[str, Any]) -> ConfigEr
 
 def _describe(owner: Owner | None) -> str:
     if owner is None:
-        return "a process that has not said yet who it is"
+        return "a process that has not yet recorded who it is"
     return f"process {owner.pid} on host {owner.host!r} (since {owner.since})"
 
 
 def _is_gone(owner: Owner, folder: Path) -> bool:
-    """Whether an owner is known not to run any more: on this host only."""
+    """Whether it is known that an owner no longer runs; this is only known for an owner on this host."""
     if not owner.is_of_this_host():
         return False
     return owner.folder_id != _folder_id(folder) or not owner.is_running()
@@ -244,8 +245,8 @@ def _this_process(folder_id: str) -> Owner:
 
 
 def _process_start(pid: int) -> str:
-    """When a process began; empty where there is none, or where the system does not tell."""
-    # The name of the program, in brackets, may hold anything; a zombie, `Z`, has ended.
+    """Start time of a process; empty if there is no such process, or if the system does not report it."""
+    # The name of the program, in brackets, may contain any character; a zombie, `Z`, has ended.
     fields = _text_of(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
 
@@ -288,7 +289,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _read(folder: Path, number: int) -> tuple[Owner | None, dict[str, Any]]:
-    """The owner, None while it is still writing its name, and its sign of life, empty before the first one."""
+    """The owner (None while its file is still being written) and its sign of life (empty before the first one)."""
     try:
         owner = Owner(**json.loads(_owner_path(folder, number).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -301,7 +302,7 @@ def _read(folder: Path, number: int) -> tuple[Owner | None, dict[str, Any]]:
 
 
 def _create_only(path: Path, text: str) -> bool:
-    """Writes a file that does not exist yet; False where it does."""
+    """Writes a new file; returns False if it already exists."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:

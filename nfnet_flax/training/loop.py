@@ -1,4 +1,4 @@
-"""The one training loop: it only orchestrates, and is meant to be read from top to bottom."""
+"""The training loop. It only calls the other parts in order, and is meant to be read from top to bottom."""
 
 import contextlib
 import dataclasses
@@ -49,22 +49,23 @@ class TrainResult:
     """How a call of `train` ended."""
 
     step: int
-    """Updates done in all."""
+    """Number of updates done so far, including earlier calls."""
     num_steps: int
-    """Updates of the whole run."""
+    """Number of updates of the whole run."""
     metrics: dict[str, float]
-    """Of the newest evaluation; empty if there was none."""
+    """Metrics of the newest evaluation; empty if there was none."""
     finished: bool
-    """False if the run was asked to stop, also during the last evaluation; the same call continues it."""
+    """False if the run was asked to stop, also if this was during the last evaluation; the same call continues it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    """What a run reports while it runs."""
+    """How a run reports its progress."""
 
     is_shown: bool
     """Whether this process prints what it does."""
     on_metrics: OnMetrics | None
+    """Called with the metrics of a step."""
 
 
 @guarded_output(goes_on=True)
@@ -81,28 +82,28 @@ def train(
 ) -> TrainResult:
     """Trains until the recipe's last step or a signal to stop; continues from the newest checkpoint in `workdir`.
 
-    The order within the loop is a contract: evaluate if due, save if due, next batch, step, push metrics. So a
+    The order within the loop is guaranteed: evaluate if due, save if due, next batch, step, push metrics. So a
     checkpoint at step N means that everything due at N is done, and a state that is not finite is never saved.
 
     Args:
       recipe: the run.
-      workdir: its folder, which all processes see.
-      watchdog: is notified of what the loop is busy with; None: there is none.
-      on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, as they are
-        written; what it raises ends the run as any error does.
-      show_progress: print what the run does to stdout. Without it nothing is printed but warnings (`messages.py`).
-      started_at_s: when the program began, by `time.perf_counter`, for the line that says what a start consists of;
-        None: with this call.
-      start_timeout_s: how long processes wait for one another before the first step.
-      owns_process: whether a second signal to stop ends the process at once, as for a command; otherwise Ctrl-C then
-        raises `KeyboardInterrupt`, and a notebook's kernel lives on.
+      workdir: folder of the run, which all processes can access.
+      watchdog: is notified of what the loop is doing; None: there is no watchdog.
+      on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, when they are
+        written; an error that it raises ends the run.
+      show_progress: whether to print to stdout what the run does. Otherwise only warnings are printed (`messages.py`).
+      started_at_s: when the program started, by `time.perf_counter`, for the message that says how long the start took;
+        None: the time of this call.
+      start_timeout_s: how long processes wait for one another before the first step, in seconds.
+      owns_process: whether a second signal to stop ends the process at once, as for a command; otherwise a second
+        Ctrl-C raises `KeyboardInterrupt`, and a notebook's kernel continues.
 
     Raises:
-      ConfigError: the recipe does not fit the devices or the folder, another process trains in the folder, the input is
-        another than before, or an image cannot be decoded.
-      InputFailed: the input failed otherwise: a worker died or is stuck, or a file cannot be read.
+      ConfigError: the recipe does not fit the devices or the folder, another process trains in the folder, the input
+        differs from before, or an image cannot be decoded.
+      InputFailed: the input failed for another reason: a worker died or is stuck, or a file cannot be read.
       StorageFailed: a checkpoint or the metrics cannot be written.
-      LeaseLost: another process took the folder over, as this one was suspended for long.
+      LeaseLost: another process took over the folder, because this one was suspended for a long time.
       CopiesDiffer: devices or processes hold different copies of the state.
       TrainingDiverged: the loss or a gradient is not finite.
     """
@@ -116,7 +117,7 @@ def train(
     watchdog = watchdog or Watchdog(WatchdogConfig())
     processes = current()
     check_same_run(processes, recipe, workdir, start_timeout_s)
-    check_platform(recipe.platform)  # of training only: a run may be evaluated anywhere
+    check_platform(recipe.platform)  # only for training: a run may be evaluated on any device
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
@@ -194,7 +195,7 @@ def _run(
             if saver.is_due(step, is_last=step == num_steps or stopping):
                 watchdog.enter("save", step)
                 window.drain(step)
-                # Told to stop during the evaluation, the checkpoint says so, and it is done after the resume.
+                # If the run is stopped during the evaluation, the notes say so, and it is repeated after the resume.
                 notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
                 saver.save(state, step, notes, log)
             if step == num_steps or stopping:
@@ -241,13 +242,13 @@ def _open_batches(setup: Setup, step: int) -> Batches:
 
 
 def _end_at_once(error: LeaseLost) -> None:
-    # Called from a thread: whatever this process is busy with, it must not write to the folder any more.
+    # Called in a thread. Whatever this process is doing, it must not write to the folder any more.
     print(f"nfnet: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)
 
 
 def _print_start(times_s: list[float]) -> None:
-    # The first step, with what it waited for and compiled, is reported when it is done.
+    # The time of the first step, with waiting and compilation, is reported when that step is done.
     imports, data, state = (after - before for before, after in itertools.pairwise(times_s))
     print(
         f"ready {times_s[-1] - times_s[0]:.1f} s after the start: imports and joining {imports:.1f} s, "

@@ -1,7 +1,7 @@
-"""Metrics on disk: `metrics.jsonl`, and TensorBoard's event files. After a resume each (step, metric) stands once.
+"""Metrics on disk: `metrics.jsonl`, and TensorBoard's event files. After a resume each (step, metric) is there once.
 
-`metrics.jsonl` holds a JSON object for each step that has metrics: `step`, a whole number, and numbers by name. A
-number that is not finite is written as `null`, since JSON has no other word for it.
+`metrics.jsonl` holds a JSON object for each step that has metrics: `step`, an integer, and numbers by name. A number
+that is not finite is written as `null`, because JSON cannot represent it.
 """
 
 import contextlib
@@ -23,33 +23,33 @@ from nfnet_flax.training.storage import storage_errors
 Row = dict[str, Any]
 """`step` and the metrics of that step by name: numbers, or None for one that is not finite."""
 OnMetrics = Callable[[int, dict[str, float]], None]
-"""Takes a step and metrics by name."""
+"""Function that takes a step and metrics by name."""
 _ROW_BEGINS = b'{"step"'
 
 
 class NoMetrics:
-    """Takes the place of `MetricsLog` in processes that write none."""
+    """Replaces `MetricsLog` in processes that write no metrics."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class MetricsLog:
     """Writes one JSON object per step and, with `tensorboard`, the same numbers as TensorBoard scalars.
 
     Opening it at `resume_step` removes what an earlier process wrote for later steps, and the evaluation of this step
-    unless it was `evaluated` before the checkpoint: those are about to be repeated. Where the file is damaged, its good
-    rows stay, and the file as it was is kept in `damaged/`.
+    unless it was `evaluated` before the checkpoint: these will be repeated. If the file is damaged, its good rows are
+    kept, and a copy of the damaged file is kept in `damaged/`.
 
-    Raises (each method, too):
-      StorageFailed: a file cannot be read or written; it is named.
-      ConfigError: something else lies in the place of a file or folder.
+    Raises (also by each method):
+      StorageFailed: a file cannot be read or written; the message names it.
+      ConfigError: a folder has the name of a file, or the reverse.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class MetricsLog:
             if row["step"] <= resume_step
         ]
         rows = [row for row in rows if len(row) > 1]
-        # An object of the very step may still be completed, by the evaluation that is due there.
+        # The object of this step may still be completed, by the evaluation that is due at this step.
         self._written: Row = rows[-1] if rows and rows[-1]["step"] == resume_step else {}
-        """Of the current step: the last line of the file; empty if there is none yet."""
+        """The last line of the file if it is of the current step; empty if there is none yet."""
         self._row: Row = self._written or {"step": resume_step}
         tidy_events(workdir, stands, rows if tensorboard else [])
         self._file = self._replaced_by([_line(row) for row in rows])
@@ -113,13 +113,14 @@ class MetricsLog:
         self._written = self._row
 
     def _replaced_by(self, lines: list[bytes]) -> BinaryIO:
-        # A process may be killed at any moment: the file is never without a line that a checkpoint relies on.
+        # A process may be killed at any moment: the file must always contain the lines on which a checkpoint relies.
         with storage_errors(self._path, OSError):
             write_whole(self._path, b"".join(lines))
             return self._path.open("ab")
 
     def flush(self) -> None:
-        """Puts everything on disk; to be called before a checkpoint is, so that none is ahead of its metrics."""
+        """Writes everything to disk; to be called before a checkpoint is saved, which must not be newer than its
+        metrics."""
         self._emit()
         with storage_errors(self._path, OSError):
             self._file.flush()
@@ -128,7 +129,7 @@ class MetricsLog:
             self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes; where the one fails, the other is done all the same."""
+        """Flushes and closes; if one of these fails, the other is done nevertheless."""
         with contextlib.ExitStack() as closing:
             if self._events is not None:
                 closing.callback(self._events.close)
@@ -142,22 +143,22 @@ class MetricsLog:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsFile:
-    """What a `metrics.jsonl` holds."""
+    """The contents of a `metrics.jsonl`."""
 
     rows: list[Row]
-    """One for each step, in order."""
+    """One row for each step, in order."""
     damaged_lines: list[int]
-    """Numbers, from 1, of lines that hold something else; good rows may lie before, behind and even in them."""
+    """Numbers, from 1, of damaged lines; good rows may be before and after them, and even at their end."""
 
 
 def read_metrics(path: Path) -> MetricsFile:
     """Reads a `metrics.jsonl`. Every reader of metrics uses this, or `read_rows`.
 
-    A last line that a kill cut short is left out, and is no damage. Of a (step, metric) that stands twice, the later
-    one counts.
+    A last line that was cut short when a process was killed is ignored and does not count as damage. If a (step,
+    metric) is there twice, the later value counts.
 
     Raises:
-      ConfigError: a folder lies in the file's place.
+      ConfigError: a folder has the name of the file.
       StorageFailed: the file cannot be opened or read.
     """
     with storage_errors(path, OSError):
@@ -187,13 +188,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _parse(line: bytes) -> tuple[Row | None, bool]:
-    """The row of a line, if there is one, and whether there is nothing else in it."""
+    """The row of a line, if there is one, and whether the line is undamaged, that is, contains nothing else."""
     if not line.strip():
         return None, True
     row = _row_of(line)
     if row is not None:
         return row, True
-    # Blocks that were never written, as after a power failure, end in the middle of a line: the row behind is good.
+    # Blocks that were never written, as after a power failure, end in the middle of a line: the row after them is good.
     start = line.rfind(_ROW_BEGINS)
     return (_row_of(line[start:]) if start > 0 else None), False
 

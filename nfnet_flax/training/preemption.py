@@ -1,8 +1,8 @@
-"""Requests to stop: SIGTERM, SIGUSR1 (as Slurm sends), SIGHUP (the terminal is lost) or Ctrl-C to any process stops
-all of them at the same point.
+"""Requests to stop: SIGTERM, SIGUSR1 (sent by Slurm), SIGHUP (lost terminal) or Ctrl-C to any process stops all
+processes at the same point.
 
-Signals are received by a thread, as a handler in Python would wait until the main thread comes back from a compilation
-or a collective. JAX's own notifier stays off: it knows SIGTERM only, and nothing of a run of one process.
+A thread receives the signals, because a handler in Python would not run until the main thread returns from a
+compilation or a collective. JAX's own notifier is not used: it supports only SIGTERM, and no run of one process.
 """
 
 import _thread
@@ -22,33 +22,33 @@ from nfnet_flax.data.workers import STOP_SIGNALS
 from nfnet_flax.parallel.processes import Processes
 
 _REPEAT_S = 1.0
-"""A signal that follows within this time is the same request: launchers may deliver one to a group and to a process."""
+"""A signal within this time after the first is the same request: launchers may send it to a group and to a process."""
 _POLL_S = 60.0
 _ANSWER_TIMEOUT_S = 600.0
 
 
 class StopPoint:
-    """Where the run is to stop: the same point in all processes.
+    """The point at which the run has to stop, which is the same in all processes.
 
-    All processes pass the same points in the same order and count them. Once one is asked to stop, every process says
-    how many points it has passed and passes no other until all have said so; the first point that no process had
-    passed, the largest count plus one, is where all stop. That needs no step to be waited for: a process that waits
-    for the others in a computation has a thread to answer for it.
+    All processes pass the same points in the same order and count them. When one process is asked to stop, every
+    process reports how many points it has passed and passes no further point until all have reported. All stop at the
+    first point that no process had passed: the largest count plus one. No process needs to finish its step for this, as
+    a thread reports while the process waits for the others in a computation.
     """
 
     def __init__(self, processes: Processes) -> None:
-        """Listens to the other processes, unless this one is by itself."""
+        """Starts listening to the other processes, unless this is the only process of the run."""
         self._processes = processes
         self._lock = threading.Lock()
         self._num_passed = 0
         self._stop_at: int | None = None
         self.reason: str | None = None
-        """Who was asked to stop, and how."""
+        """Which process was asked to stop, and by which signal; None: none was."""
         if processes.count > 1:
             threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def reached(self) -> bool:
-        """Passes a point. True from the point on at which all stop."""
+        """Passes a point. Returns True from the point on at which all processes stop."""
         with self._lock:
             self._num_passed += 1
             return self._stop_at is not None and self._num_passed >= self._stop_at
@@ -68,7 +68,7 @@ class StopPoint:
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    return  # process 0 is gone, which `parallel.peers` notices, too
+                    return  # process 0 has ended, which `parallel.peers` also notices
         with self._lock:
             self._processes.put(f"stop/passed/{self._processes.index}", self._num_passed)
             try:
@@ -83,17 +83,17 @@ class StopPoint:
 
 @contextlib.contextmanager
 def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopPoint]:
-    """Yields the point at which to stop; signals are requests for it.
+    """Yields the point at which to stop; within the context, signals are requests to stop.
 
-    A signal that is ignored stays so: `nohup` ignores SIGHUP for its command, and a shell Ctrl-C for a script's
-    background job. Outside the main thread Python can install no handler; there, no signal of this process is a
-    request.
+    A signal that the process ignores is not changed: `nohup` ignores SIGHUP for its command, and a shell ignores Ctrl-C
+    for a script's background job. Python can install handlers only in the main thread; in another thread, signals to
+    this process are not requests.
 
     Args:
-      processes: of this run.
-      owns_process: whether the process has nothing to do but the run. A second signal then ends it at once, whatever
-        it is busy with. Otherwise, as in a notebook, the second signal does what it did before: Ctrl-C raises
-        `KeyboardInterrupt` once Python comes back from a compilation.
+      processes: the processes of this run.
+      owns_process: whether the process only runs this training. A second signal then ends it at once, whatever it is
+        doing. Otherwise, as in a notebook, the second signal has its usual effect: Ctrl-C raises `KeyboardInterrupt` as
+        soon as Python returns from a compilation.
     """
     point = StopPoint(processes)
     if threading.current_thread() is not threading.main_thread():
@@ -106,7 +106,7 @@ def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopP
             requested_at.append(time.monotonic())
             point.request(f"{signal.Signals(number).name} to process {processes.index}")
             return False
-        # The hang-up of a terminal comes from the kernel and from each shell in between: nobody is impatient.
+        # The kernel and each shell in between send SIGHUP for a lost terminal, so a second one means nothing.
         is_second = number != signal.SIGHUP and time.monotonic() - requested_at[0] > _REPEAT_S
         if is_second and owns_process:
             os._exit(128 + number)
@@ -118,7 +118,7 @@ def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopP
 
 @contextlib.contextmanager
 def _signals_in_a_thread(on_signal: Callable[[int], bool]) -> Iterator[None]:
-    """Calls `on_signal` from a thread; where it returns True, the signal does once more what it did before."""
+    """Calls `on_signal` in a thread; if it returns True, the signal is raised again with its usual effect."""
     received, written = socket.socketpair()
     written.setblocking(False)
     to_repeat: set[int] = set()

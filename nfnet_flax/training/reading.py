@@ -1,4 +1,5 @@
-"""Reading a run: recipe, class names and weights come from its folder alone, on any machine; nothing there changes."""
+"""Reading a run: recipe, class names, metrics and weights, on any machine. Only its folder is needed; it is not
+changed."""
 
 import dataclasses
 import os
@@ -38,17 +39,17 @@ from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weights
 
 Which = Literal["newest", "best"] | int
-"""Which checkpoint of a run: the newest good one, the best good one, or that of a step."""
+"""Which checkpoint of a run: the newest undamaged one, the best undamaged one, or the number of a step."""
 Parameters = Literal["ema", "raw"]
 _FIELDS: dict[Parameters, tuple[str, str]] = {
     "raw": ("params", "batch_stats"),
     "ema": ("ema_params", "ema_batch_stats"),
 }
-"""Fields of `TrainState` that hold the parameters and the running statistics."""
+"""Kind of parameters -> fields of `TrainState` with the parameters and with the running statistics."""
 
 
 class Run:
-    """What a run has made so far. Its folder is all that is needed: no images, and no certain devices."""
+    """The results of a run so far. Only its folder is needed: neither images nor particular devices."""
 
     def __init__(self, workdir: str | os.PathLike[str]) -> None:
         """Reads the recipe.
@@ -57,8 +58,8 @@ class Run:
           workdir: folder of the run, which may still be training.
 
         Raises:
-          CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import it first, or give its
-            file to `nfnet_flax.load_code`.
+          CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import the code first, or
+            pass its file to `nfnet_flax.load_code`.
           ConfigError: it is not the folder of a run.
         """
         self.workdir = run_folder("workdir", workdir)
@@ -73,7 +74,7 @@ class Run:
         """Names of the classes in the order of the labels, that is, of the first outputs of the network.
 
         Raises:
-          ConfigError: they are not on record, or their file is damaged.
+          ConfigError: they are not recorded, or their file is damaged.
         """
         names = stored_class_names(self.workdir)
         if names is None:
@@ -84,12 +85,11 @@ class Run:
         return names
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, newest first. Only names are read, so damaged ones are among them."""
+        """Steps that have a checkpoint, newest first. Only names are read, so damaged checkpoints are included."""
         return steps_in(self.workdir / CHECKPOINTS)
 
     def metrics(self) -> list[Row]:
-        """What was measured, one row for each step that has metrics, in order: `step`, and numbers by name (None: not
-        finite).
+        """The metrics, one row for each step that has any, in order: `step`, and numbers by name (None: not finite).
 
         Raises:
           StorageFailed: the file cannot be read.
@@ -100,12 +100,12 @@ class Run:
         """Parameters and running statistics by the names of the network, compared with their checksums.
 
         Args:
-          parameters: the moving average, or as trained.
-          checkpoint: which one. Of the newest and the best, a damaged one is named on stderr, and the one before it is
-            taken.
+          parameters: "ema" for the moving average, or "raw" for the parameters as trained.
+          checkpoint: which checkpoint. For "newest" and "best", a warning names a damaged checkpoint, and the one
+            before it is used.
 
         Raises:
-          ConfigError: an argument is none of its values, there is no such checkpoint, or it is damaged.
+          ConfigError: an argument is not valid, there is no such checkpoint, or it is damaged.
           StorageFailed: the folder cannot be read.
         """
         return stored_weights(self, parameters, checkpoint)[1]
@@ -117,7 +117,7 @@ class Run:
 
 
 def checked_which(value: object) -> Which:
-    """A `checkpoint` as given; raises `ConfigError` for what names none, which must not come to mean one of them."""
+    """A valid value of the argument `checkpoint`; raises `ConfigError` for any other value."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return int(value)
     hint = f": give {int(value)}, not {value!r}" if isinstance(value, str) and value.isdecimal() else ""
@@ -127,7 +127,7 @@ def checked_which(value: object) -> Which:
 
 
 def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, HostArrays]:
-    """What `Run.weights` gives, and what a weight file would say about it; errors as there."""
+    """The result of `Run.weights`, and its description for a weight file; errors as for `Run.weights`."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
     recipe = run.recipe
@@ -160,7 +160,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
-    """Parameters and running statistics of the network, without their values."""
+    """Shapes and types of the network's parameters and of its running statistics."""
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     _, *parts = split(model)
     params, batch_stats = (
@@ -172,14 +172,14 @@ def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
 def _read(
     workdir: Path, shapes: tuple[Shapes, Shapes], wanted: Sequence[Parameters], which: Which
 ) -> tuple[int, dict[Parameters, tuple[HostArrays, HostArrays]]]:
-    """A checkpoint's step, and its parameters and running statistics, in the host's memory."""
+    """Reads a checkpoint: its step, and its parameters and running statistics in the host's memory."""
     fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], shapes, strict=True)}
     num_damaged = 0
     for path in _candidates(workdir, which):
         try:
             found = read_arrays(path, fields)
         except layout.Damaged as damage:
-            if path.exists():  # otherwise the run, which goes on, has deleted it meanwhile
+            if path.exists():  # otherwise the run, which is still training, has deleted it meanwhile
                 num_damaged += 1
                 warn(f"checkpoint {path} is damaged and skipped: {damage}")
             continue
@@ -193,13 +193,13 @@ def _read(
 
 
 def _candidates(workdir: Path, which: Which) -> Iterator[Path]:
-    """Checkpoints to try, one after the other."""
+    """Paths of the checkpoints to try, one after the other."""
     if isinstance(which, int):
         yield from (path for kind in (CHECKPOINTS, BEST) if (path := workdir / kind / str(which)).exists())
         return
     folder = workdir / (CHECKPOINTS if which == "newest" else BEST)
     tried: set[int] = set()
-    # Looked up each time, as a run that goes on makes new ones and deletes the old.
+    # The folder is listed each time, as a run that is training writes new checkpoints and deletes old ones.
     while (step := next((step for step in steps_in(folder) if step not in tried), None)) is not None:
         tried.add(step)
         yield folder / str(step)
@@ -210,15 +210,16 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run on its held-out set, on the devices of this process; writes nothing.
 
-    What of the set is not used, or is left out as it cannot be decoded, is said on stderr.
+    Warnings report files of the set that are not used, and images that are left out because they cannot be decoded.
 
     Args:
       workdir: folder of the run.
-      checkpoint: which one; see `Run.weights`.
-      data: in place of the recipe's, such as `dataclasses.replace(Run(workdir).recipe.data, source=...)` where the
-        images have moved, or for another set with the same classes. Labels mean class names: a class that the run does
-        not know is an error, and so is a set that the run trained on (`data/held_out.py`). The training split is not
-        opened, unless the held-out examples are a part of it.
+      checkpoint: which checkpoint; see `Run.weights`.
+      data: settings that replace the recipe's `data`, such as
+        `dataclasses.replace(Run(workdir).recipe.data, source=...)` if the images have moved, or for another set with
+        the same classes. Labels are matched by class names: a class that the run does not know is an error, and so is a
+        set that the run trained on (`data/held_out.py`). The training split is not opened, unless the held-out examples
+        are a part of it.
 
     Returns:
       The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
@@ -226,7 +227,7 @@ def evaluate(
     Raises:
       ConfigError: an argument is of another type, the folder holds no run or no such checkpoint, the set does not fit
         it, or an image cannot be decoded.
-      InputFailed: the input failed otherwise.
+      InputFailed: the input failed for another reason.
       StorageFailed: the run's folder cannot be read.
     """
     checkpoint = checked_which(checkpoint)
@@ -253,12 +254,12 @@ def evaluate(
     with eval_batches(data, source, process_index=0, num_processes=1) as batches:
         counted_in = source if data.on_corrupt == "skip" else None
         metrics = run_evaluation(eval_step, weights, batches, mesh, counted_in=counted_in)
-    assert metrics is not None  # nothing was there to stop it
+    assert metrics is not None  # it cannot be stopped here
     return {"step": step, **metrics}
 
 
 def _mesh(num_microbatches: int | None, batch_size: int) -> Mesh:
-    """As many devices of this process as the parts of a batch can be divided over."""
+    """A mesh of as many devices of this process as the parts of a batch can be divided over."""
     devices = jax.local_devices()
     num_parts = num_microbatches or batch_size
     count = next(count for count in range(len(devices), 0, -1) if num_parts % count == 0)
@@ -277,10 +278,10 @@ def export_weights(
 
     Args:
       workdir: folder of the run.
-      out: folder of the file.
-      parameters: the moving average, or as trained.
-      checkpoint: which one; see `Run.weights`.
-      overwrite: replace a file that is there.
+      out: folder for the file.
+      parameters: "ema" for the moving average, or "raw" for the parameters as trained.
+      checkpoint: which checkpoint; see `Run.weights`.
+      overwrite: whether to replace an existing file.
 
     Raises:
       ConfigError: the folder holds no run or no such checkpoint, or the file cannot be written or exists already.

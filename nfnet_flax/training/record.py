@@ -1,4 +1,4 @@
-"""What a run's folder has on record of the run: which classes, input and initial weights, and whether it trained."""
+"""Reads the records in a run's folder: classes, input, initial weights, and whether the run has trained."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from nfnet_flax.training.storage import storage_errors
 
 
 def has_trained(workdir: Path) -> bool:
-    """Whether a folder holds anything of a step: a checkpoint, metrics, or one of them that was found damaged.
+    """Whether a folder contains results of a step: a checkpoint or metrics, also if they were found damaged.
 
     Raises:
-      StorageFailed: it cannot be looked into.
+      StorageFailed: the folder cannot be read.
     """
     if any(steps_in(workdir / kind) for kind in layout.CHECKPOINT_KINDS):
         return True
@@ -24,7 +24,7 @@ def has_trained(workdir: Path) -> bool:
 
 
 def stored_class_names(workdir: Path) -> tuple[str, ...] | None:
-    """Class names of a run, in the order of its labels; None where no run has begun.
+    """Class names of a run, in the order of its labels; None if no run has begun.
 
     Raises:
       ConfigError: the file is damaged.
@@ -41,18 +41,18 @@ def stored_class_names(workdir: Path) -> tuple[str, ...] | None:
 
 
 def fixed_class_names(workdir: Path) -> tuple[str, ...] | None:
-    """The class names that a start has to go on with; None where nothing was trained with any.
+    """The class names that a start has to use; None if nothing was trained yet.
 
     Raises:
-      ConfigError: as `stored_class_names`.
-      StorageFailed: as `has_trained`.
+      ConfigError: as for `stored_class_names`.
+      StorageFailed: as for `has_trained`.
     """
-    names = stored_class_names(workdir)  # so that a damaged file is named in any case
+    names = stored_class_names(workdir)  # read in any case, so that a damaged file is reported
     return names if has_trained(workdir) else None
 
 
 def stored_input(workdir: Path) -> dict[str, Any]:
-    """What a run was trained on (`pipeline.input_identity`).
+    """The record of the run's input (`pipeline.input_identity`).
 
     Raises:
       ConfigError: the file is missing or damaged.
@@ -66,7 +66,7 @@ def stored_input(workdir: Path) -> dict[str, Any]:
 
 
 def stored_initial(workdir: Path) -> dict[str, str] | None:
-    """Which weights a run began with (`initial.InitialWeights`); None where that is not on record.
+    """The record of the weights that a run began with (`initial.InitialWeights`); None if there is no record.
 
     Raises:
       ConfigError: the file is damaged.

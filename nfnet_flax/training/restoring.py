@@ -1,8 +1,9 @@
-"""Reading checkpoints: the newest whose arrays are, bit for bit, what was saved, onto any mesh.
+"""Reads the newest checkpoint whose arrays are, bit for bit, what was saved, onto any mesh.
 
-Orbax writes them; they are read with TensorStore, in whose formats (Zarr arrays in an OCDBT database) they lie, since
-Orbax's own reading neither notices flipped bytes in its data nor survives them in its side files, and has processes
-wait for one another in the middle of it. Here every process reads its shards by itself, and then all say how it went.
+Orbax writes checkpoints, in formats of TensorStore (Zarr arrays in an OCDBT database). They are read with TensorStore
+and not with Orbax: Orbax does not notice flipped bytes in its data, fails if they are in its other files, and makes
+processes wait for one another while reading. Here every process reads its shards independently, and then all report
+their result.
 """
 
 import itertools
@@ -36,29 +37,29 @@ from nfnet_flax.training.layout import (
 from nfnet_flax.training.state import TrainState
 
 _NUM_READERS = 8
-"""Arrays that are read at the same time."""
+"""Number of arrays that are read at the same time."""
 _TIMEOUT_S = 3600
-"""How long processes wait for one that still reads."""
+"""Longest time that processes wait for one that is still reading, in seconds."""
 _NO_STEP = -1
 _barrier_names = (f"checkpoint read {number}" for number in itertools.count())
 
 
 def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
-    """The newest state that is what was saved, bit for bit; each newer one is named on stderr, with the reason.
+    """The newest state that is undamaged, bit for bit; for each newer one a warning gives the reason.
 
     Args:
       workdir: folder of the run.
-      abstract_state: shapes, types and today's shardings.
-      is_owner: of the folder, that is, going to save there: what is damaged or half written is moved out of the way.
-        Otherwise nothing in the folder changes.
+      abstract_state: shapes, types and shardings of the state on the present mesh.
+      is_owner: whether this run owns the folder and will save there: then damaged checkpoints are moved away, and
+        incomplete ones are deleted. Otherwise nothing in the folder is changed.
 
     Returns:
-      The state and its notes, of the same step in every process; None where there is no checkpoint yet.
+      The state and its notes, of the same step in every process; None if there is no checkpoint yet.
 
     Raises:
-      ConfigError: there are checkpoints, but all of them are damaged; or the newest good one holds other arrays than
-        this recipe makes.
-      StorageFailed: one cannot be read for another reason than damage. Nothing was moved.
+      ConfigError: there are checkpoints, but all of them are damaged; or the newest good one contains other arrays than
+        this recipe needs.
+      StorageFailed: a checkpoint cannot be read for another reason than damage. Nothing was moved.
     """
     folder = workdir / CHECKPOINTS
     damaged: list[int] = []
@@ -71,7 +72,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
     else:
         if damaged:
             raise ConfigError(
-                f"all checkpoints in {str(folder)!r} are damaged: bring a good one back from a copy, "
+                f"all checkpoints in {str(folder)!r} are damaged: restore a good one from a copy, "
                 "or move that folder away to start at step 0"
             )
         found = None
@@ -81,15 +82,15 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
 
 
 def _read_verified(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Notes] | None:
-    """State and notes; None, in all processes, where one of them found damage."""
+    """State and notes; None in all processes if one of them found damage."""
     found, damage = None, ""
     try:
         found = read(checkpoint, abstract_state)
-    except Damaged as error:  # any other error says nothing of what was saved, and ends the start
+    except Damaged as error:  # any other error does not mean damage, and ends the start
         damage = str(error)
     if _is_undamaged(checkpoint, damage) and found is not None:
         state, notes, saved = found
-        # Of what is on the devices, so that nothing between them and the disk goes unnoticed.
+        # Computed from the arrays on the devices, so that errors between disk and devices are noticed, too.
         computed = fingerprints(state)
         differing = [name for name in saved if computed[name] != saved[name]]
         damage = f"{differing[0]} is {computed[differing[0]]} instead of {saved[differing[0]]}" if differing else ""
@@ -99,7 +100,7 @@ def _read_verified(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainS
 
 
 def _is_undamaged(checkpoint: Path, damage: str) -> bool:
-    """Whether no process found damage; the first that did says what it found."""
+    """Whether no process found damage; the first process that did prints a warning."""
     is_good = np.asarray([not damage])
     if jax.process_count() > 1:
         _wait_for_all()
@@ -110,15 +111,15 @@ def _is_undamaged(checkpoint: Path, damage: str) -> bool:
 
 
 def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Notes, Fingerprints]:
-    """A checkpoint as it lies on disk, onto the shardings of `abstract_state`; each process reads its own shards.
+    """Reads a checkpoint with the shardings of `abstract_state`; each process reads its own shards.
 
     Returns:
-      The state, its notes, and the fingerprints that it had when it was saved; they are not compared.
+      The state, its notes, and the fingerprints that it had when it was saved; these are not compared with the state.
 
     Raises:
-      ConfigError: the checkpoint holds other arrays than those of `abstract_state`.
-      Damaged: notes or an array are not what was saved.
-      StorageFailed: they cannot be read, which says nothing of what they hold.
+      ConfigError: the checkpoint contains other arrays than `abstract_state`.
+      Damaged: the notes or an array differ from what was saved.
+      StorageFailed: they cannot be read; they need not be damaged.
     """
     notes, saved = read_sealed(checkpoint)
     wanted = named_leaves(abstract_state)
@@ -143,15 +144,15 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
 
 
 def read_arrays(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """Some fields of the state in a checkpoint, in the host's memory, compared with their checksums; takes no device.
+    """Reads some fields of the state in a checkpoint into the host's memory, and compares them with their checksums.
 
     Args:
-      checkpoint: its folder.
+      checkpoint: folder of the checkpoint.
       wanted: field of `TrainState`, such as `ema_params` -> shape and type of each of its arrays.
 
     Raises:
-      ConfigError: the checkpoint holds other arrays in these fields.
-      Damaged: notes or an array are not what was saved.
+      ConfigError: the checkpoint contains other arrays in these fields.
+      Damaged: the notes or an array differ from what was saved.
       StorageFailed: they cannot be read.
     """
     _, saved = read_sealed(checkpoint)
@@ -174,14 +175,15 @@ def _check_matches(checkpoint: Path, saved: Fingerprints, wanted: dict[str, Any]
 
 
 def _clear(workdir: Path, damaged: list[int]) -> None:
-    """Moves out of the way what would hinder later saves, or count among the checkpoints to keep."""
+    """Deletes incomplete checkpoints and moves damaged ones away: they would hinder later saves, or would be
+    counted."""
     for kind in (CHECKPOINTS, BEST):
         for path in sorted((workdir / kind).glob("*.orbax-checkpoint-tmp*")):
             warn(f"{path} was never completed: deleted")
             shutil.rmtree(path)
     for step in damaged:
         _set_aside(workdir / CHECKPOINTS / str(step))
-    # Of the best only the notes are read, as only they decide what a run does next.
+    # Of the best checkpoint only the notes are read, because a run uses only these when it continues.
     for step in steps_in(workdir / BEST):
         path = workdir / BEST / str(step)
         try:
@@ -194,7 +196,7 @@ def _clear(workdir: Path, damaged: list[int]) -> None:
 def _set_aside(path: Path) -> None:
     target = free_place(path.parent.parent, f"{path.parent.name}-{path.name}")
     path.rename(target)
-    warn(f"moved to {target}; delete it when it is of no more use")
+    warn(f"moved to {target}; delete it when you do not need it any more")
 
 
 def _of_first_process(step: int) -> int:
@@ -206,6 +208,6 @@ def _of_first_process(step: int) -> int:
 
 
 def _wait_for_all() -> None:
-    # A collective on the devices would not wait for long.
+    # Not a collective on the devices, which would wait only for a short time.
     everybody = set(range(jax.process_count()))
     ocp.multihost.sync_global_processes(next(_barrier_names), timeout=_TIMEOUT_S, processes=everybody)

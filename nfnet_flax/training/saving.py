@@ -1,4 +1,4 @@
-"""When a run saves, and what it keeps: the newest checkpoints, and the best one in addition."""
+"""When a run saves, and which checkpoints it keeps: the newest ones, and the best one in addition."""
 
 import contextlib
 import math
@@ -16,18 +16,18 @@ from nfnet_flax.training.state import TrainState
 
 
 def make_notes(*, evaluated: bool, metrics: dict[str, float]) -> Notes:
-    """What a checkpoint notes of its run; JSON, which has no word for a number that is not finite but `null`.
+    """The notes of a checkpoint about its run, as JSON; a number that is not finite becomes None.
 
     Args:
       evaluated: whether the evaluation that is due at the checkpoint's step is done.
-      metrics: of the newest evaluation.
+      metrics: metrics of the newest evaluation.
     """
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return {"evaluated": evaluated, "metrics": finite}
 
 
 def noted_metrics(notes: Notes) -> dict[str, float]:
-    """The metrics of the newest evaluation, from what `make_notes` made."""
+    """The metrics of the newest evaluation, from notes that `make_notes` made."""
     return {name: math.nan if value is None else value for name, value in notes["metrics"].items()}
 
 
@@ -52,18 +52,18 @@ class Saver:
         self._lost_best: int | None = None
 
     def resume_at(self, step: int) -> None:
-        """Takes note of the checkpoint that the run goes on from; 0: it begins.
+        """Sets the step of the checkpoint from which the run continues; 0: it begins.
 
         Raises:
           StorageFailed: the best checkpoint cannot be read.
         """
         self._saved_step = step
         found = checkpoint.read_newest_notes(self._best)
-        # The run was beyond this step before. What it does from here on replaces all that was saved later.
+        # If the run was beyond this step before, its new results replace everything that was saved later.
         self._lost_best = found[0] if found is not None and found[0] > step else None
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
-        """Whether a checkpoint is to be written at a step; to be asked by all processes alike.
+        """Whether a checkpoint has to be written at a step; to be called equally by all processes.
 
         Raises:
           StorageFailed: an earlier one could not be written.
@@ -79,9 +79,9 @@ class Saver:
         """Starts writing a checkpoint of a step, after its metrics are on disk.
 
         Raises:
-          CopiesDiffer: as `checkpoint.save`.
-          LeaseLost: the folder belongs to another process by now.
-          StorageFailed: as `checkpoint.save`.
+          CopiesDiffer: as for `checkpoint.save`.
+          LeaseLost: the folder belongs to another process now.
+          StorageFailed: as for `checkpoint.save`.
         """
         self._check_lease()
         log.flush()
@@ -92,22 +92,22 @@ class Saver:
     def save_if_best(
         self, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog | NoMetrics
     ) -> None:
-        """Starts writing the state as the best one, if its metric is better than that of the best one so far.
+        """Starts writing the state as the best checkpoint, if its metric is better than that of the best one so far.
 
         Raises:
-          CopiesDiffer: as `checkpoint.save`.
-          LeaseLost: the folder belongs to another process by now.
-          StorageFailed: as `checkpoint.save`.
+          CopiesDiffer: as for `checkpoint.save`.
+          LeaseLost: the folder belongs to another process now.
+          StorageFailed: as for `checkpoint.save`.
         """
         name = self._config.best_metric
         if not math.isfinite(metrics[name]):
             return
-        # Read from its checkpoint: a restarted process knows no less than one that was never killed.
+        # Read from the checkpoint, so that a restarted process decides the same as one that was never killed.
         previous = checkpoint.read_newest_notes(self._best)
         if previous is not None:
             previous_step, previous_metrics = previous[0], noted_metrics(previous[1])
             is_replaced = self._lost_best == previous_step and step >= previous_step and metrics != previous_metrics
-            # Where the metric was not recorded then, or is not a number, nothing can be compared: the new one is taken.
+            # If the older metric was not recorded, or is not a number, the new checkpoint is taken without comparing.
             than = previous_metrics.get(name, math.nan)
             sign = 1 if self._config.best_is == "highest" else -1
             if not is_replaced and math.isfinite(than) and sign * metrics[name] <= sign * than:
@@ -124,13 +124,13 @@ class Saver:
 
 @contextlib.contextmanager
 def saving(workdir: Path, config: CheckpointConfig, lease: Lease | None, *, log_every_steps: int) -> Iterator[Saver]:
-    """Opens the checkpoints of a run; leaving the context waits for what is still being written.
+    """Opens the checkpoints of a run; leaving the context waits for checkpoints that are still being written.
 
     Args:
       workdir: folder of the run.
-      config: when to save and how many to keep.
-      lease: of the folder; None in processes other than the first.
-      log_every_steps: how often background writes are looked at.
+      config: when to save and how many checkpoints to keep.
+      lease: ownership of the folder; None in processes other than the first.
+      log_every_steps: interval, in steps, at which background writes are checked.
 
     Raises:
       StorageFailed: the folders cannot be made, or the last checkpoint could not be written.

@@ -1,4 +1,4 @@
-"""All that a recipe makes on the devices and images at hand, in one value."""
+"""Everything that is made from a recipe for the available devices and images, in one value."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ from nfnet_flax.weights.entries import HostArrays
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a recipe makes on the devices at hand."""
+    """Everything that is made from a recipe for the available devices and images."""
 
     recipe: Recipe
     mesh: Mesh
@@ -47,12 +47,12 @@ class Setup:
     train_source: Source
     eval_source: Source
     objective_arrays: Arrays
-    """What the step takes besides state and batch, whole on every device."""
+    """Arrays that the step takes besides state and batch (`Objective.arrays`), whole on every device."""
     train_step: Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
     eval_step: EvalStep
 
     def create_state(self, weights: HostArrays) -> TrainState:
-        """The state before the first update: random, but for the weights that are given."""
+        """The state before the first update: random, except for the given weights."""
         recipe = self.recipe
         state = create_state(self.structure, recipe.seed, self.optimizer, self.mesh)
         return with_weights(state, weights)
@@ -62,11 +62,11 @@ class Setup:
         return abstract_state(self.structure, self.optimizer, self.mesh)
 
     def identity(self, initial: dict[str, str] | None = None) -> Identity:
-        """What the run is, for the record in its folder; `initial` is of `InitialWeights`."""
+        """The identity of the run, to be recorded in its folder; `initial` is `InitialWeights.record`."""
         found = input_identity(
             self.recipe.data, seed=self.recipe.seed, train_source=self.train_source, eval_source=self.eval_source
         )
-        if self.objective_arrays:  # a teacher's file could be replaced by another under its name
+        if self.objective_arrays:  # a teacher's file could be replaced by another one with the same name
             arrays = {name: np.asarray(value) for name, value in self.objective_arrays.items()}
             found["objective"] = {"content": content_of(arrays)}
         return Identity(
@@ -79,7 +79,7 @@ class Setup:
         )
 
     def eval_batches(self) -> Batches:
-        """This process's rows of the held-out set; to be closed."""
+        """This process's rows of the held-out set; to be closed by the caller."""
         return eval_batches(
             self.recipe.data,
             self.eval_source,
@@ -92,12 +92,12 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     """Builds the mesh, the network's structure, the optimizer, the sources and the two steps; trains nothing.
 
     Args:
-      recipe: of the run.
-      class_names: that the run's labels mean; None: those of the training split, in its order.
+      recipe: recipe of the run.
+      class_names: class names in the order of the run's labels; None: those of the training split, in its order.
 
     Raises:
-      ConfigError: the recipe does not fit the devices, its parameter groups do not fit the network, or the images are
-        of other classes.
+      ConfigError: the recipe does not fit the devices, its parameter groups do not fit the network, or the images have
+        other classes.
     """
     mesh = make_mesh(fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
     data = recipe.data
@@ -109,7 +109,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     eval_source = open_split(data, "eval", names)
     if data.num_held_out is None:
         check_distinct(source_record(train_source), None, eval_source)
-    remedy = f"must be at least {len(names)}, as the images have so many classes"
+    remedy = f"must be at least {len(names)}, the number of classes of the images"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
     _check_best_metric(recipe)
     structure = build_structure(recipe, mesh)
@@ -133,9 +133,9 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
 
 
 def _check_best_metric(recipe: Recipe) -> None:
-    """Raises `ConfigError` unless an evaluation gives the metric by which the best checkpoint is chosen."""
+    """Raises `ConfigError` unless an evaluation computes the metric by which the best checkpoint is chosen."""
     names = evaluated_names(recipe.objective, recipe.num_classes)
     known = ", ".join(f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in names)
-    remedy = f"{type(recipe.objective).__name__} does not give it: give one of {known}"
+    remedy = f"{type(recipe.objective).__name__} does not compute it: give one of {known}"
     is_known = recipe.checkpoint.best_metric.partition("/")[2] in names
     require(is_known, "checkpoint.best_metric", recipe.checkpoint.best_metric, remedy)

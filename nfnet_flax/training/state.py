@@ -1,4 +1,4 @@
-"""The one value that holds all that must survive a restart, and the structure of the network that it belongs to."""
+"""The training state, which holds everything that must survive a restart, and the structure of its network."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -26,21 +26,24 @@ from nfnet_flax.parallel.mesh import partition_spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State after `step` updates. Restoring it is resuming: there is no random state and no data position besides."""
+    """State after `step` updates. A run continues from it alone: there is no other random state and no data
+    position."""
 
     step: jax.Array
-    """int32 scalar."""
+    """Number of updates, an int32 scalar."""
     params: Params
     batch_stats: BatchStats
     """Running statistics of BatchNorm; empty for the normalizer-free networks."""
     opt_state: optax.OptState
-    """State of the optimizer, such as momentum; it holds nothing of frozen parameters."""
+    """State of the optimizer, such as momentum; frozen parameters have none."""
     ema_params: Params
+    """Moving average of the parameters."""
     ema_batch_stats: BatchStats
+    """Moving average of the running statistics."""
 
 
 class HasInit(Protocol):
-    """An optimizer whose state can be made: ours, or any transformation of Optax."""
+    """An object whose `init` makes an optimizer's state: our `Optimizer`, or any transformation of Optax."""
 
     @property
     def init(self) -> optax.TransformInitFn: ...
@@ -48,7 +51,7 @@ class HasInit(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Of images: `(grey level - mean) / std` for each channel."""
+    """Normalization of images: `(grey level - mean) / std` for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -65,11 +68,11 @@ class Structure:
     num_classes: int
     execution: ExecutionConfig
     normalization: Normalization
-    """How images are normalised that arrive as grey levels."""
+    """How images are normalised if they are given as grey levels."""
     graphdef: GraphDef
-    """In training mode."""
+    """Structure of the network in training mode."""
     prepared: GraphDef
-    """The same for parameters whose kernels are standardized already (`params.prepare`)."""
+    """The same for parameters whose kernels are already standardized (`params.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
     """Shape and type of each parameter, by name."""
     batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]
@@ -90,7 +93,7 @@ def model_structure(
     """Structure of a network and names of its parameters; allocates nothing.
 
     Raises:
-      ConfigError: as `build_model`.
+      ConfigError: as for `build_model`.
     """
     execution = execution or ExecutionConfig()
 
@@ -134,11 +137,11 @@ def _state_of(params: Params, batch_stats: BatchStats, optimizer: HasInit) -> Tr
 
 
 def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
-    """A state whose raw and EMA weights are replaced where `arrays` names them, with the shardings that it has.
+    """A state with other raw and EMA weights for all names in `arrays`; the shardings do not change.
 
     Args:
-      state: as `create_state` made it.
-      arrays: by the names of parameters and running statistics.
+      state: a state that `create_state` made.
+      arrays: name of a parameter or running statistic -> new value.
     """
 
     def placed(current: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -154,7 +157,7 @@ def with_weights(state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState
 
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
-    """An array of the host with the sharding of another one, parts of which may lie in other processes."""
+    """An array of the host on the devices, with the sharding of another array, which may include other processes."""
     return _sharded(np.asarray(array, like.dtype), like.sharding)
 
 
@@ -163,7 +166,7 @@ def _sharded(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def placed_everywhere(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays that every process has, whole on every device of the mesh."""
+    """Copies arrays that every process has to every device of the mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
     return {name: _sharded(np.asarray(value), whole) for name, value in arrays.items()}
 
@@ -186,9 +189,9 @@ def abstract_state(structure: Structure, optimizer: HasInit, mesh: Mesh) -> Trai
 
 
 def create_state(structure: Structure, seed: int, optimizer: HasInit, mesh: Mesh) -> TrainState:
-    """The state before the first update, born with its shardings."""
+    """The state before the first update, created with its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
-    # It runs once: on CPUs compiling it well takes several times as long as running it.
+    # The program runs only once. On CPUs an optimizing compilation takes several times as long as the run itself.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     options: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if is_cpu else None
     init = jax.jit(

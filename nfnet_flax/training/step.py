@@ -1,4 +1,4 @@
-"""One update: gradient, optimizer, EMA and metrics in a single donated `jit`."""
+"""One update: gradient, optimizer, EMA and metrics in a single `jit`, to which the state is donated."""
 
 import functools
 from collections.abc import Callable
@@ -23,7 +23,8 @@ from nfnet_flax.training.state import Structure, TrainState, abstract_state
 def _uphill(
     gradient_of: Gradient, form: StandardizationName, frozen: frozenset[str], sam: SAMConfig
 ) -> Callable[[TrainState, Batch, Arrays], Params]:
-    """Builds a function that gives SAM's point, at which the gradient is taken (arXiv 2010.01412, equation 2)."""
+    """Builds a function that returns the parameters at which SAM computes the gradient (arXiv 2010.01412, equation
+    2)."""
 
     def uphill(state: TrainState, batch: Batch, arrays: Arrays) -> Params:
         prepared, facts = prepare(state.params, form)
@@ -39,7 +40,7 @@ def _uphill(
 
 
 def _unchanged(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-    """In place of an update where the loss is not finite: the state as it was, and the norm of the gradient."""
+    """Replaces an update if the loss is not finite: returns the unchanged state, and the norm of the gradient."""
     del batch_stats
     return state, optax.tree.norm(gradient)
 
@@ -56,19 +57,20 @@ def make_train_step(
     """Builds `step(state, batch, arrays=None) -> (state, metrics)`; `state` is donated, metrics stay on the device.
 
     Args:
-      structure: of the network, and how it is computed.
-      optimizer: of `make_optimizer`.
-      objective: what is minimized. `arrays` are its own, whole on every device (`Objective.arrays`).
-      mesh: over whose devices the batch is divided.
-      seed: of dropout and stochastic depth.
-      reduction: adds what the devices have found; see `make_gradient`.
+      structure: structure of the network, and how it is computed.
+      optimizer: result of `make_optimizer`.
+      objective: the objective that is minimized. The step's `arrays` are those of `Objective.arrays`, whole on every
+        device.
+      mesh: mesh over whose devices the batch is divided.
+      seed: random seed of dropout and stochastic depth.
+      reduction: adds the results of the devices; see `make_gradient`.
 
     Returns:
-      The jitted step. A loss or gradient that is not finite leaves the state as it was, its step included.
+      The jitted step. If the loss or the gradient is not finite, the state is not changed, and neither is its step.
 
     Raises:
-      ConfigError: the parts of the batch cannot be shared out over the mesh, or their number is not given though it
-        decides what is computed: with BatchNorm, and with SAM on a fraction of each part.
+      ConfigError: the parts of the batch cannot be divided equally over the mesh, or their number is not given although
+        the result depends on it: with BatchNorm, and with SAM on a fraction of each part.
     """
     form, sam, frozen = structure.standardization, optimizer.sam, optimizer.frozen
     wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
@@ -81,9 +83,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
         arrays = arrays or {}
-        # Kernels are standardized once, outside the loop over microbatches, and the gradient goes back through that
-        # once, after the sum: in the update, a branch of its own, so that compilers do not fuse it with the backward
-        # pass: that would repeat work in passes over the parameters, and round differently on other layouts.
+        # Kernels are standardized once, outside the loop over microbatches, and the gradient of this standardization is
+        # computed once, after the sum. This is done in `update`, which is a branch of its own, so that compilers do not
+        # fuse it with the backward pass. That would need more passes over the parameters, and round differently on
+        # other layouts of devices.
         point = state.params if uphill is None else uphill(state, batch, arrays)
         prepared, facts = prepare(point, form)
         gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
@@ -91,7 +94,7 @@ def make_train_step(
         def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
             gradient, norms = pull_back(gradient, point, facts, form, frozen)
             norm = global_norm(gradient, norms)
-            # AGC compares with the parameters themselves, not with SAM's point.
+            # AGC compares with the norms of the parameters themselves, not with those of SAM's point.
             known = norms if sam is None else None
             updates, opt_state = optimizer.update(
                 gradient, state.opt_state, state.params, unit_norms=known, global_norm=norm
@@ -106,7 +109,7 @@ def make_train_step(
                 ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay, frozen),
                 ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
             )
-            # The norm is finite if every gradient is; a choice per element costs no pass.
+            # The norm is finite if all gradients are. Choosing per element takes no additional pass over memory.
             is_finite = jnp.isfinite(norm)
             return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
 
@@ -118,6 +121,6 @@ def make_train_step(
         )
         return state, metrics | optimizer.metrics(state.opt_state)
 
-    # Else the state could come out divided otherwise than it went in, and the second step would be compiled, too.
+    # Without given shardings, the new state could be divided differently, and the step would be compiled a second time.
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))

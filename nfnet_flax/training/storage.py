@@ -1,4 +1,4 @@
-"""The folder of a run failing under it: disk full, no permission, gone."""
+"""Errors of the folder of a run: the disk is full, there is no permission, or the folder was removed."""
 
 import contextlib
 import re
@@ -14,11 +14,11 @@ from nfnet_flax.json_files import StorageFailed
 
 @contextlib.contextmanager
 def storage_errors(folder: Any, errors: type[Exception] = Exception) -> Iterator[None]:
-    """Says of `errors` within the context that they happened to `folder`.
+    """Converts `errors` that are raised within the context to errors that name `folder`.
 
     Raises:
-      StorageFailed: instead of the error, which is its cause. A `ConfigError` passes, and so does an error of JAX, as
-        of waiting for a process that died: it says nothing about the folder.
+      StorageFailed: instead of the error, which is its cause. A `ConfigError` is not converted. Neither is an error of
+        JAX, such as for waiting for a process that died, because it does not concern the folder.
     """
     try:
         yield
@@ -36,10 +36,11 @@ def brief(error: BaseException) -> str:
 
 
 def silence_abandoned_writes() -> None:
-    """Keeps the end of a write that nobody waits for any more from being printed, for the rest of the process.
+    """Suppresses tracebacks of abandoned writes, for the rest of the process.
 
-    When one array of a checkpoint cannot be written, Orbax raises and closes its event loop. TensorStore then fails to
-    report each of the other writes there, and prints a traceback: hundreds, around the one line that says why.
+    If one array of a checkpoint cannot be written, Orbax raises an error and closes its event loop. TensorStore then
+    cannot report the other writes to that loop and prints a traceback for each of them: hundreds, which hide the one
+    message that gives the reason.
     """
     otherwise = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""Ends a run in which nothing moves, with the stacks of all threads, instead of hanging until someone looks."""
+"""Ends a run that makes no progress, and prints the stacks of all threads, instead of letting it hang."""
 
 import contextlib
 import dataclasses
@@ -12,20 +12,21 @@ from nfnet_flax.config import check_types, require
 from nfnet_flax.run_clock import RunClock
 
 Phase = Literal["start", "input", "step", "evaluation", "save", "end"]
-"""What the loop is busy with: `start` is devices, sources and restoring; `end` waits for what is being written."""
+"""What the loop is doing: `start` opens devices and sources and restores the state; `end` waits for background
+writes."""
 _LOOK_INTERVAL_S = 1.0
 _MAX_GAP_S = 10 * _LOOK_INTERVAL_S
-"""A longer time between two looks does not count: this process did not run meanwhile (it was suspended, say)."""
+"""A longer time between two readings does not count, because this process did not run meanwhile (it was suspended)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """How long nothing may move. No update depends on it."""
+    """How long a run may make no progress. Updates do not depend on it."""
 
     first_timeout_s: float = 1800.0
-    """Longest time for the first step, batch, evaluation or save of a process, compilation included."""
+    """Longest time for the first step, batch, evaluation or save of a process, in seconds, compilation included."""
     timeout_s: float = 600.0
-    """Longest time for each later step, batch of the input or of the evaluation, or save."""
+    """Longest time for each later step, training batch, evaluation batch or save, in seconds."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -34,7 +35,7 @@ class WatchdogConfig:
 
 
 class Watchdog:
-    """Knows what the loop is busy with and since when; made by `watching`."""
+    """Records what the loop is doing and since when; made by `watching`."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self._config = config
@@ -47,7 +48,7 @@ class Watchdog:
         self._timeout_s = config.first_timeout_s
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Notes what the loop does from now on; to be called again for each step or batch of it."""
+        """Records what the loop does from now on; to be called for each step or batch."""
         with self._lock:
             if phase != self._phase or step != self._step:
                 self._seen.add(self._phase)
@@ -55,23 +56,23 @@ class Watchdog:
             self._phase, self._step, self._since_s = phase, step, self._clock.seconds()
 
     def describe(self) -> str:
-        """Such as `step 12: evaluation, for 3 s`."""
+        """What the loop is doing, as text, such as `step 12: evaluation, for 3 s`."""
         with self._lock:
             return f"step {self._step}: {self._phase}, for {self._clock.seconds() - self._since_s:.0f} s"
 
     def seconds_left(self) -> float:
-        """How much longer nothing may move; at most 0 where it has been too long."""
+        """Time until the limit, in seconds; 0 or negative if the limit is reached."""
         with self._lock:
             return self._since_s + self._timeout_s - self._clock.seconds()
 
 
 @contextlib.contextmanager
 def watching(config: WatchdogConfig, on_stall: Callable[[str], None]) -> Iterator[Watchdog]:
-    """Yields a watchdog whose thread writes the stacks and calls `on_stall(message)` when nothing moves for too long.
+    """Yields a watchdog. Its thread writes the stacks and calls `on_stall(message)` if there is no progress in time.
 
     Args:
-      config: how long.
-      on_stall: called once, from the thread; it ends the process.
+      config: the time limits.
+      on_stall: called once, in the thread; it has to end the process.
     """
     watchdog = Watchdog(config)
     is_over = threading.Event()
@@ -79,9 +80,9 @@ def watching(config: WatchdogConfig, on_stall: Callable[[str], None]) -> Iterato
     def watch() -> None:
         while not is_over.wait(_LOOK_INTERVAL_S):
             if watchdog.seconds_left() <= 0:
-                # Not `sys.stderr`: whoever replaced it need not have a file descriptor.
+                # Not `sys.stderr`: if it was replaced, it may have no file descriptor.
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-                message = f"nothing moved ({watchdog.describe()}); the stacks of this process are printed above"
+                message = f"no progress ({watchdog.describe()}); the stacks of this process are printed above"
                 on_stall(message)
                 return
 

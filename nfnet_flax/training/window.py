@@ -1,4 +1,4 @@
-"""Metrics of the steps between two log steps: kept on the device, fetched together."""
+"""Metrics of the steps between two log steps, which are kept on the device and fetched together."""
 
 import math
 import time
@@ -19,7 +19,7 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened, as
 
 
 class Window:
-    """Metrics of the steps since the last log step. They stay on the device until they are drained together."""
+    """Metrics of the steps since the last log step. They stay on the device until `drain` fetches all of them."""
 
     def __init__(self, setup: Setup, log: MetricsLog | NoMetrics, progress: Progress, step: int) -> None:
         self._setup = setup
@@ -31,7 +31,7 @@ class Window:
         self._data_wait_s = 0.0
 
     def push(self, step: int, metrics: Metrics, data_wait_s: float) -> None:
-        """Takes the metrics of a step, and drains if they are due to be written."""
+        """Adds the metrics of a step, and calls `drain` if metrics are due to be written."""
         self._pending.append((step, metrics))
         self._data_wait_s += data_wait_s
         if step == self._first_step:
@@ -41,7 +41,7 @@ class Window:
                 f"first step after {time.perf_counter() - self._started:.1f} s more: input {data_wait_s:.1f} s, "
                 "the rest compilation or its cache, and the step"
             )
-        elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # bounds the batches held, and how late a stop is noticed
+        elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # limits the batches in memory, and the delay of a stop
             jax.block_until_ready(self._pending[-1 - _MAX_STEPS_IN_FLIGHT][1])
         if step % self._setup.recipe.log_every_steps == 0:
             self.drain(step)
@@ -49,7 +49,7 @@ class Window:
             self._progress.restart_clock(step)
 
     def drain(self, step: int) -> None:
-        """Fetches what is pending, stops the run if any of it is not finite, and writes the log steps."""
+        """Fetches the pending metrics, ends the run if any of them is not finite, and writes those of log steps."""
         if not self._pending:
             return
         recipe = self._setup.recipe
@@ -68,7 +68,7 @@ class Window:
                 metrics["time/data_wait_s"] = self._data_wait_s
                 self._log.write(done, metrics)
                 self._progress.show(done, metrics["train/loss"], rate)
-            elif metrics.get("data/num_corrupt", 0.0) > 0:  # every one is on record, though no log step is due
+            elif metrics.get("data/num_corrupt", 0.0) > 0:  # every corrupt image is recorded, also between log steps
                 self._log.write(done, {"data/num_corrupt": metrics["data/num_corrupt"]})
         self._pending.clear()
         if step % recipe.log_every_steps == 0:

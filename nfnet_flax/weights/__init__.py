@@ -1,4 +1,4 @@
-"""Weights in and out: the published Haiku trees and files, timm's safetensors, and our own portable files."""
+"""Reading and writing weights: the published Haiku trees and files, timm's safetensors, and our own portable files."""
 
 import os
 from collections.abc import Sequence
@@ -53,8 +53,8 @@ def create_model(
     """A named network, in training mode.
 
     Args:
-      name: one of `list_models()`.
-      num_classes: outputs of the head.
+      name: name of the network, one of `list_models()`.
+      num_classes: number of outputs of the head.
       rngs: source of the initial parameters.
       weights: a `.safetensors` file that `nfnet convert` or `save_weights` wrote; None: random parameters.
       skip: shell-style patterns of parameters that stay random, such as `head.*` for a head of another size.
@@ -68,7 +68,7 @@ def create_model(
         return build_model(config, num_classes=num_classes, rngs=rngs)
     abstract = _abstract(config, num_classes)
     arrays = stored_arrays(weights, abstract, skip=skip)
-    if not skip:  # nothing needs to be drawn
+    if not skip:  # no random parameters are needed
         return _with_arrays(abstract, arrays)
     model = build_model(config, num_classes=num_classes, rngs=rngs)
     update(model, dict(arrays))
@@ -79,8 +79,8 @@ def load_model(path: str | os.PathLike[str]) -> Classifier:
     """The network that a weight file holds, whatever its configuration, in evaluation mode.
 
     Args:
-      path: a `.safetensors` file that `nfnet convert` or `save_weights` wrote. `read_weights` gives what it says of
-        itself: class names and preprocessing, where they are known.
+      path: a `.safetensors` file that `nfnet convert` or `save_weights` wrote. `read_weights` also returns its
+        metadata, such as class names and preprocessing if they are known.
 
     Raises:
       ConfigError: the file cannot be read, is damaged, or its arrays do not fit its own configuration.
@@ -93,9 +93,9 @@ def network_of(source: str, info: WeightsInfo, arrays: HostArrays) -> Classifier
     """A network with given arrays, in evaluation mode.
 
     Args:
-      source: where they come from, for the message of an error.
-      info: what they are.
-      arrays: by our names.
+      source: description of where the arrays come from, for the message of an error.
+      info: description of the weights.
+      arrays: our name -> array.
 
     Raises:
       ConfigError: the arrays do not fit.
@@ -107,7 +107,7 @@ def network_of(source: str, info: WeightsInfo, arrays: HostArrays) -> Classifier
 
 
 def _abstract(config: ModelConfig, num_classes: int) -> Classifier:
-    """A network's structure, whose arrays are shapes only."""
+    """A network without values: its arrays are only shapes and types."""
     model: Classifier = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
     return model
 

@@ -1,4 +1,4 @@
-"""Foreign weight files -> our portable ones; checked before anything is written."""
+"""Converts weight files of other projects to our portable files; they are checked before anything is written."""
 
 import hashlib
 import os
@@ -34,11 +34,11 @@ def convert_haiku(
 
     Raises:
       ConfigError: the file is refused (`load_haiku_file`) or does not fit the model, or the result exists already and
-        is not to be replaced (`overwrite`).
+        must not be replaced (`overwrite`).
     """
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
     tree = load_haiku_file(path)
-    # The head is the one dense layer of the network itself: `NFNet/~/linear`; those of squeeze-excite lie deeper.
+    # The head is the dense layer directly in the network, `NFNet/~/linear`; those of squeeze-excite have longer names.
     head = next((leaves.get("b") for module, leaves in tree.items() if re.fullmatch(r"\w+/~/linear", module)), None)
     info, arrays = _converted(path, model, parameters, tree, haiku_arrays, head, {})
     write_weights(target, info, arrays, overwrite=overwrite)
@@ -59,11 +59,11 @@ def convert_timm(
     Args:
       path: timm's file.
       model: our name of the network.
-      out: folder of the result.
-      parameters: as trained, their moving average, or not known.
-      timm_form: record the exact gelu and timm's standardization, for weights that were *trained* with timm. Those that
-        timm ships were trained in the published form.
-      overwrite: replace a file that is there.
+      out: folder for the result.
+      parameters: which parameters the file contains: as trained, their moving average, or unknown.
+      timm_form: whether to record the exact gelu and timm's standardization, for weights that were *trained* with timm.
+        The weights that timm distributes were trained in the published form.
+      overwrite: whether to replace an existing file.
 
     Raises:
       ConfigError: the file cannot be read or does not fit the model, or the result exists already.
@@ -80,11 +80,11 @@ def target_in(out: str | os.PathLike[str], name: str, *, overwrite: bool) -> Pat
     """The file `out/NAME.safetensors`, checked before any work is done.
 
     Raises:
-      ConfigError: `out` is no folder, or the file exists and is not to be replaced.
+      ConfigError: `out` is not a folder, or the file exists and must not be replaced.
     """
     folder = local_path("out", out)
     if folder.suffix == ".safetensors" or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"out = {os.fspath(out)!r}: is a file's name, but the result's folder is wanted")
+        raise ConfigError(f"out = {os.fspath(out)!r}: is the name of a file: give the folder for the result")
     target = folder / f"{name}.safetensors"
     check_target(target, overwrite=overwrite)
     return target
@@ -100,7 +100,7 @@ def _converted(
     changes: dict[str, Any],
 ) -> tuple[WeightsInfo, HostArrays]:
     config = model_config(name, **changes)
-    num_classes = int(np.size(head)) if head is not None else 1000  # without a head it is listed as missing
+    num_classes = int(np.size(head)) if head is not None else 1000  # if there is no head, it is reported as missing
     model = nnx.eval_shape(lambda: build_model(config, num_classes=max(1, num_classes), rngs=nnx.Rngs(0)))
     arrays = arrays_for(model, stored)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Matching stored arrays with a network's: every problem is collected before anything is loaded."""
+"""Matches stored arrays with those of a network; all problems are collected before anything is loaded."""
 
 import dataclasses
 import fnmatch
@@ -15,9 +15,9 @@ from nfnet_flax.models.params import split
 
 HostArrays = dict[str, np.ndarray]
 _LISTED = 3
-"""Problems of one kind that are listed one by one; more of them are counted by layer."""
+"""Largest number of problems of one kind that are listed one by one; if there are more, they are counted by layer."""
 _LAYERS = 8
-"""Layers whose problems are counted in a message."""
+"""Largest number of layers whose problems are counted in a message."""
 
 
 def _same(value: np.ndarray) -> np.ndarray:
@@ -26,18 +26,18 @@ def _same(value: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array of a network, and where and how a format keeps it."""
+    """One array of a network, and its name and layout in another format."""
 
     ours: str
     """Our name, such as `stages.0.1.conv0.kernel`."""
     theirs: str
     """The format's name."""
     shape: tuple[int, ...]
-    """In the format's layout."""
+    """Shape in the format's layout."""
     to_ours: Callable[[np.ndarray], np.ndarray] = _same
-    """From the format's layout to ours."""
+    """Converts from the format's layout to ours."""
     to_theirs: Callable[[np.ndarray], np.ndarray] = _same
-    """From our layout to the format's."""
+    """Converts from our layout to the format's."""
 
 
 def arrays_of(model: nnx.Module) -> HostArrays:
@@ -56,8 +56,8 @@ def skipped(names: Sequence[str], skip: Sequence[str]) -> set[str]:
     """Names that match a shell-style pattern of `skip`.
 
     Raises:
-      ConfigError: `skip` is one text, of which each character would be a pattern; a pattern matches nothing; or the
-        patterns match everything.
+      ConfigError: `skip` is a single text, whose characters would be taken for patterns; a pattern matches nothing; or
+        the patterns match everything.
     """
     require(not isinstance(skip, str), "skip", skip, f"give a tuple of patterns, such as ({skip!r},)")
     for pattern in skip:
@@ -66,21 +66,21 @@ def skipped(names: Sequence[str], skip: Sequence[str]) -> set[str]:
     found = {name for pattern in skip for name in fnmatch.filter(names, pattern)}
     if len(found) == len(names):
         raise ConfigError(
-            f"skip: the patterns {', '.join(map(repr, skip))} leave out all {len(names)} parameters, so that nothing "
-            "would be loaded: give narrower patterns, or give no weights"
+            f"skip: the patterns {', '.join(map(repr, skip))} leave out all {len(names)} parameters, so nothing would "
+            "be loaded: give patterns that match fewer, or give no weights"
         )
     return found
 
 
 class Problem(NamedTuple):
-    """Why one array cannot be loaded."""
+    """The reason why an array cannot be loaded."""
 
     kind: str
-    """Such as `missing`."""
+    """Kind of problem, such as `missing`."""
     name: str
     """The format's name of the array."""
     detail: str
-    """What was found, or expected."""
+    """What was found and what was expected."""
 
 
 def read_entries(
@@ -89,15 +89,15 @@ def read_entries(
     """Arrays in our layout and types, by our names.
 
     Args:
-      source: where they come from, for the message of an error.
+      source: description of where the arrays come from, for the message of an error.
       model: the network; it may be abstract (`nnx.eval_shape`).
-      entries: one for each of its arrays.
-      given: arrays by the format's names.
+      entries: one entry for each array of the network.
+      given: the format's name -> array.
       skip: shell-style patterns of our names that are left out, such as `head.*` for a head of another size.
 
     Raises:
-      ConfigError: `skip` is wrong (see `skipped`); or entries are missing, unexpected, misshaped, not numbers, not
-        finite or not exactly representable: all are counted, the first ones of each kind are named, nothing was loaded.
+      ConfigError: `skip` is wrong (see `skipped`); or entries are missing, unexpected, not numbers, not finite, not
+        exactly representable, or have a wrong shape. The message counts all of them and names the first of each kind.
     """
     types = {name: dtype for name, (_, dtype) in shapes_of(model).items()}
     left_out = skipped([entry.ours for entry in entries], skip)
@@ -128,7 +128,7 @@ def _problem(value: np.ndarray, entry: Entry, dtype: np.dtype) -> Problem | None
         return Problem("misshaped", entry.theirs, f"is {value.shape}, expected {entry.shape}")
     if value.dtype.kind not in "fiuV" or value.dtype.hasobject:
         return Problem("not a number", entry.theirs, f"is of type {value.dtype}")
-    # `V` is how NumPy sees bfloat16 and its kin, which convert to float32 exactly.
+    # `V` is NumPy's kind for bfloat16 and similar types, which can be converted to float32 exactly.
     wide = value.astype(np.float64) if value.dtype.kind != "i" else value
     if not np.all(np.isfinite(wide)):
         num_bad = np.count_nonzero(~np.isfinite(wide))
@@ -140,7 +140,7 @@ def _problem(value: np.ndarray, entry: Entry, dtype: np.dtype) -> Problem | None
 
 
 def summary(problems: Sequence[Problem]) -> list[str]:
-    """A few lines: each problem of a kind that is rare, and of a frequent kind the number in each layer."""
+    """A few lines that describe problems: each one of a rare kind, and for a frequent kind the number in each layer."""
     lines = []
     for kind in dict.fromkeys(problem.kind for problem in problems):
         alike = [problem for problem in problems if problem.kind == kind]
@@ -155,7 +155,7 @@ def summary(problems: Sequence[Problem]) -> list[str]:
 
 
 def _layer(name: str) -> str:
-    """`stages` of `stages.0.1.conv1.weight`, `nf_block` of `NFNet/~/nf_block_3/~/conv0/w`."""
+    """Layer of an array: `stages` for `stages.0.1.conv1.weight`, `nf_block` for `NFNet/~/nf_block_3/~/conv0/w`."""
     module = name.split("/~/")[1].split("/")[0] if "/~/" in name else name.split(".")[0]
     return re.sub(r"_\d+$", "", module)
 

@@ -1,4 +1,4 @@
-"""Weight files as such: safetensors read and written as a whole or not at all, and what a wrong file is instead."""
+"""Reads and writes safetensors files, as a whole or not at all, and recognizes files of other kinds."""
 
 import contextlib
 import json
@@ -13,9 +13,9 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.weights.entries import HostArrays
 
 _LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its header, a little-endian integer."""
+"""Size of the number with which a safetensors file begins: the length of its header, a little-endian integer."""
 _MAX_HEADER_BYTES = 100_000_000
-"""The library's own limit."""
+"""Largest header that the library accepts."""
 _KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it lies",
     b"PK\x03\x04": "is a zip archive, as PyTorch (.pth) and NumPy (.npz) write them: save its arrays by safetensors",
@@ -24,11 +24,12 @@ _KINDS = {
     b"\x1f\x8b": "is compressed by gzip: unpack it",
     b"\x89HDF": "is an HDF5 file: save its arrays by safetensors",
 }
-"""How files begin that are given instead of weights -> what they are, and what to do."""
+"""First bytes of files that are given by mistake -> what they are, and what to do."""
 
 
 def recognize(path: Path) -> str | None:
-    """What a file is that holds no weights: a Git LFS pointer, a web page, ...; None where its beginning does not tell.
+    """What a file is if it contains no weights: a Git LFS pointer, a web page, ...; None if its first bytes do not show
+    it.
 
     Raises:
       OSError: it cannot be read.
@@ -68,7 +69,7 @@ def _tensor(file: safe_open, name: str) -> np.ndarray:
 
 
 def _defect(path: Path) -> str | None:
-    """What the lengths in a safetensors file say against it; None where they agree, or the header cannot be read."""
+    """The problem if the lengths in a safetensors file do not fit its size; None if they do or cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -88,10 +89,10 @@ def _defect(path: Path) -> str | None:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Checks, before any work is done, that a file may be written under a name.
+    """Checks, before any work is done, that a file may be written at a path.
 
     Raises:
-      ConfigError: there is something already, and it is not to be replaced.
+      ConfigError: a file or folder already exists there, and must not be replaced.
     """
     if path.is_dir():
         raise ConfigError(f"weights file {str(path)!r} is a folder: give another place")
@@ -103,23 +104,23 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 
 
 def write_safetensors(path: Path, arrays: HostArrays, metadata: dict[str, str], *, overwrite: bool) -> None:
-    """Writes a file that appears under its name only when it is complete; missing folders are made.
+    """Writes a file that gets its name only when it is complete; missing folders are made.
 
     Raises:
-      ConfigError: it cannot be written, or exists and is not to be replaced.
+      ConfigError: it cannot be written, or exists and must not be replaced.
     """
     check_target(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # as the user's umask has it; safetensors makes files for their owner only
-        # safetensors writes the memory as it lies: a transposed view would be stored wrongly, without an error.
+        mode = partial.stat().st_mode  # follows the user's umask; safetensors makes files that only the owner can read
+        # safetensors writes the memory as it is: a transposed view would be stored wrongly, without an error.
         save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, partial, metadata)
         partial.chmod(mode)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        check_target(path, overwrite=overwrite)  # writing takes time, in which another process may have been here
+        check_target(path, overwrite=overwrite)  # again, as another process may have written the file meanwhile
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"weights file {str(path)!r} cannot be written: {error}") from error

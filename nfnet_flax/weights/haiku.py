@@ -1,4 +1,4 @@
-"""Parameters under the module names of the published Haiku code: `{module: {name: array}}`."""
+"""Conversion from and to the trees of the published Haiku code: `{module: {name: array}}`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entrie
 
 Tree = dict[str, dict[str, np.ndarray]]
 
-# The published names of the network, of its blocks, and of the stem's convolutions.
+# Class of a configuration -> published names of the network, of its blocks, and of the stem's convolutions.
 _NAMES: dict[type, tuple[str, str, str]] = {
     NFNetConfig: ("NFNet", "nf_block", "stem_conv{}"),
     NFResNetConfig: ("NF_ResNet", "nf_res_block", "initial_conv"),
@@ -29,7 +29,7 @@ def from_haiku(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, sk
 
     Args:
       model: an NFNet, NF-ResNet, NF-RegNet or plain ResNet.
-      params: the published tree. For a ResNet it holds the state's modules as well (`{**params, **state}`).
+      params: the published tree. For a ResNet it must also contain the modules of the state (`{**params, **state}`).
       skip: shell-style patterns of our names that keep what they have, such as `head.*` for a head of another size, or
         `*.mean`, `*.variance` and `*.count` for a ResNet without its state.
 
@@ -40,7 +40,7 @@ def from_haiku(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, sk
 
 
 def haiku_arrays(model: Classifier, params: Mapping[str, Mapping[str, Any]], *, skip: Sequence[str] = ()) -> HostArrays:
-    """What `from_haiku` would put into a network, which may be abstract (`nnx.eval_shape`)."""
+    """The arrays that `from_haiku` would put into a network, which may be abstract (`nnx.eval_shape`)."""
     given = {f"{module}/{name}": value for module, leaves in params.items() for name, value in leaves.items()}
     entries = haiku_entries(model)
     _drop_redundant_state(given, model)
@@ -78,7 +78,7 @@ def haiku_entries(model: Classifier) -> list[Entry]:
     for name, (shape, _) in shapes_of(model).items():
         theirs = haiku_name(config, depths, name)
         if theirs.rsplit("/", 1)[1] in ("scale", "offset", "average"):
-            # BatchNorm's arrays are (1, 1, 1, C) there.
+            # BatchNorm's arrays are (1, 1, 1, C) in the published code.
             entries.append(Entry(name, theirs, (1, 1, 1, *shape), np.ravel, _as_nhwc))
         else:
             entries.append(Entry(name, theirs, shape))
@@ -90,9 +90,10 @@ def _as_nhwc(value: np.ndarray) -> np.ndarray:
 
 
 def haiku_name(config: ModelConfig, depths: tuple[int, ...], name: str) -> str:
-    """`module/name` in the published code for one of our names, such as `stages.1.0.conv1b.kernel`.
+    """The name `module/name` in the published code for one of our names, such as `stages.1.0.conv1b.kernel`.
 
-    The published code numbers blocks through all stages; `depths` are the blocks of each.
+    The published code numbers the blocks of all stages in one sequence; `depths` are the numbers of blocks of the
+    stages.
     """
     root, block, stem = _NAMES[type(config)]
     path, leaf = name.rsplit(".", 1)
@@ -117,8 +118,8 @@ def _leaf(module: str, leaf: str) -> str:
     return {"kernel": "w"}.get(leaf, leaf)
 
 
-# The published state of a BatchNorm repeats itself: both averages have a counter, which are equal, and a `hidden` sum,
-# which is the average times `1 - decay ** counter`.
+# The published state of a BatchNorm contains redundant arrays: both averages have a counter, which are equal, and a
+# `hidden` sum, which is the average times `1 - decay ** counter`.
 
 
 def _drop_redundant_state(given: dict[str, Any], model: Classifier) -> None:
@@ -154,6 +155,6 @@ def _unbias(model: Classifier, counter: np.ndarray) -> np.ndarray:
 
 
 def _decay(model: Classifier) -> float:
-    """Decay of the running statistics. Of the families that are published for Haiku, only ResNet has such."""
+    """Decay rate of the running statistics; only ResNet has these among the families with published Haiku code."""
     assert isinstance(model.config, ResNetConfig)
     return model.config.batch_norm_decay

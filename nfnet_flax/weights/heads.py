@@ -1,4 +1,4 @@
-"""The outputs of a head by the names of their classes."""
+"""Reorders the outputs of a head by the names of their classes."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,18 @@ from nfnet_flax.weights.portable import WeightsInfo
 def for_classes(
     source: str, info: WeightsInfo, arrays: HostArrays, class_names: Sequence[str], remedy: str
 ) -> HostArrays:
-    """The arrays with the outputs of the head in the order of `class_names`.
+    """The arrays, with the outputs of the head in the order of `class_names`.
 
     Args:
-      source: where the weights come from, for the message of an error.
-      info: what they are; class names that are not known are taken to be these, in this order.
-      arrays: by our names; the head may be missing.
-      class_names: wanted. Where the stored head has the same ones in another order, its outputs are put into this one.
-      remedy: ends the message of an error.
+      source: description of where the weights come from, for the message of an error.
+      info: description of the weights; if its class names are not known, they are assumed to be `class_names`.
+      arrays: our name -> array; the head may be missing.
+      class_names: the wanted class names. If the stored head has the same classes in another order, its outputs are
+        reordered.
+      remedy: end of the message of an error.
 
     Raises:
-      ConfigError: the head is of other classes.
+      ConfigError: the head has other classes.
     """
     head = [name for name in arrays if name.startswith("head.")]
     known = info.class_names

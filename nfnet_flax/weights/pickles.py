@@ -1,4 +1,4 @@
-"""The published weight files: pickles of `{module: {name: array}}`, read without running anything in them."""
+"""Reads the published weight files, pickles of `{module: {name: array}}`, without running code in them."""
 
 import collections
 import pickle
@@ -14,7 +14,8 @@ from nfnet_flax.weights.haiku import Tree
 
 
 class _FromBuffer:
-    """NumPy's reader of protocol-5 buffers, without attributes that a pickle could set on the shared function."""
+    """NumPy's function that reads protocol-5 buffers. A pickle cannot set attributes on this object, as it could on the
+    function itself."""
 
     __slots__ = ()
 
@@ -23,19 +24,17 @@ class _FromBuffer:
 
 
 class _EncodeLatin1:
-    """Bytes as protocols before 3 wrote them: `_codecs.encode(text, "latin1")`, and no other codec."""
+    """Bytes as pickle protocols before 3 write them: `_codecs.encode(text, "latin1")`; no other codec is allowed."""
 
     __slots__ = ()
 
     def __call__(self, text: str, encoding: str) -> bytes:
         if not isinstance(text, str) or encoding != "latin1":
-            raise ConfigError(
-                f"it asks for _codecs.encode({text!r:.40}, {encoding!r}), which is not how arrays are kept"
-            )
+            raise ConfigError(f"it asks for _codecs.encode({text!r:.40}, {encoding!r}), which is not needed for arrays")
         return text.encode("latin1")
 
 
-# The only names that an array or a plain container needs. Everything else in a pickle is a program.
+# The only names that arrays and plain containers need. Any other name in a pickle could run code.
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _EncodeLatin1(),
     ("collections", "OrderedDict"): collections.OrderedDict,

@@ -1,4 +1,4 @@
-"""Our own weight files: safetensors, arrays under our names, and metadata that says what they are."""
+"""Our own weight files: safetensors with arrays under our names, and metadata that describe them."""
 
 import dataclasses
 import json
@@ -15,39 +15,39 @@ from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entrie
 from nfnet_flax.weights.files import read_safetensors, write_safetensors
 
 _FORMAT = "nfnet_flax weights 1"
-# These change how a network is trained, or how it is computed, but not which function its parameters stand for.
+# These fields change how a network is trained or computed, but not the function that its parameters define.
 _FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype")
 ParameterKind = Literal["raw", "ema", "unknown"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What was done to the images that a network was evaluated on; fields as in `DataConfig`."""
+    """How images were prepared for the evaluation of a network; the values are those of `DataConfig`."""
 
     image_size: int
-    """Height and width, in pixels."""
+    """Height and width of the network's images, in pixels."""
     crop_margin: int
-    """Pixels that are cut off on each side after the resize."""
+    """Total number of pixels that are cut off on each axis after resizing."""
     resampler: str
-    """How images were resized."""
+    """Method that resizes the images."""
     mean: tuple[float, float, float]
-    """Subtracted from the grey levels (0 to 255) of each channel."""
+    """Mean that is subtracted from the grey levels (0 to 255) of each channel."""
     std: tuple[float, float, float]
-    """Divides the grey levels of each channel."""
+    """Standard deviation by which the grey levels of each channel are then divided."""
 
     def __post_init__(self) -> None:
         check_types(self)
 
     def normalisation_change(self, source: str, mean: Sequence[float], std: Sequence[float]) -> str | None:
-        """What to say where images are to be normalised otherwise; None where they are not.
+        """A message if images shall be normalised differently; None if they are normalised in the same way.
 
-        To a network this makes other images of them. The size may be another, which is usual, and resamplers differ by
-        less than a grey level.
+        With another normalization a network gets other values for the same image. The image size is not compared,
+        because another size is usual; nor is the resampler, because resamplers differ by less than a grey level.
 
         Args:
-          source: what has this preprocessing, for the message.
-          mean: that is asked for.
-          std: that is asked for.
+          source: what this preprocessing belongs to, for the message.
+          mean: the requested mean.
+          std: the requested standard deviation.
         """
         asked = {"mean": tuple(mean), "std": tuple(std)}
         changed = [
@@ -56,27 +56,27 @@ class Preprocessing:
         if not changed:
             return None
         return (
-            f"{source}: preprocessing: stored -> asked for: {', '.join(changed)}: the weights will see images unlike "
-            "those that they know; for the same images give data.mean and data.std as stored"
+            f"{source}: preprocessing: stored -> asked for: {', '.join(changed)}: the network will get other values "
+            "than in its training; to avoid this, give data.mean and data.std as stored"
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """What a weight file says about itself."""
+    """The description of weights in the metadata of a weight file."""
 
     model: ModelConfig
-    """The network."""
+    """Configuration of the network."""
     num_classes: int
-    """Outputs of its head."""
+    """Number of outputs of its head."""
     source: str
-    """Where the weights come from."""
+    """Description of where the weights come from."""
     parameters: ParameterKind
-    """As trained, their moving average, or not known."""
+    """Which parameters they are: as trained, their moving average, or unknown."""
     class_names: tuple[str, ...] | None = None
-    """Of the first outputs of the head, in order; None: not known."""
+    """Names of the classes of the first outputs of the head, in order; None: not known."""
     preprocessing: Preprocessing | None = None
-    """Of the images; None: not known."""
+    """Preprocessing of the images; None: not known."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -112,10 +112,10 @@ def save_weights(
 def write_weights(
     path: str | os.PathLike[str], info: WeightsInfo, arrays: HostArrays, *, overwrite: bool = False
 ) -> None:
-    """Writes arrays under our names; the file appears under its name only when it is complete.
+    """Writes arrays under our names; the file gets its name only when it is complete.
 
     Raises:
-      ConfigError: the file cannot be written, or exists and is not to be replaced (`overwrite`).
+      ConfigError: the file cannot be written, or exists and must not be replaced (`overwrite`).
     """
     metadata = {
         "format": _FORMAT,
@@ -132,10 +132,10 @@ def write_weights(
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, HostArrays]:
-    """Reads what `save_weights` wrote.
+    """Reads a file that `save_weights` wrote.
 
     Raises:
-      CodeNotLoaded: the network is of a family of a user's own, whose code is not loaded.
+      CodeNotLoaded: the network belongs to a family of a user's own, whose code is not loaded.
       ConfigError: the file cannot be read, is damaged, or was written by something else.
     """
     tensors, metadata = read_safetensors(local_path("weights file", path))
@@ -148,11 +148,11 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, HostArrays]
         raise ConfigError(f"{named}: its metadata lack {error}: take the file from where it was written") from error
     except CodeNotLoaded as error:
         raise CodeNotLoaded(f"{named}: {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:  # of JSON, numbers and our own checks
+    except (ValueError, TypeError, RecursionError) as error:  # raised by JSON, numbers and our own checks
         raise ConfigError(f"{named}: its metadata are wrong: {error}") from error
-    # A network is built from the metadata before its arrays are looked at.
+    # Checked here because a network is built from the metadata before its arrays are checked.
     if (num_blocks := info.model.num_blocks) > len(tensors):
-        raise ConfigError(f"{named}: its metadata tell of {num_blocks} blocks, but it holds {len(tensors)} arrays")
+        raise ConfigError(f"{named}: its metadata name {num_blocks} blocks, but it holds {len(tensors)} arrays")
     return info, tensors
 
 
@@ -171,7 +171,8 @@ def _info(metadata: dict[str, str]) -> WeightsInfo:
 
 
 def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequence[str] = ()) -> HostArrays:
-    """Arrays of a weight file for a network, which may be abstract (`nnx.eval_shape`); checked, not loaded.
+    """Arrays of a weight file for a network, which may be abstract (`nnx.eval_shape`); they are only checked, not
+    loaded.
 
     Args:
       path: a file that `save_weights` wrote.
@@ -179,7 +180,7 @@ def stored_arrays(path: str | os.PathLike[str], model: Classifier, *, skip: Sequ
       skip: shell-style patterns of names that are left out, such as `head.*` for a head of another size.
 
     Raises:
-      ConfigError: the file cannot be read, is of another network, or does not fit.
+      ConfigError: the file cannot be read, belongs to another network, or does not fit.
     """
     info, tensors = read_weights(path)
     return fitting_arrays(f"weights file {str(path)!r}", info, tensors, model, skip)
@@ -191,14 +192,14 @@ def fitting_arrays(
     """Arrays under our names, checked against a network, which may be abstract (`nnx.eval_shape`).
 
     Args:
-      source: where they come from, for the message of an error.
-      info: what they are.
-      arrays: by our names.
-      model: the network that they are for.
+      source: description of where the arrays come from, for the message of an error.
+      info: description of the weights.
+      arrays: our name -> array.
+      model: the network for which they are needed.
       skip: shell-style patterns of names that are left out.
 
     Raises:
-      ConfigError: they are of another network, or do not fit.
+      ConfigError: they belong to another network, or do not fit.
     """
     lines = [
         line

@@ -1,4 +1,4 @@
-"""A teacher for distillation: the network of a weight file, in evaluation mode, as a function of arrays."""
+"""A teacher for distillation: the network of a weight file in evaluation mode, as a function of its arrays."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from nfnet_flax.weights.portable import WeightsInfo, read_weights
 _REMEDY = "give a teacher that was trained on the same classes"
 
 _SCALE, _OFFSET = "teacher image scale", "teacher image offset"
-"""Names beside those of the network's parameters: what makes the run's images those that the teacher knows."""
+"""Names of arrays in addition to the network's parameters: they convert the run's normalization of images to the
+teacher's."""
 
 
 class _Teacher(NamedTuple):
@@ -31,16 +32,16 @@ class _Teacher(NamedTuple):
 def teacher_arrays(
     path: str, class_names: Sequence[str], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, jax.Array]:
-    """Everything that `teacher_logits` needs, for the images and in the order of the classes of a run.
+    """The arrays that `teacher_logits` needs, for the normalization and the order of the classes of a run.
 
     Args:
-      path: of a weight file.
-      class_names: of the run, in the order of its labels.
-      mean: per channel, in grey levels: subtracted from the run's images.
-      std: per channel, in grey levels: what they are divided by then.
+      path: path of a weight file.
+      class_names: class names of the run, in the order of its labels.
+      mean: mean of each channel, in grey levels, that is subtracted from the run's images.
+      std: standard deviation of each channel, in grey levels, by which they are then divided.
 
     Raises:
-      ConfigError: the file cannot be read or is damaged, or its network knows other classes.
+      ConfigError: the file cannot be read or is damaged, or its network has other classes.
     """
     teacher = _read(path)
     stored = jax.device_get(teacher.params | teacher.batch_stats)
@@ -56,12 +57,12 @@ def teacher_arrays(
 
 
 def teacher_logits(path: str, images: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """(N, num_classes) float32 logits of the teacher; no gradient passes it.
+    """(N, num_classes) float32 logits of the teacher, without a gradient.
 
     Args:
-      path: of the weight file, for the structure of the network.
-      images: (N, H, W, 3), as the student sees them.
-      arrays: of `teacher_arrays`.
+      path: path of the weight file, for the structure of the network.
+      images: (N, H, W, 3), as the student gets them.
+      arrays: result of `teacher_arrays`.
     """
     teacher = _read(path)
     params, batch_stats = ({name: arrays[name] for name in part} for part in (teacher.params, teacher.batch_stats))
@@ -72,15 +73,15 @@ def teacher_logits(path: str, images: jax.Array, arrays: dict[str, jax.Array]) -
 
 def _read(path: str) -> _Teacher:
     file = local_path("objective.teacher", path)
-    stat = file.stat() if file.is_file() else None  # what is missing is named by the reader
+    stat = file.stat() if file.is_file() else None  # `read_weights` reports a missing file
     return _read_once(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
 
 
 @functools.lru_cache(maxsize=1)
 def _read_once(path: str, version: tuple[int, int] | None) -> _Teacher:
-    del version  # another file under the same name is read again
+    del version  # part of the cache's key, so that another file with the same name is read
     info, arrays = read_weights(path)
-    with jax.ensure_compile_time_eval():  # a step that is being traced may be who asks first
+    with jax.ensure_compile_time_eval():  # the first call may be within the tracing of a step
         model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
         if model.is_foldable:
             model = fold(model)  # standardized once instead of in every step

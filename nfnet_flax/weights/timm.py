@@ -1,4 +1,4 @@
-"""Parameters of timm's `dm_nfnet_f0` ... `dm_nfnet_f6` (PyTorch): OIHW kernels, safetensors files."""
+"""Conversion from and to timm's `dm_nfnet_f0` ... `dm_nfnet_f6` (PyTorch): OIHW kernels, safetensors files."""
 
 import functools
 import re
@@ -29,13 +29,13 @@ TIMM_FORM: dict[str, Any] = {"activation": "gelu_erf", "standardization": "timm"
 def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> None:
     """Replaces the parameters of an NFNet, in place.
 
-    The outputs are timm's if the network was made with `**TIMM_FORM`; without it, the same parameters are read in the
-    published form, in which the weights that timm ships were trained.
+    The outputs equal timm's if the network was made with `**TIMM_FORM`. Without it, the network computes in the
+    published form, in which the weights that timm distributes were trained.
 
     Args:
       model: an NFNet.
-      tensors: timm's state dict as NumPy arrays, such as `safetensors.numpy.load_file` gives. Prefixes that wrappers
-        put before all names are taken off (`state_dicts.unwrapped`).
+      tensors: timm's state dict as NumPy arrays, as `safetensors.numpy.load_file` returns it. Prefixes that wrappers
+        add to all names are removed (`state_dicts.unwrapped`).
       skip: shell-style patterns of our names that keep what they have, such as `head.*` for a head of another size.
 
     Raises:
@@ -45,7 +45,7 @@ def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[s
 
 
 def timm_arrays(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> HostArrays:
-    """What `from_timm` would put into a network, which may be abstract (`nnx.eval_shape`)."""
+    """The arrays that `from_timm` would put into a network, which may be abstract (`nnx.eval_shape`)."""
     return read_entries("the timm state dict", model, timm_entries(model), unwrapped(tensors), skip)
 
 
