@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nfnet_flax import cli
 from nfnet_flax.config import ConfigError
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_LOST
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST
 from nfnet_flax.training import layout, lease
 from nfnet_flax.training.storage import StorageFailed
 from tests import runs
@@ -181,7 +182,9 @@ def test_a_folder_that_vanished_or_cannot_be_written_is_named(tmp_path: Path) ->
         lease.owning(tmp_path / "file" / "run", never).__enter__()
 
 
-def test_the_second_start_of_a_run_ends_with_code_2_and_changes_nothing(tmp_path: Path) -> None:
+def test_the_second_start_of_a_run_ends_with_code_2_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workdir = tmp_path / "run"
     first = runs.start(workdir, *TINY, "--num-steps=20000")
     assert first.stdout is not None
@@ -193,9 +196,14 @@ def test_the_second_start_of_a_run_ends_with_code_2_and_changes_nothing(tmp_path
         printed = runs.finish(second)
         assert second.returncode == EXIT_BAD_INPUT, printed
         assert f"in use: process {first.pid} on host" in printed
+        trains = f"process {first.pid} on host"
+        assert cli.main(["doctor", "--workdir", str(workdir)]) == EXIT_DONE
+        assert trains in capsys.readouterr().out
         os.killpg(first.pid, signal.SIGTERM)
         assert "stopping at step" in runs.finish(first)
         assert first.returncode == 75
+        assert cli.main(["doctor", "--workdir", str(workdir)]) == EXIT_DONE
+        assert trains not in capsys.readouterr().out
     finally:
         first.kill()
         first.wait()

@@ -44,6 +44,7 @@ def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> 
             finding for kind in layout.CHECKPOINT_KINDS for finding in _check_checkpoints(workdir / kind, until_s)
         ]
         findings += _check_metrics(workdir)
+        findings += _check_owner(workdir)
         findings += _check_identity(workdir, recipe)
     return findings
 
