@@ -1,8 +1,8 @@
 """EfficientNet-B0 to B7 on ImageNet: the optimizer as published, RandAugment in place of AutoAugment.
 
-Paper: Tan and Le 2019, arXiv 1905.11946 (section 5.2; table 2: results). Data: python tools/prepare_imagenet.py --help;
-the recipe reads what `--out data/imagenet` wrote. Command: nfnet train recipes/efficientnet_imagenet.py:variant=b1
---workdir runs/b1
+Paper: Tan and Le 2019, arXiv 1905.11946 (section 5.2; table 2: results).
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Command: nfnet train recipes/efficientnet_imagenet.py:variant=b1 --workdir runs/b1
          nfnet train recipes/efficientnet_imagenet.py:variant=b1 --debug --workdir runs/debug
 
 Published top-1 (with AutoAugment). None of it was measured here.

@@ -1,8 +1,8 @@
 """NF-RegNet-B0 to B8 on ImageNet, as published: no gradient clipping, mixup and CutMix, no RandAugment.
 
-Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it. Data: python
-tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
-recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
+Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it.
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Command: nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
          nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --debug --workdir runs/debug
 Published top-1: see the paper's tables; the numbers were not measured here, so they are not repeated.
 

@@ -1,8 +1,8 @@
 """NF-ResNet-50 to 600 on ImageNet with the settings of the published code's ResNet experiment.
 
-Paper: Brock et al. 2021, arXiv 2101.08692 (no dropout, no gradient clipping). Data: python tools/prepare_imagenet.py
---help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
-recipes/nf_resnet_imagenet.py:variant=101 --workdir runs/nf101
+Paper: Brock et al. 2021, arXiv 2101.08692 (no dropout, no gradient clipping).
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Command: nfnet train recipes/nf_resnet_imagenet.py:variant=101 --workdir runs/nf101
          nfnet train recipes/nf_resnet_imagenet.py:variant=101 --debug --workdir runs/debug
 Published top-1: see the paper's tables; the numbers were not measured here, so they are not repeated.
 

@@ -1,8 +1,8 @@
 """NFNet-F0 to F7 (and F0+ to F7+, wider) on ImageNet, as published.
 
-Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results). Data: python
-tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
-recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
+Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results).
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Command: nfnet train recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
          nfnet train recipes/nfnet_imagenet.py:variant=f1 --debug --workdir runs/debug
 While tuning: --data.num-held-out 10000 leaves 10,000 training images out of training and evaluates on them, as the
 authors did.

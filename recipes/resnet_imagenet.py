@@ -1,8 +1,8 @@
 """ResNet v2 with BatchNorm on ImageNet, the baseline of the NF-ResNets, and SE-ResNeXt-D-50, on which NFNet is based.
 
 Paper: He et al. 2016, arXiv 1603.05027 (network); the settings are those of the code published with arXiv 2101.08692.
-Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. Command: nfnet train
-recipes/resnet_imagenet.py:variant=101 --workdir runs/resnet101
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Command: nfnet train recipes/resnet_imagenet.py:variant=101 --workdir runs/resnet101
          nfnet train recipes/resnet_imagenet.py:variant=101 --debug --workdir runs/debug
 Published top-1: arXiv 2101.08692 compares these networks with the NF-ResNets in its tables; the numbers were not
 measured here, so they are not repeated.

@@ -158,7 +158,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
 
 def test_what_lies_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("notes")
-    with pytest.raises(ConfigError, match=r"tensorboard is no folder.* move it away"):
+    with pytest.raises(ConfigError, match=r"tensorboard is not a folder.* move it away"):
         MetricsLog(tmp_path, resume_step=0, evaluated=False, tensorboard=True)
     assert (tmp_path / "tensorboard").read_text() == "notes"
     path = tmp_path / "metrics.jsonl"

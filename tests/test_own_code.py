@@ -220,7 +220,7 @@ def test_a_start_that_trained_nothing_leaves_its_code_free(tmp_path: Path) -> No
     own_files.replace(layers, "width // 8", "width // 4")
     shutil.rmtree(workdir / "code")  # as of a run from before there was any
     (said,) = runs.claimed(workdir, recipe)
-    assert said == "the run's own code was not on record; from now on it is: my_layers.py, my_net.py, my_recipe.py"
+    assert said == "the run's own code was not recorded; from now on it is: my_layers.py, my_net.py, my_recipe.py"
 
 
 def test_processes_with_other_code_do_not_start(own: Path, tmp_path: Path) -> None:

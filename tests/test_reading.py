@@ -348,7 +348,7 @@ def test_a_run_is_one_with_the_weights_that_it_began_with(made: Made, tmp_path: 
     # From a checkpoint it needs none of them: what is not read is not put on record.
     shutil.copytree(made.workdir / "checkpoints" / "2", workdir / "checkpoints" / "2")
     (said,) = claimed(workdir, dataclasses.replace(ema, init_from="/nope"))
-    assert said.startswith("init_from = '/nope' has no effect: the run goes on from a checkpoint, and began with ")
+    assert said.startswith("init_from = '/nope' has no effect: the run continues from a checkpoint, and began with ")
     assert Run(workdir).recipe.init_from == str(made.workdir)
 
 
