@@ -77,6 +77,8 @@ def from_json(hint: Any, data: Any, path: str = "") -> Any:
 
 def _made(cls: type, given: dict[str, Any], where: str, path: str) -> Any:
     hints = field_hints(cls)
+    retired = cls.retired_fields - hints.keys() if issubclass(cls, OpenConfig) else frozenset()
+    given = {name: value for name, value in given.items() if name not in retired}
     later = {field.name for field in dataclasses.fields(cls) if "added_later" in field.metadata}
     if unequal := (hints.keys() ^ given.keys()) - (later & hints.keys()):
         writer, remedy = "another version of nfnet_flax", "use that version"

@@ -28,6 +28,8 @@ class OpenConfig:
     place_fields: ClassVar[tuple[str, ...]] = ()
     """Names of fields that only say where files are on this machine: paths, or tuples of paths. They may change when a
     run continues, and are stored as absolute paths; the files are compared by their content."""
+    retired_fields: ClassVar[frozenset[str]] = frozenset()
+    """Names of fields that earlier versions had and that decided nothing: they are ignored in stored configurations."""
 
     def __post_init__(self) -> None:
         """Checks the types of the fields; a class with checks of its own calls `super().__post_init__()` first."""

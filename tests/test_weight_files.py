@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from nfnet_flax import weights
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models import Classifier, build_model
+from nfnet_flax.models import Classifier, NFNetConfig, build_model
 from nfnet_flax.weights.entries import HostArrays, arrays_of
+from tests import golden
 from tests.networks import SMALL
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -95,6 +96,17 @@ def test_a_file_makes_its_own_network(model: Classifier, tmp_path: Path) -> None
     assert loaded.deterministic
     assert (loaded.config, loaded.num_classes) == (SMALL["nfnet"], 3)
     assert same(arrays_of(loaded), arrays_of(model))
+
+
+def test_a_file_of_an_earlier_version_is_read() -> None:
+    path = golden.FOLDER / "weights_with_image_sizes.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        assert '"train_image_size": 24' in file.metadata()["model"]
+    model = weights.load_model(path)
+    assert model.config == NFNetConfig(widths=(8,), depths=(1,), group_width=4)
+    stored = load_file(path)
+    for name, value in arrays_of(model).items():
+        np.testing.assert_array_equal(value, stored[name])
 
 
 def test_a_file_says_what_its_outputs_and_images_are(model: Classifier, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class ModelConfig(OpenConfig, abc.ABC):
 
     compute_dtype: ComputeDtype = "float32"
     """Type of images, activations and kernels in the computation; the stored parameters are float32."""
+    retired_fields = frozenset({"train_image_size", "test_image_size"})
 
     @abc.abstractmethod
     def build(self, num_classes: int, rngs: nnx.Rngs) -> "Classifier":
