@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -291,3 +292,19 @@ def test_only_paths_of_this_machine_are_taken(folder: Path, tmp_path: Path) -> N
         assert "--out = " in done.stderr
         assert "is a URL" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_waits_for_the_pool_of_workers() -> None:
+    """Otherwise the thread of the pool runs on while Python ends, which then fails with a traceback now and then."""
+    code = """
+import threading
+from tools.prepare_imagenet import _workers
+
+try:
+    with _workers(2) as pool:
+        assert pool.submit(abs, -1).result() == 1
+        raise RuntimeError
+except RuntimeError:
+    assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent.parent)

@@ -149,7 +149,9 @@ def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
                 worker.kill()  # otherwise their shards would be finished first, which takes minutes
             raise
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # shards that were begun are finished
+            # Waits for shards that were begun. Without waiting, the end of Python and the end of the pool race: Python
+            # writes to a pipe that the pool has closed, and a traceback follows the message.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
