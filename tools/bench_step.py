@@ -84,6 +84,8 @@ def our_training(
 
     rates = {"drop_rate": 0.0} | ({"stochdepth_rate": 0.0} if "resnet" not in options.model else {})
     config = model_config(options.model, compute_dtype=options.dtype, **rates)
+    if model_structure(config, 1000).batch_stat_shapes:  # BatchNorm normalises each part, so their number is given
+        microbatches = microbatches or 1
     structure = model_structure(config, 1000, ExecutionConfig(num_microbatches=microbatches, reproducible=reproducible))
     groups = OptimConfig() if "nfnet" in options.model else OptimConfig(clipping=None)
     mesh = make_mesh(jax.devices()[:1])
