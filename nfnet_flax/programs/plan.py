@@ -6,6 +6,7 @@ and FLOPs, which are counted in its program. Its cycles are an estimate, which i
 
 import collections
 import dataclasses
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,9 +59,9 @@ class Plan:
     rematerialization: str
     num_parameters: int
     parameter_bytes: int
-    """Size of parameters and running statistics."""
+    """Size of a device's share of parameters and running statistics."""
     state_bytes: int
-    """Size of parameters, optimizer state and EMA together."""
+    """Size of a device's share of parameters, optimizer state and EMA together."""
     temporary_bytes: int
     """Size of activations, gradients and other arrays that exist only within a step."""
     peak_bytes: int
@@ -163,7 +164,8 @@ def _report(
     hbm_gib, clock_ghz = _DEVICES.get(device.device_kind, (0, None))
 
     def nbytes(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     written = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
