@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def filled(config: ModelConfig, num_classes: int) -> tuple[GraphDef, Params, Bat
     )
 
 
-def initial_statistics(shapes: BatchStats) -> BatchStats:
+def initial_statistics(shapes: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> BatchStats:
     """Running statistics as they begin."""
     return {
         name: (jax.numpy.ones if name.endswith(".variance") else jax.numpy.zeros)(leaf.shape, leaf.dtype)

@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.fingerprints import CopiesDiffer, fingerprints
 
-mesh = make_mesh(fsdp=2)
+mesh = make_mesh(num_shares=2)
 assert mesh.size == 4
 values = np.arange(12, dtype=np.float32).reshape(3, 4)
 for spec in (PartitionSpec(), PartitionSpec(None, "fsdp")):
@@ -70,7 +70,8 @@ def test_devices_of_a_process_that_differ_are_noticed_whole_or_divided() -> None
     assert done.stdout.count("the devices of this process hold different copies of params.w") == 2
 
 
-# `nfnet train` in which one bit of this process's copy of a parameter flips after its sixth step.
+# `nfnet train` in which one bit of this process's copy of a parameter flips after its sixth step. Of kernels there are
+# no copies: each process has its share.
 FLIPPED = """
 import dataclasses, sys
 import jax, numpy as np
@@ -78,12 +79,12 @@ from nfnet_flax import cli
 from nfnet_flax.training import loop
 
 def flipped(state):
-    value = state.params["head.kernel"]
+    value = state.params["head.bias"]
     copy = np.array(value.addressable_data(0))
-    copy.view(np.uint32)[0, 0] ^= 1 << 21  # of the lowest bits the next updates would leave nothing
+    copy.view(np.uint32)[0] ^= 1 << 21  # of the lowest bits the next updates would leave nothing
     copies = [jax.device_put(copy, device) for device in value.sharding.addressable_devices]
-    head = jax.make_array_from_single_device_arrays(value.shape, value.sharding, copies)
-    return dataclasses.replace(state, params={**state.params, "head.kernel": head})
+    bias = jax.make_array_from_single_device_arrays(value.shape, value.sharding, copies)
+    return dataclasses.replace(state, params={**state.params, "head.bias": bias})
 
 def assemble(*arguments, assemble=loop.assemble):
     setup = assemble(*arguments)
@@ -112,7 +113,7 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_flipped_bit_in_one_process_ends_the_run_at_the_next_save(drifted: tuple[Path, str]) -> None:
     workdir, printed = drifted
     assert "hold different states at step 8 (process 0; process 1)" in printed
-    assert "params.head.kernel" in printed
+    assert "params.head.bias" in printed
     assert steps_in(workdir / "checkpoints") == [4]
 
 

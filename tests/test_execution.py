@@ -26,17 +26,20 @@ from nfnet_flax.models import (
 from nfnet_flax.models.params import (
     batch_stats_of,
     check_names,
-    global_norm,
     is_standardized,
     mark_prepared,
     merge,
     prepare,
     pull_back,
     split,
+    unit_gradients,
 )
 from nfnet_flax.models.stages import Rematerialization, run_stage
 from nfnet_flax.models.standardization import StandardizationName, standardize
-from nfnet_flax.training.gradient import normalise
+from nfnet_flax.objectives import Arrays, SoftmaxCrossEntropy
+from nfnet_flax.optim.norms import global_norm
+from nfnet_flax.training.gradient import make_part, normalise
+from nfnet_flax.training.state import model_structure
 from tests import golden
 from tests.networks import FAST_COMPILE, SMALL, relative
 
@@ -77,6 +80,32 @@ def test_rematerialization_changes_nothing(family: str, choices: tuple[Remateria
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
                 np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(value))))
+
+
+@pytest.mark.parametrize(("family", "num_rows_seen"), [("nfnet", 8), ("resnet", 3)])
+def test_few_images_fill_a_tile_of_a_tpu(family: str, num_rows_seen: int) -> None:
+    """The empty rows change neither loss nor gradient. With BatchNorm there are none."""
+    structure = model_structure(SMALL[family], 5, ExecutionConfig(num_microbatches=1))
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(0.3 * rng.standard_normal(leaf.shape)) for name, leaf in structure.shapes.items()}
+    statistics = golden.initial_statistics(structure.batch_stat_shapes)
+    images = jnp.asarray(rng.standard_normal((3, 32, 32, 3)), jnp.float32)
+    batch, keys = {"image": images, "label": jnp.arange(3)}, example_keys(jax.random.key(0), jnp.arange(3))
+    arrays: Arrays = {}
+
+    def run(platform: str) -> Any:
+        part = make_part(structure, SoftmaxCrossEntropy(), platform, 1, frozenset(), is_normalised=True)
+        traced = jax.jit(part, compiler_options=FAST_COMPILE).trace(statistics, arrays, params, keys, batch)
+        shapes = [line for line in str(traced.jaxpr).splitlines() if "conv_general_dilated[" in line]
+        return traced.lower().compile()(statistics, arrays, params, keys, batch), shapes
+
+    (want, of_gpu), (got, of_tpu) = run("gpu"), run("tpu")
+    assert f"f32[{num_rows_seen},16,16," in of_tpu[0]
+    assert "f32[3,16,16," in of_gpu[0]
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        largest = float(jnp.max(jnp.abs(value.value)))
+        np.testing.assert_allclose(got[name].value, value.value, rtol=1e-4, atol=1e-5 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("family", DEEP)
@@ -172,7 +201,8 @@ def test_norms_come_with_the_gradient(offset: float) -> None:
     np.testing.assert_allclose(
         prepared["a.kernel"], standardize(params["a.kernel"], params["a.gain"], "published"), rtol=1e-6
     )
-    gradient, norms = pull_back(dy, params, facts, "published")
+    units = unit_gradients(dy, params, facts, "published")
+    gradient, norms = pull_back(dy, params, facts, units), units.norms
     for name in ("a.kernel", "b.kernel"):
         known = norms[name]
         assert known is not None

@@ -18,7 +18,7 @@ SUMS = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from nfnet_flax.parallel.mesh import BATCH_AXES, DATA_AXIS, FSDP_AXIS, make_mesh, partition_spec, sharded_axis
+from nfnet_flax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec, sharded_axis
 from nfnet_flax.parallel.reduce import Part, sum_of_turns, sum_over_devices, tree_sum
 
 rng = np.random.default_rng(0)
@@ -37,11 +37,11 @@ def by_hand(x):
 
 want = {name: by_hand(value) for name, value in parts.items()}
 assert any(not np.array_equal(want[name], np.sum(value[::-1], axis=0)) for name, value in parts.items())
-for num_devices, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 8), (4, 4)):
-    mesh = make_mesh(jax.devices()[:num_devices], fsdp=fsdp)
-    axes = {name: sharded_axis(name, shape, mesh) for name, shape in shapes.items()}
-    specs = {name: partition_spec(name, shape, mesh) for name, shape in shapes.items()}
-    assert (axes["big.kernel"] == 3) == (fsdp > 1) and axes["vector"] is None and axes["odd.kernel"] is None
+for num_devices, num_shares in ((1, 1), (2, 2), (2, 1), (4, 4), (8, 1), (8, 2), (8, 8)):
+    mesh = make_mesh(jax.devices()[:num_devices], num_shares=num_shares)
+    axes = {name: sharded_axis(name, shape, mesh, 8) for name, shape in shapes.items()}
+    specs = {name: partition_spec(axis) for name, axis in axes.items()}
+    assert (axes["big.kernel"] == 2) == (num_shares > 1) and axes["vector"] is None and axes["odd.kernel"] is None
 
     def local(parts, step):
         turns = 8 // num_devices
@@ -51,17 +51,20 @@ for num_devices, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 8), (4, 4)
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(BATCH_AXES), P()), out_specs=specs, check_vma=False))
     got = run(parts, jnp.zeros((), jnp.int32))
     for name in shapes:
-        assert np.asarray(got[name]).tobytes() == want[name].tobytes(), (num_devices, fsdp, name)
+        assert np.asarray(got[name]).tobytes() == want[name].tobytes(), (num_devices, num_shares, name)
 
-# More devices than add at once.
-mesh = make_mesh(jax.devices())
-assert mesh.size == 32
-many = (rng.standard_normal((32, 500)) * 10.0 ** rng.integers(-4, 4, (32, 500))).astype(np.float32)
-run = jax.shard_map(
-    lambda rows: sum_over_devices({"long": Part(rows[0])}, {"long": None}, mesh.shape, reproducible=True),
-    mesh=mesh, in_specs=P(BATCH_AXES), out_specs=P(), check_vma=False,
-)
-assert np.asarray(jax.jit(run)(many)["long"]).tobytes() == tree_sum(list(many)).tobytes()
+# More devices than add at once, whole and as shares.
+many = (rng.standard_normal((32, 640)) * 10.0 ** rng.integers(-4, 4, (32, 640))).astype(np.float32)
+for num_shares, axis in ((1, None), (16, None), (2, 0), (16, 0)):
+    mesh = make_mesh(jax.devices(), num_shares=num_shares)
+    assert mesh.size == 32
+    for reproducible in (True, False):
+        run = jax.shard_map(
+            lambda rows: sum_over_devices({"a": Part(rows[0])}, {"a": axis}, mesh.shape, reproducible=reproducible),
+            mesh=mesh, in_specs=P(BATCH_AXES), out_specs=partition_spec(axis), check_vma=False,
+        )
+        got, want_many = np.asarray(jax.jit(run)(many)["a"]), tree_sum(list(many))
+        assert got.tobytes() == want_many.tobytes() if reproducible else np.allclose(got, want_many, rtol=1e-3)
 print("equal")
 """
 
@@ -77,11 +80,11 @@ from nfnet_flax.training.step import make_train_step
 
 config = NFNetConfig(widths=(8, 16), depths=(1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
 
-def run(num_devices):
+def run(num_devices, num_shares):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
     schedule = Cosine().learning_rate(0.05, RunLength(warmup_steps=2, num_steps=20, steps_per_epoch=1.0))
     optimizer = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
-    mesh = make_mesh(jax.devices()[:num_devices])
+    mesh = make_mesh(jax.devices()[:num_devices], num_shares=num_shares)
     state = create_state(structure, 0, optimizer, mesh)
     step = make_train_step(structure, optimizer, SoftmaxCrossEntropy(), mesh, seed=0)
     rng = np.random.default_rng(0)
@@ -94,14 +97,16 @@ def run(num_devices):
             moved = sum(collective_bytes(parse(compiled.as_text())).values())
             share = moved / (4 * sum(leaf.size for leaf in state.params.values()))
         state, metrics = compiled(state, batch)
-        losses.append(np.asarray(metrics["train/loss"]).tobytes())
+        losses.append({name: np.asarray(value).tobytes() for name, value in metrics.items()})
     return share, losses, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
-_, want_losses, want = run(1)
-share, losses, got = run(4)
+_, want_losses, want = run(1, 1)
+share, losses, got = run(4, 2)
 assert losses == want_losses
 assert got == want
-assert share < 2.1, share  # scattered once, gathered once
+# Gathered once, scattered once, and as the kernels are small, half as much for sums over them. Two groups of devices
+# hold the same shares, and add them.
+assert share < 3.3, share
 print("equal")
 """
 

@@ -158,7 +158,7 @@ def main() -> int:
     """Runs all layouts and compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-moved", action="store_true", help="only the layout of one device and the moved run")
-    parser.add_argument("--fsdp", action="store_true", help="also divide parameters over 2 and 4 devices, and compare")
+    parser.add_argument("--fsdp", action="store_true", help="each layout also with `execution.fsdp` 2 and 4")
     parser.add_argument("--fast", action="store_true", help="only the layouts, with `reproducible` off")
     options = parser.parse_args()
     words, alike = (FAST, compare_roughly) if options.fast else ((), compare)
@@ -172,11 +172,16 @@ def main() -> int:
             workdir = folder / f"{num_processes}x{num_devices}"
             end(workdir, start(workdir, num_processes, num_devices, *words), EXIT_DONE)
             good &= alike(reference, workdir)
-        for fsdp in (2, 4) if options.fsdp else ():
-            workdir = folder / f"1x4 fsdp {fsdp}"
-            end(workdir, start(workdir, 1, 4, f"--execution.fsdp={fsdp}", *words), EXIT_DONE)
-            # On CPUs the result is equal only up to rounding, because the update is compiled for another shape.
-            good &= alike(reference, workdir) or not options.fast
+        for num_processes, num_devices in LAYOUTS[1:] if options.fsdp else ():
+            for fsdp in (2, 4):
+                if num_processes * num_devices % fsdp == 0:
+                    workdir = folder / f"{num_processes}x{num_devices} fsdp {fsdp}"
+                    end(
+                        workdir,
+                        start(workdir, num_processes, num_devices, f"--execution.fsdp={fsdp}", *words),
+                        EXIT_DONE,
+                    )
+                    good &= alike(reference, workdir)
         if not options.fast:
             good &= compare(reference, moved(folder))
     print((f"all within {TOLERANCE}" if options.fast else "all equal") if good else "NOT equal")

@@ -8,18 +8,18 @@ The step, the optimizer and the shardings rely on the names, so every family has
   the examples, which a call is given (`layers.dropout`, `layers.drop_path`).
 - Parameters are float32, whatever type the network computes in.
 - `X.kernel` is a matrix (I, O) or a convolution kernel HWIO. Its last axis is the output units: adaptive gradient
-  clipping takes the norm of each unit over all other axes, and `fsdp` divides the kernel along this axis. The kernel is
-  cast to the type of the computation once per step.
+  clipping takes the norm of each unit over all other axes. Devices divide the kernel along the axis before, the input
+  channels. It is cast to the type of the computation once per step.
 - `X.gain` together with `X.kernel` means that the kernel is standardized, once per step and outside of the network: X
   is a `layers.WSConv`, which then uses the kernel as it is. A gain without a kernel (BatchNorm) has no meaning.
 - `X.bias` together with `X.kernel` is cast with it.
 - `head` is the last layer: the last axis of its parameters is the classes, in the order of the labels.
-- All other parameters have no special meaning: a vector is one unit for clipping, and is not divided by `fsdp`. The
+- All other parameters have no special meaning: a vector is one unit for clipping, and is whole on every device. The
   groups of `OptimConfig` are chosen by name, too: by default `*.bias` and `*gain` are not decayed.
 """
 
-from collections.abc import Collection, Container
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Container, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models import standardization
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.layers import WSConv
-from nfnet_flax.models.standardization import KernelStatistics, StandardizationName
+from nfnet_flax.models.standardization import GradientFactors, KernelStatistics, StandardizationName
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -60,8 +60,48 @@ def update(model: nnx.Module, arrays: dict[str, Any]) -> None:
     nnx.update(model, _nested(arrays))
 
 
+class Division(Protocol):
+    """Which input channels of each kernel are here, and what is known of whole kernels nevertheless."""
+
+    def num_shares(self, name: str) -> int:
+        """Number of equal shares of a kernel, of which one is here."""
+
+    def rough_means(self, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """By name, a number near the mean of each output channel of whole HWIO kernels: (1, 1, 1, O)."""
+
+    def sums(
+        self, function: Callable[..., tuple[jax.Array, ...]], arrays: Mapping[str, tuple[jax.Array, ...]]
+    ) -> dict[str, tuple[jax.Array, ...]]:
+        """Sums over whole kernels of what `function(name, *arrays)` gives for parts of them.
+
+        Args:
+          function: gives sums over the input channels of the arrays that it is given, for each output channel.
+          arrays: by name of the kernel; the first has the input channels that are here as its last but one axis. So
+            have the others, or they belong to whole output channels, with 1 in place of this axis.
+        """
+
+
+class Undivided:
+    """Whole kernels are here."""
+
+    def num_shares(self, name: str) -> int:
+        del name
+        return 1
+
+    def rough_means(self, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: standardization.rough_mean(kernel) for name, kernel in kernels.items()}
+
+    def sums(
+        self, function: Callable[..., tuple[jax.Array, ...]], arrays: Mapping[str, tuple[jax.Array, ...]]
+    ) -> dict[str, tuple[jax.Array, ...]]:
+        return {name: function(name, *given) for name, given in arrays.items()}
+
+
+UNDIVIDED = Undivided()
+
+
 class KernelFacts(NamedTuple):
-    """Facts about kernels that `prepare` computes and `pull_back` needs."""
+    """What is found out about whole kernels on the way to a prepared network, and needed on the way back."""
 
     statistics: dict[str, KernelStatistics]
     """Statistics of each kernel that was standardized."""
@@ -69,34 +109,42 @@ class KernelFacts(NamedTuple):
     """L2 norm of each output channel of every kernel, with the reduced axes kept."""
 
 
-def prepare(params: Params, form: StandardizationName) -> tuple[Params, KernelFacts]:
-    """Standardizes the kernels, once for many calls of a network that is marked as prepared.
+def prepare(params: Params, form: StandardizationName, division: Division = UNDIVIDED) -> tuple[Params, KernelFacts]:
+    """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
 
     Args:
-      params: parameters of a network.
-      form: form of the weight standardization.
+      params: parameters of a network; of kernels, the input channels that are here.
+      form: of the weight standardization.
+      division: says which those are.
 
     Returns:
       The parameters with standardized kernels, and the facts about the kernels that `pull_back` needs.
     """
+    kernels = {name: kernel for name, kernel in params.items() if name.endswith(".kernel")}
+    rough = division.rough_means({name: kernel for name, kernel in kernels.items() if is_standardized(name, params)})
+
+    def sums_of(name: str, kernel: jax.Array, *rough: jax.Array) -> tuple[jax.Array, ...]:
+        # Here, beside the cast to the type of the computation, the norm costs no pass over the kernel of its own.
+        return standardization.kernel_sums(kernel, *rough) if rough else (_unit_squares(kernel),)
+
+    given = {name: (kernel, rough[name]) if name in rough else (kernel,) for name, kernel in kernels.items()}
     prepared = dict(params)
     facts = KernelFacts({}, {})
-    for name, kernel in params.items():
-        if not name.endswith(".kernel"):
+    for name, sums in division.sums(sums_of, given).items():
+        if name not in rough:
+            facts.norms[name] = jnp.sqrt(sums[0])
             continue
-        if is_standardized(name, params):
-            statistics = facts.statistics[name] = standardization.kernel_statistics(kernel)
-            prepared[name] = standardization.apply(kernel, params[_gain_of(name)], statistics, form)
-            facts.norms[name] = jnp.sqrt(standardization.squared_norm(kernel, statistics))
-        else:
-            # Computed here, together with the cast to the compute type, it needs no separate pass over the kernel.
-            facts.norms[name] = _unit_norms(kernel)
+        size = standardization.fan_in(kernels[name]) * division.num_shares(name)
+        statistics = standardization.statistics_of((sums[0], sums[1]), rough[name], size, form)
+        facts.statistics[name] = statistics
+        facts.norms[name] = jnp.sqrt(standardization.squared_norm(statistics, size))
+        prepared[name] = standardization.apply(params[name], params[_gain_of(name)], statistics)
     return prepared, facts
 
 
 UnitNorms = dict[str, tuple[jax.Array, jax.Array] | None]
-"""Name of a parameter -> for a kernel, the norms of each output channel of its gradient and of itself, with the reduced
-axes kept; None for all other parameters."""
+"""Name of a parameter -> norms of its gradient and of itself, of each output channel of a whole kernel (with the
+reduced axes kept); None for all that is not a kernel."""
 
 
 def differentiated(trained: Collection[str], names: Container[str]) -> frozenset[str]:
@@ -112,53 +160,88 @@ def differentiated(trained: Collection[str], names: Container[str]) -> frozenset
     return frozenset(trained) | {name for name in kernels if is_standardized(name, names)}
 
 
-def pull_back(
+class UnitGradients(NamedTuple):
+    """What is found out about the gradient of each output channel of the kernels, before the gradient itself is
+    known."""
+
+    factors: dict[str, GradientFactors]
+    """Of each standardized kernel, by its name."""
+    gains: Params
+    """Gradients of the gains of standardized kernels, by their own names."""
+    norms: UnitNorms
+
+
+def unit_gradients(
     gradient: Params,
     params: Params,
     facts: KernelFacts,
     form: StandardizationName,
-    frozen: Container[str] = (),
-) -> tuple[Params, UnitNorms]:
+    division: Division = UNDIVIDED,
+    norms_of_params: Mapping[str, jax.Array] | None = None,
+) -> UnitGradients:
+    """The sums over each output channel that `pull_back` and gradient clipping need, in one pass over the kernels.
+
+    Args:
+      gradient: with respect to all prepared parameters, or to those that `differentiated` names; of kernels, the input
+        channels that are here.
+      params: all parameters of the network, likewise.
+      facts: result of `prepare`.
+      form: form of the weight standardization.
+      division: says which input channels are here.
+      norms_of_params: norm of each output channel, to be returned beside those of the gradient; None: those of `facts`.
+    """
+
+    def sums_of(
+        name: str, dy: jax.Array, kernel: jax.Array | None = None, *statistics: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        if kernel is None:
+            return (_unit_squares(dy),)
+        return standardization.gradient_sums(dy, kernel, KernelStatistics(*statistics))
+
+    given = {
+        name: (gradient[name], params[name], *facts.statistics[name]) if name in facts.statistics else (gradient[name],)
+        for name in facts.norms
+        if name in gradient
+    }
+    own_norms = facts.norms if norms_of_params is None else norms_of_params
+    result = UnitGradients({}, {}, dict.fromkeys(gradient))
+    for name, sums in division.sums(sums_of, given).items():
+        if name not in facts.statistics:
+            result.norms[name] = (jnp.sqrt(sums[0]), own_norms[name])
+            continue
+        size = standardization.fan_in(params[name]) * division.num_shares(name)
+        factors = standardization.gradient_factors(
+            (sums[0], sums[1], sums[2]), params[_gain_of(name)], facts.statistics[name], size, form
+        )
+        result.factors[name] = factors
+        result.gains[_gain_of(name)] = factors.gain
+        result.norms[name] = (factors.norm, own_norms[name])
+    return result
+
+
+def pull_back(
+    gradient: Params, params: Params, facts: KernelFacts, units: UnitGradients, frozen: Container[str] = ()
+) -> Params:
     """Computes the gradient with respect to the parameters from that with respect to the prepared parameters.
 
     Args:
-      gradient: gradient of all prepared parameters, or of those that `differentiated` names.
-      params: all parameters of the network.
+      gradient: as `unit_gradients` was given it.
+      params: likewise.
       facts: result of `prepare`.
-      form: form of the weight standardization.
+      units: result of `unit_gradients`.
       frozen: names of parameters to leave out.
-
-    Returns:
-      The gradient with respect to `params`, and the norms of the kernels. For a standardized kernel the norms follow
-      from the same sums as the gradient, without a separate pass over the kernel.
     """
-    result = dict(gradient)
-    norms: UnitNorms = dict.fromkeys(gradient)
-    for name, norm in facts.norms.items():
-        if name not in gradient:
-            continue
-        if name in facts.statistics:
-            kernel, gain, statistics = params[name], params[_gain_of(name)], facts.statistics[name]
-            sums = standardization.gradient_sums(gradient[name], kernel, statistics)
-            back = standardization.kernel_gradient(gradient[name], kernel, gain, statistics, sums, form)
-            result[name], result[_gain_of(name)] = back.kernel, back.gain
-            norms[name] = (jnp.sqrt(back.squared_norm), norm)
-        else:
-            norms[name] = (_unit_norms(gradient[name]), norm)
-    trained = [name for name in result if name not in frozen]
-    return {name: result[name] for name in trained}, {name: norms.get(name) for name in trained}
+    kernels = {
+        name: standardization.kernel_gradient(gradient[name], params[name], facts.statistics[name], factors)
+        for name, factors in units.factors.items()
+    }
+    result = gradient | kernels | units.gains
+    return {name: value for name, value in result.items() if name not in frozen}
 
 
-def _unit_norms(kernel: jax.Array) -> jax.Array:
-    # A kernel is (I, O) or HWIO.
-    fan_in = tuple(range(kernel.ndim - 1))
-    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=fan_in, keepdims=True))
-
-
-def global_norm(gradient: Params, norms: UnitNorms) -> jax.Array:
-    """L2 norm of the whole gradient, for which the known norms of the kernels are used."""
-    parts = [value if (known := norms[name]) is None else known[0] for name, value in gradient.items()]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
+def _unit_squares(kernel: jax.Array) -> jax.Array:
+    """Sum of squares over each output channel of a kernel (I, O) or HWIO, with the reduced axes kept."""
+    return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)), keepdims=True)
 
 
 def is_standardized(name: str, names: Container[str]) -> bool:

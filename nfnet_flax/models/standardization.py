@@ -25,28 +25,24 @@ class KernelStatistics(NamedTuple):
 
     mean: jax.Array
     variance: jax.Array
+    scale: jax.Array
+    """What the centred kernel is multiplied by, beside the gain."""
 
 
-class GradientSums(NamedTuple):
-    """Sums over the fan-in of each output channel, where `dy` is the gradient of the standardized kernel."""
+class GradientFactors(NamedTuple):
+    """What the gradient of each output channel of a kernel is made of, beside the gradient `dy` with respect to the
+    standardized kernel, and what else the same sums give."""
 
-    total: jax.Array
-    """Sum of `dy`."""
-    product: jax.Array
-    """Sum of `dy * (kernel - mean)`."""
-    squares: jax.Array
-    """Sum of `dy**2`."""
-
-
-class KernelGradient(NamedTuple):
-    """Gradients of a kernel and its gain."""
-
-    kernel: jax.Array
-    """Gradient of the kernel."""
+    mean: jax.Array
+    """Of `dy`."""
+    outer: jax.Array
+    """Factor on `dy` less its mean."""
+    inner: jax.Array
+    """Factor on the centred kernel."""
     gain: jax.Array
-    """(..., O) gradient of the gain."""
-    squared_norm: jax.Array
-    """Squared L2 norm of each output channel of the kernel's gradient."""
+    """The gradient of the gain."""
+    norm: jax.Array
+    """Of the kernel's gradient."""
 
 
 def fan_in(kernel: jax.Array) -> int:
@@ -54,70 +50,109 @@ def fan_in(kernel: jax.Array) -> int:
     return math.prod(kernel.shape[-4:-1])
 
 
-def kernel_statistics(kernel: jax.Array) -> KernelStatistics:
-    """Mean and variance of each output channel, in one pass.
+def rough_mean(kernel: jax.Array) -> jax.Array:
+    """The mean of a few entries of each output channel."""
+    return jnp.mean(kernel[..., :1, :1, :8, :], axis=_FAN_IN, keepdims=True)
 
-    A rough mean, that of a few entries, is subtracted from the kernel first. So the difference of squares loses little
-    precision, however far the mean is from zero.
+
+def kernel_sums(kernel: jax.Array, rough: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each output channel, the sums of `kernel - rough` and of its square: one pass over a kernel or a part of it.
+
+    As a rough mean is subtracted first, `statistics_of` loses little precision by a difference of squares, however far
+    the mean is from zero.
     """
-    rough = jnp.mean(kernel[..., :1, :1, :8, :], axis=_FAN_IN, keepdims=True)
     centred = kernel - rough
-    mean = jnp.mean(centred, axis=_FAN_IN, keepdims=True)
-    squares = jnp.mean(jnp.square(centred), axis=_FAN_IN, keepdims=True)
-    return KernelStatistics(rough + mean, jnp.maximum(squares - jnp.square(mean), 0.0))
+    return _sum(centred), _sum(jnp.square(centred))
 
 
-def squared_norm(kernel: jax.Array, statistics: KernelStatistics) -> jax.Array:
-    """Squared L2 norm of each output channel of the kernel."""
-    return fan_in(kernel) * (statistics.variance + jnp.square(statistics.mean))
+def statistics_of(
+    sums: tuple[jax.Array, jax.Array], rough: jax.Array, size: int, form: StandardizationName
+) -> KernelStatistics:
+    """Mean, variance and scale from the sums of `kernel_sums` over a whole kernel, whose fan-in is `size`."""
+    mean, squares = (total / size for total in sums)
+    variance = jnp.maximum(squares - jnp.square(mean), 0.0)
+    spread = variance * size
+    scale = lax.rsqrt(jnp.maximum(spread, 1e-4) if form == "published" else spread + 1e-5 * size)
+    return KernelStatistics(rough + mean, variance, scale)
 
 
-def _inverse_scale(kernel: jax.Array, variance: jax.Array, form: StandardizationName) -> jax.Array:
-    spread = variance * fan_in(kernel)
-    return lax.rsqrt(jnp.maximum(spread, 1e-4) if form == "published" else spread + 1e-5 * fan_in(kernel))
+def kernel_statistics(kernel: jax.Array, form: StandardizationName) -> KernelStatistics:
+    """Mean, variance and scale of a whole kernel, in one pass."""
+    rough = rough_mean(kernel)
+    return statistics_of(kernel_sums(kernel, rough), rough, fan_in(kernel), form)
 
 
-def apply(kernel: jax.Array, gain: jax.Array, statistics: KernelStatistics, form: StandardizationName) -> jax.Array:
-    """The standardized kernel, with mean zero and variance `gain**2 / fan_in` per output channel; `gain` is (...,
-    O)."""
-    scale = _inverse_scale(kernel, statistics.variance, form)
-    return (kernel - statistics.mean) * (scale * gain[..., None, None, None, :])
+def squared_norm(statistics: KernelStatistics, size: int) -> jax.Array:
+    """Squared L2 norm of each output channel of a kernel whose fan-in is `size`."""
+    return size * (statistics.variance + jnp.square(statistics.mean))
 
 
-def gradient_sums(dy: jax.Array, kernel: jax.Array, statistics: KernelStatistics) -> GradientSums:
-    """The sums that `kernel_gradient` needs, in one pass over gradient and kernel."""
-    terms = (dy, dy * (kernel - statistics.mean), jnp.square(dy))
-    return GradientSums(*(jnp.sum(term, axis=_FAN_IN, keepdims=True) for term in terms))
+def apply(kernel: jax.Array, gain: jax.Array, statistics: KernelStatistics) -> jax.Array:
+    """The standardized kernel: zero mean, variance `gain**2 / fan_in` per output channel; `gain` is (..., O)."""
+    return (kernel - statistics.mean) * (statistics.scale * gain[..., None, None, None, :])
 
 
-def kernel_gradient(
-    dy: jax.Array,
-    kernel: jax.Array,
+def gradient_sums(
+    dy: jax.Array, kernel: jax.Array, statistics: KernelStatistics
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums that `gradient_factors` needs: one pass over gradient and kernel, or over the same part of both.
+
+    Args:
+      dy: gradient with respect to the standardized kernel.
+      kernel: HWIO.
+      statistics: of the whole kernel.
+    """
+    return _sum(dy), _sum(dy * (kernel - statistics.mean)), _sum(jnp.square(dy))
+
+
+def gradient_factors(
+    sums: tuple[jax.Array, jax.Array, jax.Array],
     gain: jax.Array,
     statistics: KernelStatistics,
-    sums: GradientSums,
+    size: int,
     form: StandardizationName,
-) -> KernelGradient:
-    """Computes the gradients of the kernel and its gain from the gradient `dy` of the standardized kernel.
+) -> GradientFactors:
+    """What `kernel_gradient` needs to know of each output channel.
 
-    Given the sums, the kernel's gradient is elementwise in `dy` and the kernel, so a compiler can fuse it with a later
-    pass over both. It is orthogonal to a constant kernel and (except for the bound on the variance) to the centred
-    kernel; so its norm follows from the sums.
+    The kernel's gradient lies orthogonal to the constant and (but for what keeps a constant kernel finite) to the
+    centred kernel, which gives its norm.
+
+    Args:
+      sums: of `gradient_sums`, over the whole kernel.
+      gain: (..., O).
+      statistics: of the kernel.
+      size: fan-in of the kernel.
+      form: of the standardization.
     """
-    size = fan_in(kernel)
-    scale = _inverse_scale(kernel, statistics.variance, form)
+    total, product, squares = sums
+    scale = statistics.scale
     outer = scale * gain[..., None, None, None, :]
     # d scale / d variance = -scale**3 * fan_in / 2 and d variance / d kernel = 2 * centred / fan_in.
     is_bounded = (statistics.variance * size < 1e-4) & (form == "published")
-    inner = jnp.where(is_bounded, 0.0, outer * jnp.square(scale) * sums.product)
-    dy_mean = sums.total / size
-    gradient = (dy - dy_mean) * outer - (kernel - statistics.mean) * inner
-    squares = (
-        jnp.square(outer) * (sums.squares - dy_mean * sums.total)
-        - 2.0 * outer * inner * sums.product
+    inner = jnp.where(is_bounded, 0.0, outer * jnp.square(scale) * product)
+    mean = total / size
+    squared_norm = (
+        jnp.square(outer) * (squares - mean * total)
+        - 2.0 * outer * inner * product
         + jnp.square(inner) * (statistics.variance * size)
     )
-    return KernelGradient(gradient, (sums.product * scale)[..., 0, 0, 0, :], jnp.maximum(squares, 0.0))
+    return GradientFactors(
+        mean, outer, inner, (product * scale)[..., 0, 0, 0, :], jnp.sqrt(jnp.maximum(squared_norm, 0.0))
+    )
+
+
+def _sum(terms: jax.Array) -> jax.Array:
+    return jnp.sum(terms, axis=_FAN_IN, keepdims=True)
+
+
+def kernel_gradient(
+    dy: jax.Array, kernel: jax.Array, statistics: KernelStatistics, factors: GradientFactors
+) -> jax.Array:
+    """Takes the gradient `dy` with respect to the standardized kernel back to the kernel.
+
+    It is elementwise, given the factors, and so is free where another pass over both follows.
+    """
+    return (dy - factors.mean) * factors.outer - (kernel - statistics.mean) * factors.inner
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -126,21 +161,22 @@ def standardize(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -
 
     Its gradient is written by hand: with automatic differentiation it took half of a training step on a CPU.
     """
-    return apply(kernel, gain, kernel_statistics(kernel), form)
+    return apply(kernel, gain, kernel_statistics(kernel, form))
 
 
 _Residuals = tuple[jax.Array, jax.Array, KernelStatistics]
 
 
 def _forward(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -> tuple[jax.Array, _Residuals]:
-    statistics = kernel_statistics(kernel)
-    return apply(kernel, gain, statistics, form), (kernel, gain, statistics)
+    statistics = kernel_statistics(kernel, form)
+    return apply(kernel, gain, statistics), (kernel, gain, statistics)
 
 
 def _backward(form: StandardizationName, residuals: _Residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     kernel, gain, statistics = residuals
-    back = kernel_gradient(dy, kernel, gain, statistics, gradient_sums(dy, kernel, statistics), form)
-    return back.kernel, back.gain
+    sums = gradient_sums(dy, kernel, statistics)
+    factors = gradient_factors(sums, gain, statistics, fan_in(kernel), form)
+    return kernel_gradient(dy, kernel, statistics, factors), factors.gain
 
 
 standardize.defvjp(_forward, _backward)

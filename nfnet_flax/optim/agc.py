@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nfnet_flax.config import require
+from nfnet_flax.optim.norms import sum_of_all, whole_norms
 
 
 class AdaptiveGradClipState(NamedTuple):
@@ -49,6 +50,25 @@ def clip_units(
     # If the gradient is too large, its norm is positive; the maximum only keeps the unused branch finite.
     factor = jnp.where(too_large, limit / jnp.maximum(norm, 1e-6 * eps), 1.0)
     return gradient * factor, too_large
+
+
+_Norms = tuple[jax.Array, jax.Array]
+
+
+def _with_norms(
+    gradients: list[jax.Array], weights: list[jax.Array], flags: list[bool], known: list[_Norms | None]
+) -> list[_Norms | None]:
+    """Norms of the units of each gradient and parameter that is clipped, None for the others."""
+    unknown = [index for index, flag in enumerate(flags) if flag and known[index] is None]
+    single = [index for index in unknown if gradients[index].ndim <= 1]  # these are one unit each
+    found: dict[int, _Norms] = {
+        index: (unitwise_norm(gradients[index]), unitwise_norm(weights[index]))
+        for index in unknown
+        if gradients[index].ndim > 1
+    }
+    pairs = zip(*(whole_norms([arrays[index] for index in single]) for arrays in (gradients, weights)), strict=True)
+    found |= dict(zip(single, pairs, strict=True))
+    return [found.get(index, known[index]) if flag else None for index, flag in enumerate(flags)]
 
 
 def adaptive_grad_clip(
@@ -93,17 +113,13 @@ def adaptive_grad_clip(
         chosen = mask(params) if callable(mask) else mask
         flags = [True] * len(gradients) if chosen is None else tree.flatten_up_to(chosen)
         known = [None] * len(gradients) if unit_norms is None else tree.flatten_up_to(unit_norms)
-        clipped, units_clipped, num_units = [], jnp.zeros((), jnp.float32), 0
-        for gradient, weight, flag, norms in zip(gradients, tree.flatten_up_to(params), flags, known, strict=True):
-            if not flag:
-                clipped.append(gradient)
-                continue
-            if norms is None:
-                norms = (unitwise_norm(gradient), unitwise_norm(weight))
-            scaled, too_large = clip_units(gradient, *norms, clipping=clipping, eps=eps)
-            clipped.append(scaled)
-            units_clipped += jnp.sum(too_large, dtype=jnp.float32)
-            num_units += too_large.size
-        return tree.unflatten(clipped), AdaptiveGradClipState(units_clipped / max(num_units, 1))
+        norms_of = _with_norms(gradients, tree.flatten_up_to(params), flags, known)
+        clipped, are_too_large = list(gradients), []
+        for index, norms in enumerate(norms_of):
+            if norms is not None:
+                clipped[index], too_large = clip_units(gradients[index], *norms, clipping=clipping, eps=eps)
+                are_too_large.append(too_large)
+        num_units = sum(too_large.size for too_large in are_too_large)
+        return tree.unflatten(clipped), AdaptiveGradClipState(sum_of_all(are_too_large) / max(num_units, 1))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -22,6 +22,13 @@ from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 class Clipping(OpenConfig, abc.ABC):
     """Base class of a recipe's `optim.clipping`."""
 
+    @property
+    def is_divisible(self) -> bool:
+        """Whether a device can be given a part of each kernel, some of its input channels, and its update is then that
+        part of the whole update. If not, which is the default, every device has whole kernels and makes the whole
+        update."""
+        return False
+
     @abc.abstractmethod
     def transformation(self, names: Sequence[str]) -> optax.GradientTransformationExtraArgs:
         """An Optax transformation of gradients, `{name: array}`.
@@ -56,6 +63,8 @@ class AGC(Clipping):
 
     The metric `agc/clipped_fraction` is the share of units whose gradient was scaled down.
     """
+
+    is_divisible = True
 
     ratio: float = 0.01
     """Largest norm of a unit's gradient, as a share of the norm of its parameters: lambda in the paper. The published
@@ -99,9 +108,10 @@ class GlobalNormState(NamedTuple):
 class GlobalNorm(Clipping):
     """Scales the whole gradient down if its norm exceeds a limit (arXiv 1211.5063).
 
-    The metric `global_norm/clipped` is 1 if the gradient was scaled down, else 0. With `execution.fsdp` the norm is a
-    sum over devices, so it is equal only up to rounding on different numbers of devices.
+    The metric `global_norm/clipped` is 1 if the gradient was scaled down, else 0.
     """
+
+    is_divisible = True
 
     max_norm: float = 1.0
     """Largest allowed L2 norm over the gradients of all parameters that are trained."""
@@ -145,6 +155,8 @@ class GlobalNorm(Clipping):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipValue(Clipping):
     """Limits each element of the gradient to [-max_abs, max_abs]."""
+
+    is_divisible = True
 
     max_abs: float = 0.01
     """Largest allowed absolute value of an element."""

@@ -21,9 +21,15 @@ class Method(OpenConfig, abc.ABC):
     """Base class of a recipe's `optim.method`."""
 
     @property
+    def is_divisible(self) -> bool:
+        """Whether a device can be given a part of each kernel, some of its input channels, and its update is then that
+        part of the whole update. If not, which is the default, every device has whole kernels and makes the whole
+        update."""
+        return False
+
+    @property
     def is_reproducible(self) -> bool:
-        """Whether the same gradient gives the same bits of the update on any number of devices, if parameters are not
-        divided over devices; by default True."""
+        """Whether the same gradient gives the same bits of the update on any number of devices; by default True."""
         return True
 
     @abc.abstractmethod
@@ -49,6 +55,8 @@ class Method(OpenConfig, abc.ABC):
 class SGD(Method):
     """Gradient descent with momentum; weight decay is part of the gradient. The defaults are published for NFNets."""
 
+    is_divisible = True
+
     momentum: float = 0.9
     """Factor on the momentum of the previous step."""
     nesterov: bool = True
@@ -73,6 +81,8 @@ class RMSProp(Method):
     Weight decay is part of the gradient, the average of squared gradients starts at 1, and the momentum is computed
     from updates that are already multiplied by the learning rate.
     """
+
+    is_divisible = True
 
     decay: float = 0.9
     """Decay rate of the average of squared gradients."""
@@ -135,6 +145,8 @@ class _AdamLike(_Decoupled, abc.ABC):
 class AdamW(_AdamLike):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
+    is_divisible = True
+
     def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
@@ -145,6 +157,8 @@ class RAdam(_AdamLike):
     """Rectified Adam (arXiv 1908.03265), which does not divide by the root in the first steps, while its variance is
     unknown; decoupled weight decay."""
 
+    is_divisible = True
+
     def _scale(self, names: Sequence[str]) -> optax.GradientTransformation:
         del names
         return optax.scale_by_radam(b1=self.b1, b2=self.b2, eps=self.eps)
@@ -154,8 +168,7 @@ class RAdam(_AdamLike):
 class LAMB(_AdamLike):
     """Adam whose update of each layer, weight decay included, is scaled to the norm of the layer (arXiv 1904.00962).
 
-    With `execution.fsdp` the norm of a layer is a sum over devices, so it is equal only up to rounding on different
-    numbers of devices.
+    Every device has the whole state, as the norm is that of a whole layer.
     """
 
     eps: float = 1e-6
@@ -176,6 +189,8 @@ class LAMB(_AdamLike):
 class Lion(_Decoupled):
     """Lion (arXiv 2302.06675): the update is the sign of an average gradient; decoupled weight decay. Its state takes
     half the memory of Adam's."""
+
+    is_divisible = True
 
     b1: float = 0.9
     """Weight of the momentum in the average whose sign is the update; the gradient has the rest."""
@@ -198,8 +213,7 @@ class Adafactor(_Decoupled):
     decay.
 
     Weight decay is multiplied by the learning rate, as in the other methods; in `optax.adafactor` the caller has to do
-    that. With `execution.fsdp` its sums are over devices, so they are equal only up to rounding on different numbers of
-    devices.
+    that. Every device has the whole state.
     """
 
     decay_rate: float = 0.8

@@ -90,6 +90,11 @@ class OptimConfig:
         for group in self.learning_rate_groups:
             require(group.value >= 0, "optim.learning_rate_groups", group, "must not be negative; 0 freezes")
 
+    @property
+    def is_divisible(self) -> bool:
+        """Whether a device can update a share of each kernel by itself, see `Method.is_divisible`."""
+        return self.method.is_divisible and (self.clipping is None or self.clipping.is_divisible)
+
     def peak_learning_rate(self, batch_size: int) -> float:
         """The learning rate at the end of the warm-up."""
         if self.learning_rate_per_256 is None:
@@ -136,6 +141,8 @@ class Optimizer:
     """Sharpness-aware minimization; None: off."""
     frozen: frozenset[str]
     """Names of the parameters that are not trained."""
+    is_divisible: bool
+    """Whether a device can update a share of each kernel by itself, see `Method.is_divisible`."""
     metrics: Callable[[optax.OptState], dict[str, jax.Array]]
     """Function that reads metrics from the optimizer's state after an update."""
 
@@ -207,6 +214,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterabl
         ema_decay=config.ema_decay,
         sam=config.sam,
         frozen=frozenset(name for name, factor in factors.items() if factor == 0),
+        is_divisible=config.is_divisible,
         metrics=metrics,
     )
 

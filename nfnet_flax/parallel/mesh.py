@@ -16,11 +16,12 @@ from nfnet_flax.config import require
 DATA_AXIS = "data"
 """Mesh axis over which the rows of a batch are divided, together with `fsdp`."""
 FSDP_AXIS = "fsdp"
-"""Mesh axis over which kernels, their momentum and their EMA are divided, in addition to the rows of a batch.
-Neighbouring devices lie along it."""
+"""Mesh axis of neighbouring devices, over which rows and the state are divided."""
+MAX_SHARES = 16
+"""Largest number of shares of the state. A smaller share would be less than a tile of a TPU's memory, so that the
+compiler would send whole arrays."""
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
-"""Mesh axes over which rows are divided, in the order of devices: row r of a batch of B rows lies on shard
-`r * num_batch_shards // B`."""
+"""In the order of devices: row r of a batch of B rows lies on shard `r * num_batch_shards // B`."""
 SPATIAL_AXIS = "spatial"
 """Mesh axis over which the height of the images is divided; a mesh has it only if the height is divided. Its devices
 are the nearest neighbours."""
@@ -105,13 +106,18 @@ def _refuse(problems: list[LayoutProblem]) -> None:
         require(False, problem.field, problem.value, problem.remedy)
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, spatial: int = 1) -> Mesh:
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, *, num_shares: int | None = None, fsdp: int = 1, spatial: int = 1
+) -> Mesh:
     """A mesh of devices along `data`, `fsdp` and, if it is more than 1, `spatial`.
 
     Args:
       devices: the devices, ordered by process, as each process has consecutive rows of a batch; None: all devices of
         all processes.
-      fsdp: number of devices along `fsdp`.
+      num_shares: number of devices along `fsdp`; None: the largest divisor up to `MAX_SHARES`, so that up to this
+        number of devices all of them take part in each collective. Collectives of several groups let the processes of
+        a run on CPUs, which do not run them in one order, wait for each other for ever.
+      fsdp: a setting of earlier versions; it is only checked.
       spatial: number of devices along `spatial`.
 
     Raises:
@@ -121,10 +127,13 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, spa
     # JAX orders devices by number, and on some TPU pods the numbers of two hosts alternate.
     chosen = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
     _refuse(layout_problems([device.process_index for device in chosen], fsdp=fsdp, spatial=spatial))
+    num_groups = len(chosen) // spatial
+    shares = num_shares or max(size for size in range(1, MAX_SHARES + 1) if num_groups % size == 0)
+    require(shares <= MAX_SHARES, "num_shares", shares, f"must be at most {MAX_SHARES}")
     if spatial == 1:
-        return Mesh(np.asarray(chosen).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+        return Mesh(np.asarray(chosen).reshape(-1, shares), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
     axes = (*BATCH_AXES, SPATIAL_AXIS)
-    return Mesh(np.asarray(chosen).reshape(-1, fsdp, spatial), axes, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(chosen).reshape(-1, shares, spatial), axes, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shape(mesh: Mesh) -> dict[str, int]:
@@ -149,20 +158,38 @@ def batch_sharding(mesh: Mesh, num_dims: int = 1) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SPATIAL_AXIS) if is_divided else PartitionSpec(BATCH_AXES))
 
 
-def sharded_axis(name: str, shape: tuple[int, ...], mesh: Mesh) -> int | None:
-    """The axis of a parameter (or of its momentum, or its EMA) that is divided over `fsdp`, or None.
+def num_pieces(shape: tuple[int, ...], num_parts: int) -> int:
+    """Number of pieces along its input channels, the last but one axis, in which a kernel is summed where the bits must
+    not depend on the number of devices.
 
-    Kernels are divided along their output channels, the last axis, so that the sums of the standardization and of
-    gradient clipping stay within a device. Other parameters, and kernels whose output channels cannot be divided
-    evenly, are not divided.
+    Args:
+      shape: of the whole kernel.
+      num_parts: number of parts of the batch, a multiple of the number of devices.
     """
-    devices = mesh.shape[FSDP_AXIS]
-    return len(shape) - 1 if devices > 1 and name.endswith(".kernel") and shape[-1] % devices == 0 else None
+    return math.gcd(shape[-2], num_parts, MAX_SHARES)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def sharded_axis(name: str, shape: tuple[int, ...], mesh: Mesh, num_parts: int | None) -> int | None:
+    """The axis of a parameter (or of its momentum, or its EMA) that is divided over the mesh axis `fsdp`, or None.
+
+    Kernels are divided along their input channels, whose rows fill tiles of memory. Other parameters, and kernels whose
+    input channels cannot be divided evenly, are not divided.
+
+    Args:
+      name: of the parameter.
+      shape: of the whole parameter.
+      mesh: mesh over whose devices it is divided.
+      num_parts: number of parts of the batch, where the bits must not depend on the number of devices; None: they may.
+    """
+    num_shares = mesh.shape[FSDP_AXIS]
+    if num_shares == 1 or not name.endswith(".kernel"):
+        return None
+    pieces = shape[-2] if num_parts is None else num_pieces(shape, num_parts)
+    return len(shape) - 2 if pieces % num_shares == 0 else None
+
+
+def partition_spec(axis: int | None) -> PartitionSpec:
     """How a parameter, its momentum or its EMA is divided over the mesh."""
-    axis = sharded_axis(name, shape, mesh)
     return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP_AXIS)
 
 
@@ -200,7 +227,7 @@ def count_turns(num_microbatches: int | None, mesh: Mesh) -> int:
 
 def _layout_of(mesh: Mesh) -> dict[str, Any]:
     processes = [device.process_index for device in mesh.devices.flat]
-    return {"processes": processes, "fsdp": mesh.shape[FSDP_AXIS], "spatial": mesh.shape.get(SPATIAL_AXIS, 1)}
+    return {"processes": processes, "fsdp": 1, "spatial": mesh.shape.get(SPATIAL_AXIS, 1)}
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -8,7 +8,6 @@ point is commutative, so the result depends only on the parts.
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ import numpy as np
 from jax import lax
 
 from nfnet_flax.open_config import OpenConfig, declare_kinds
-from nfnet_flax.parallel.mesh import DATA_AXIS, FSDP_AXIS
+from nfnet_flax.parallel.mesh import FSDP_AXIS, MAX_SHARES
 
 Arrays = dict[str, jax.Array]
 _BUCKET_BYTES = 1 << 18
 """Arrays smaller than this are sent together, because for small ones only the latency of a collective counts."""
-_MAX_PIECES = 16
+_MAX_PIECES = MAX_SHARES
 """Largest number of devices that add together. More devices add level by level, because a 256th part of a kernel is
 less than a tile of memory."""
 
@@ -77,10 +76,9 @@ class Reduction(OpenConfig, abc.ABC):
         """The combined results; called on each device, under `shard_map` over the axes `data` and `fsdp`.
 
         Args:
-          parts: the results of this device, by name: gradients (with the names of the parameters), running statistics,
-            metrics.
-          sharded_axes: name of each array -> axis along which the result is divided over `fsdp`; None: every device
-            gets the whole array.
+          parts: what this device has, by name: gradients by the names of the parameters, running statistics, metrics.
+          sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets
+            all of it.
           mesh_shape: number of devices along each mesh axis.
         """
 
@@ -189,34 +187,36 @@ def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_nega
 def sum_over_devices(
     parts: Parts, sharded_axes: Mapping[str, int | None], mesh_shape: Mapping[str, int], *, reproducible: bool
 ) -> Arrays:
-    """Adds the arrays of all devices; to be called under `shard_map` over `data` and `fsdp`.
+    """Adds the arrays of all devices; to be called under `shard_map` over the axes of `mesh_shape`.
 
     With `reproducible`, every device is responsible for one piece of each array: it receives this piece from all
     devices and adds the versions in a binary tree; then the pieces are gathered. This sends as many bytes as the usual
     ring algorithm, and with more than 16 devices a sixteenth more. Small arrays that are not sharded are sent together.
 
     Args:
-      parts: results of this device's part of the batch: float32, or integers, whose sum does not depend on the order.
-      sharded_axes: name of each array -> axis along which the result is divided over `fsdp`; None: every device gets
-        the whole array.
-      mesh_shape: number of devices along each mesh axis, powers of two; neighbours lie along `fsdp`.
+      parts: of this device's part of the batch: float32, or whole numbers, in whose sum no order shows.
+      sharded_axes: of each array the axis along which the result is divided over `fsdp`; None: every device gets all.
+      mesh_shape: number of devices along each mesh axis, powers of two. Neighbours lie along the last one.
       reproducible: whether to add in the order of the tree; otherwise the library's sum is used.
     """
     result = {name: part.value for name, part in parts.items() if part.combine == "same"}
     values = {name: part.value for name, part in parts.items() if part.combine == "sum"}
+    mesh_shape = {name: size for name, size in mesh_shape.items() if size > 1}
+    if not mesh_shape:
+        return result | values  # the library's sum would copy them
     in_any_order = [name for name, value in values.items() if not (reproducible and is_float(value))]
     result |= {name: _psum(values.pop(name), sharded_axes[name], mesh_shape) for name in in_any_order}
     small = [name for name, value in values.items() if sharded_axes[name] is None and value.nbytes < _BUCKET_BYTES]
     result |= {
         name: _tree_psum(value, sharded_axes[name], mesh_shape) for name, value in values.items() if name not in small
     }
-    if small and math.prod(mesh_shape.values()) > 1:
-        flat = jnp.concatenate([jnp.ravel(values[name]) for name in small])
-        total = _tree_psum(flat, None, mesh_shape)
-        ends = np.cumsum([values[name].size for name in small])[:-1]
-        pieces = jnp.split(total, ends)
-        return result | {name: piece.reshape(values[name].shape) for name, piece in zip(small, pieces, strict=True)}
-    return result | {name: values[name] for name in small}
+    if not small:
+        return result
+    flat = jnp.concatenate([jnp.ravel(values[name]) for name in small])
+    total = _tree_psum(flat, None, mesh_shape)
+    ends = np.cumsum([values[name].size for name in small])[:-1]
+    pieces = jnp.split(total, ends)
+    return result | {name: piece.reshape(values[name].shape) for name, piece in zip(small, pieces, strict=True)}
 
 
 def is_float(value: jax.Array) -> bool:
@@ -225,22 +225,23 @@ def is_float(value: jax.Array) -> bool:
 
 
 def _psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
-    if math.prod(mesh_shape.values()) == 1:
-        return value  # the library's sum would copy it
-    if sharded_axis is None:
-        return lax.psum(value, (DATA_AXIS, FSDP_AXIS))
-    value = lax.psum_scatter(value, FSDP_AXIS, scatter_dimension=sharded_axis, tiled=True)
-    return lax.psum(value, DATA_AXIS)
+    others = dict(mesh_shape)
+    if sharded_axis is not None and others.pop(FSDP_AXIS, None) is not None:
+        # A TPU's compiler sends an array whose first axes have length 1 whole, so they are left out meanwhile.
+        num_empty = next(i for i in range(sharded_axis + 1) if i == sharded_axis or value.shape[i] > 1)
+        value = lax.squeeze(value, range(num_empty))
+        value = lax.psum_scatter(value, FSDP_AXIS, scatter_dimension=sharded_axis - num_empty, tiled=True)
+        value = lax.expand_dims(value, range(num_empty))
+    return lax.psum(value, tuple(others)) if others else value
 
 
 def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[str, int]) -> jax.Array:
-    shape, undo = value.shape, []
-    # Neighbours in the tree lie along the minor axis of the mesh.
-    for name in (FSDP_AXIS, DATA_AXIS):
-        if name == FSDP_AXIS and sharded_axis is not None and mesh_shape[name] > 1:
-            value = _sum_of_piece(value, name, mesh_shape[name], sharded_axis, None)
-            continue
+    undo = []
+    for name in reversed(list(mesh_shape)):
         for num_pieces, groups in _levels(mesh_shape[name]):
+            if sharded_axis is not None and name == FSDP_AXIS:
+                value = _sum_of_piece(value, name, num_pieces, sharded_axis, groups)
+                continue
             axis = _piece_axis(value.shape, num_pieces)
             padding = -value.shape[axis] % num_pieces
             if padding:
@@ -250,7 +251,6 @@ def _tree_psum(value: jax.Array, sharded_axis: int | None, mesh_shape: Mapping[s
     for name, axis, padding, groups in reversed(undo):
         value = lax.all_gather(value, name, axis=axis, tiled=True, axis_index_groups=groups)
         value = lax.slice_in_dim(value, 0, value.shape[axis] - padding, axis=axis)
-    assert sharded_axis is not None or value.shape == shape
     return value
 
 
@@ -293,8 +293,9 @@ def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
 
 
 def gathered(values: Arrays, sharded_axes: Mapping[str, int | None]) -> Arrays:
-    """Whole arrays, gathered from their shards along `fsdp`; to be called under `shard_map`."""
-    return {
-        name: value if (axis := sharded_axes[name]) is None else lax.all_gather(value, FSDP_AXIS, axis=axis, tiled=True)
-        for name, value in values.items()
-    }
+    """Whole arrays from the shares of all devices; to be called under `shard_map`."""
+    whole = dict(values)
+    for name, value in values.items():
+        if (axis := sharded_axes[name]) is not None:
+            whole[name] = lax.all_gather(value, FSDP_AXIS, axis=axis, tiled=True)
+    return whole

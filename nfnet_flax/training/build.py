@@ -17,7 +17,13 @@ def build_structure(recipe: Recipe, mesh: Mesh) -> Structure:
     data, execution = recipe.data, recipe.execution
     check_batch_size("data.batch_size", data.batch_size, mesh, execution.num_microbatches)
     check_image_size("data.image_size", data.image_size, mesh)
-    return model_structure(recipe.model, recipe.num_classes, execution, Normalization(mean=data.mean, std=data.std))
+    return model_structure(
+        recipe.model,
+        recipe.num_classes,
+        execution,
+        Normalization(mean=data.mean, std=data.std),
+        is_divided=recipe.optim.is_divisible,
+    )
 
 
 def build_optimizer(recipe: Recipe, structure: Structure, num_examples: int) -> Optimizer:

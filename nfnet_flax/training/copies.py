@@ -1,9 +1,9 @@
 """Checks that all processes have the same state, before a checkpoint is written and after the first step.
 
-Where parameters are not divided, each process updates its own copy. The copies are equal as long as all processes
-compute the same. If the processors of two hosts round differently, or a bit in memory flips, the copies differ without
-an error. As a checkpoint takes each part of an array from one process, a mixture of copies would then be saved, which
-no process ever had.
+What is not divided over processes, such as biases and gains, each process updates in its own copy. The copies are equal
+as long as all processes compute the same. If the processors of two hosts round differently, or a bit in memory flips,
+the copies differ without an error. As a checkpoint takes each part of an array from one process, a mixture of copies
+would then be saved, which no process ever had.
 """
 
 import hashlib

@@ -15,9 +15,10 @@ from nfnet_flax.models import convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
 from nfnet_flax.objectives import Batch, Objective
-from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, replicated, to_global
-from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, stack_of_turns
+from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, partition_spec, replicated, to_global
+from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, gathered, stack_of_turns
 from nfnet_flax.training.gradient import normalise
+from nfnet_flax.training.shares import shares_of
 from nfnet_flax.training.state import Structure, TrainState
 
 Weights = tuple[Params, BatchStats]
@@ -69,7 +70,12 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> Ev
         with convolution.for_platform(platform):
             return objective.evaluate(model(normalise(batch["image"], mean, std)), batch)
 
-    def local(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
+    axes = structure.sharded_axes(mesh)
+
+    def local(params: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
+        division = shares_of(structure, mesh, batch["mask"][0])
+        share, _ = prepare(params, structure.standardization, division)
+        prepared = gathered(cast(share, DTYPES[config.compute_dtype]), axes)
         num_rows = batch["label"].shape[0] // num_turns
         parts = jax.tree.map(lambda rows: rows.reshape(num_turns, num_rows, *rows.shape[1:]), batch)
 
@@ -85,15 +91,18 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> Ev
         local,
         mesh=mesh,
         axis_names=set(BATCH_AXES),
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        in_specs=(
+            {name: partition_spec(axis) for name, axis in axes.items()},
+            PartitionSpec(),
+            PartitionSpec(BATCH_AXES),
+        ),
         out_specs=PartitionSpec(),
         check_vma=False,
     )
 
     def step(weights: Weights, batch: Batch) -> Arrays:
         params, batch_stats = weights
-        prepared, _ = prepare(params, structure.standardization)
-        found = per_device(cast(prepared, DTYPES[config.compute_dtype]), batch_stats, batch)
+        found = per_device(params, batch_stats, batch)
         return found | {"mask": lax.with_sharding_constraint(batch["mask"], replicated(mesh))}
 
     return jax.jit(step)

@@ -25,7 +25,6 @@ from nfnet_flax.parallel.mesh import (
     count_turns,
     num_batch_shards,
     partition_spec,
-    sharded_axis,
 )
 from nfnet_flax.parallel.reduce import (
     FastSum,
@@ -47,6 +46,9 @@ Gradient = Callable[[Params, BatchStats, jax.Array, Batch, Arrays], tuple[Params
 """A function that returns the gradient of the mean loss over the global batch; see `make_gradient`."""
 _LARGEST_NORMALISED = 32.0
 """Largest absolute value that is accepted in normalised images; those of zero mean and unit variance are far below."""
+_TPU_ROWS = 8
+"""Number of rows of a tile of a TPU's memory. With fewer images the compiler lays out a batch so that most of each tile
+is empty, and four images take almost twice the time of eight."""
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -74,8 +76,14 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
 
 
-def _make_part(
-    structure: Structure, objective: Objective, platform: str, num_turns: int, num_parts: int, fixed: frozenset[str]
+def make_part(
+    structure: Structure,
+    objective: Objective,
+    platform: str,
+    num_parts: int,
+    fixed: frozenset[str],
+    *,
+    is_normalised: bool,
 ) -> Callable[[BatchStats, Arrays, Params, jax.Array, Batch], Parts]:
     """Builds `part(batch_stats, arrays, weights, keys, batch)`: gradient, statistics and metrics of one part.
 
@@ -83,19 +91,24 @@ def _make_part(
       structure: structure of the network, and how it is computed.
       objective: computes the loss.
       platform: platform of the devices.
-      num_turns: number of parts that a device computes, one after the other.
       num_parts: number of parts of the whole batch.
       fixed: names of weights for which no gradient is computed.
+      is_normalised: whether the batch has images that are normalised already.
     """
     mean, std = structure.normalization.mean, structure.normalization.std
+    is_full = platform != "tpu" or bool(structure.batch_stat_shapes)  # BatchNorm would count empty rows
 
     def loss_of(
         weights: Params, others: Params, batch_stats: BatchStats, arrays: Arrays, keys: jax.Array, batch: Batch
     ) -> tuple[jax.Array, tuple[BatchStats, Parts]]:
         model = merge(structure.prepared, weights | others, batch_stats)
-        images = batch["image"] if num_turns == 1 else normalise(batch["image"], mean, std)
+        num_empty = 0 if is_full else max(0, _TPU_ROWS - len(keys))
+        images = batch["image"]
+        if not is_normalised:
+            images = normalise(images, mean, std).astype(DTYPES[structure.config.compute_dtype])
+            images = lax.optimization_barrier(images)  # so that not each use of the images computes them again
         with convolution.for_platform(platform):
-            logits = model(images, keys)
+            logits = model(_padded(images, num_empty), _padded(keys, num_empty))[: len(images)]
             losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
         made_by, num_rows = f"{type(objective).__name__}.train", batch["label"].shape[0]
         require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
@@ -120,7 +133,7 @@ def _make_part(
     return part
 
 
-def make_gradient(
+def make_local_gradient(
     structure: Structure,
     objective: Objective,
     mesh: Mesh,
@@ -144,8 +157,9 @@ def make_gradient(
         backward pass ends at the first layer that has a wanted parameter. None: all parameters.
 
     Returns:
-      A function of prepared parameters (divided over `fsdp`, as the gradient is), running statistics, the number of the
-      step, the batch, and the objective's arrays. It returns the gradient, the updated statistics and metrics.
+      A function of prepared parameters, running statistics, the number of the step, the batch, and the objective's
+      arrays; to be called on each device, under `shard_map`, with its share of the parameters and its rows of the
+      batch. It returns the device's share of the gradient, the updated statistics and metrics.
 
     Raises:
       ConfigError: the parts of the batch cannot be divided equally over the mesh, or their number is not given although
@@ -162,18 +176,18 @@ def make_gradient(
 
     fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
     mean, std = structure.normalization.mean, structure.normalization.std
-    part = _make_part(structure, objective, platform, num_turns, num_parts, fixed)
+    # In a loop each turn normalises its images, as a TPU would otherwise change the layout of the bytes, which is slow.
+    is_loop = num_turns > 1
+    part = make_part(structure, objective, platform, num_parts, fixed, is_normalised=not is_loop)
 
     def local_gradient(
         prepared: Params, batch_stats: BatchStats, step: jax.Array, batch: Batch, arrays: Arrays
     ) -> tuple[Params, BatchStats, Metrics]:
-        axes = {name: sharded_axis(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
+        axes = structure.sharded_axes(mesh)
         num_rows = batch["label"].shape[0]
         rows = lax.axis_index(BATCH_AXES) * num_rows + jnp.arange(num_rows)
         keys = example_keys(key_of_step(seed, step), rows)
-        if num_turns == 1:
-            # With a loop this is done in each turn, as a TPU would otherwise change the layout of the bytes, which is
-            # slow.
+        if not is_loop:
             images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])
             batch = batch | {"image": images}
         weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
@@ -191,14 +205,20 @@ def make_gradient(
             {name: value for name, value in total.items() if name.startswith("train/")},
         )
 
-    of_params = {name: partition_spec(name, whole.shape, mesh) for name, whole in structure.shapes.items()}
-    of_gradient = {name: spec for name, spec in of_params.items() if name not in fixed}
+    return local_gradient
+
+
+def make_gradient(
+    structure: Structure, objective: Objective, mesh: Mesh, *, seed: int, reduction: Reduction | None = None
+) -> Gradient:
+    """Builds a function of the arguments and results of `make_local_gradient`, for global arrays."""
+    specs = {name: partition_spec(axis) for name, axis in structure.sharded_axes(mesh).items()}
     return jax.shard_map(
-        local_gradient,
+        make_local_gradient(structure, objective, mesh, seed=seed, reduction=reduction),
         mesh=mesh,
-        axis_names=set(BATCH_AXES),  # XLA's partitioner divides the height of images and exchanges their borders
-        in_specs=(of_params, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
-        out_specs=(of_gradient, PartitionSpec(), PartitionSpec()),
+        axis_names=set(BATCH_AXES),
+        in_specs=(specs, PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
+        out_specs=(specs, PartitionSpec(), PartitionSpec()),
         check_vma=False,
     )
 
@@ -217,6 +237,11 @@ def _require_parts(structure: Structure, fraction: float) -> None:
 
 def _dense_kernels(structure: Structure) -> tuple[str, ...]:
     return tuple(name for name, whole in structure.shapes.items() if name.endswith(".kernel") and len(whole.shape) == 2)
+
+
+def _padded(rows: jax.Array, num_empty: int) -> jax.Array:
+    """Rows of a batch, and after them copies of the first one, whose results are not used: their gradient is zero."""
+    return rows if num_empty == 0 else jnp.concatenate([rows, jnp.repeat(rows[:1], num_empty, axis=0)])
 
 
 def _part_of(metric: Metric, num_parts: int) -> Part:

@@ -20,7 +20,7 @@ from nfnet_flax.models.params import (
     split,
 )
 from nfnet_flax.models.standardization import StandardizationName
-from nfnet_flax.parallel.mesh import partition_spec
+from nfnet_flax.parallel.mesh import partition_spec, sharded_axis
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +77,20 @@ class Structure:
     """Shape and type of each parameter, by name."""
     batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]
     """Shape and type of each running statistic, by name."""
+    is_divided: bool
+    """Whether each device holds and updates a share of the kernels; False: all of them hold whole kernels."""
+
+    def sharded_axes(self, mesh: Mesh) -> dict[str, int | None]:
+        """Name of each parameter -> its axis that is divided over the devices of a mesh, or None."""
+        return {
+            name: sharded_axis(name, leaf.shape, mesh, self.num_parts) if self.is_divided else None
+            for name, leaf in self.shapes.items()
+        }
+
+    @property
+    def num_parts(self) -> int | None:
+        """Number of parts of a batch, if the bits of an update must not depend on the number of devices, else None."""
+        return self.execution.num_microbatches if self.execution.reproducible else None
 
     @property
     def standardization(self) -> StandardizationName:
@@ -89,6 +103,8 @@ def model_structure(
     num_classes: int,
     execution: ExecutionConfig | None = None,
     normalization: Normalization = IMAGENET,
+    *,
+    is_divided: bool = True,
 ) -> Structure:
     """Structure of a network and names of its parameters; allocates nothing.
 
@@ -115,13 +131,14 @@ def model_structure(
         prepared=prepared,
         shapes=shapes,
         batch_stat_shapes=batch_stat_shapes,
+        is_divided=is_divided,
     )
 
 
-def _initial_state(structure: Structure, seed: int, optimizer: HasInit) -> TrainState:
+def _initial_arrays(structure: Structure, seed: int) -> tuple[Params, BatchStats]:
     rngs = nnx.Rngs(params=initial_key(seed))
     _, params, batch_stats = split(build_model(structure.config, num_classes=structure.num_classes, rngs=rngs))
-    return _state_of(params, batch_stats, optimizer)
+    return params, batch_stats
 
 
 def _state_of(params: Params, batch_stats: BatchStats, optimizer: HasInit) -> TrainState:
@@ -179,10 +196,13 @@ def abstract_state(structure: Structure, optimizer: HasInit, mesh: Mesh) -> Trai
         structure.batch_stat_shapes,
     )
 
+    axes = structure.sharded_axes(mesh)
+
     def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The last key of a parameter, of its momentum and of its EMA is the parameter's name.
         name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ""
-        spec = partition_spec(name, leaf.shape, mesh)
+        is_like = name in axes and leaf.shape == structure.shapes[name].shape
+        spec = partition_spec(axes[name] if is_like else None)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
@@ -194,7 +214,12 @@ def create_state(structure: Structure, seed: int, optimizer: HasInit, mesh: Mesh
     # The program runs only once. On CPUs an optimizing compilation takes several times as long as the run itself.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     options: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if is_cpu else None
-    init = jax.jit(
-        lambda: _initial_state(structure, seed, optimizer), out_shardings=shardings, compiler_options=options
-    )
-    return init()
+    # In two programs: a compiler that divides a parameter as it draws it rounds otherwise than where it is whole.
+    whole = NamedSharding(mesh, PartitionSpec())
+    drawn = jax.jit(lambda: _initial_arrays(structure, seed), out_shardings=whole, compiler_options=options)()
+    state: TrainState = jax.jit(
+        lambda params, batch_stats: _state_of(params, batch_stats, optimizer),
+        out_shardings=shardings,
+        compiler_options=options,
+    )(*drawn)
+    return state

@@ -2,47 +2,171 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from nfnet_flax.models.params import BatchStats, Params, differentiated, global_norm, prepare, pull_back
+from nfnet_flax.config import require
+from nfnet_flax.models.params import (
+    BatchStats,
+    KernelFacts,
+    Params,
+    UnitGradients,
+    differentiated,
+    prepare,
+    pull_back,
+    unit_gradients,
+)
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.objectives import Arrays, Batch, Objective
 from nfnet_flax.optim import Optimizer, SAMConfig
+from nfnet_flax.optim.norms import global_norm
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
+from nfnet_flax.parallel.mesh import BATCH_AXES, num_batch_shards
 from nfnet_flax.parallel.reduce import Reduction
-from nfnet_flax.training.gradient import Gradient, Metrics, make_gradient
+from nfnet_flax.training.gradient import Gradient, Metrics, make_local_gradient
+from nfnet_flax.training.shares import Shares, shares_of
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
 
+Tree = TypeVar("Tree")
+Uphill = Callable[[TrainState, Batch, Arrays, Shares], tuple[Params, dict[str, jax.Array]]]
 
-def _uphill(
-    gradient_of: Gradient, form: StandardizationName, frozen: frozenset[str], sam: SAMConfig
-) -> Callable[[TrainState, Batch, Arrays], Params]:
-    """Builds a function that returns the parameters at which SAM computes the gradient (arXiv 2010.01412, equation
-    2)."""
 
-    def uphill(state: TrainState, batch: Batch, arrays: Arrays) -> Params:
-        prepared, facts = prepare(state.params, form)
+def _uphill(gradient_of: Gradient, form: StandardizationName, frozen: frozenset[str], sam: SAMConfig) -> Uphill:
+    """Builds a function that returns the parameters at which SAM computes the gradient (arXiv 2010.01412, equation 2),
+    and the norms of the output channels of the kernels that it comes from."""
+
+    def uphill(
+        state: TrainState, batch: Batch, arrays: Arrays, division: Shares
+    ) -> tuple[Params, dict[str, jax.Array]]:
+        prepared, facts = prepare(state.params, form, division)
         gradient, _, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
 
-        def move(params: Params, gradient: Params) -> Params:
-            gradient, unit_norms = pull_back(gradient, params, facts, form, frozen)
-            return ascend(params, gradient, global_norm(gradient, unit_norms), rho=sam.rho)
+        def move(params: Params, gradient: Params, units: UnitGradients) -> Params:
+            gradient = pull_back(gradient, params, facts, units, frozen)
+            return ascend(params, gradient, global_norm(gradient, units.norms), rho=sam.rho)
 
-        return lax.cond(jnp.isfinite(metrics["train/loss"]), move, lambda params, _: params, state.params, gradient)
+        is_finite = jnp.isfinite(metrics["train/loss"])
+        units = _in_a_branch(
+            is_finite,
+            lambda params, gradient: unit_gradients(gradient, params, facts, form, division),
+            state.params,
+            gradient,
+        )
+        moved = lax.cond(is_finite, move, lambda params, *_: params, state.params, gradient, units)
+        return moved, facts.norms
 
     return uphill
 
 
-def _unchanged(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-    """Replaces an update if the loss is not finite: returns the unchanged state, and the norm of the gradient."""
-    del batch_stats
-    return state, optax.tree.norm(gradient)
+def _in_a_branch(condition: jax.Array, function: Callable[..., Tree], *operands: Params) -> Tree:
+    """What a function gives, or zeros where the condition is false. Nothing in it is fused with what is outside."""
+
+    def zeros(*operands: Params) -> Tree:
+        shapes = jax.eval_shape(function, *operands)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    found: Tree = lax.cond(condition, function, zeros, *operands)
+    return found
+
+
+def _unchanged(
+    state: TrainState, gradient: Params, units: UnitGradients, batch_stats: BatchStats
+) -> tuple[TrainState, jax.Array]:
+    """Replaces an update if the loss is not finite: returns the unchanged state, and no norm of the gradient."""
+    del gradient, units, batch_stats
+    return state, jnp.asarray(jnp.nan, jnp.float32)
+
+
+def _updated(
+    optimizer: Optimizer,
+    point: Params,
+    facts: KernelFacts,
+    state: TrainState,
+    gradient: Params,
+    units: UnitGradients,
+    batch_stats: BatchStats,
+) -> tuple[TrainState, jax.Array]:
+    """The state after an update with the gradient at `point`, and the norm of the gradient.
+
+    If the norm is not finite, the state is unchanged.
+    """
+    gradient = pull_back(gradient, point, facts, units, optimizer.frozen)
+    norm = global_norm(gradient, units.norms)
+    norms = {name: units.norms.get(name) for name in gradient}
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, unit_norms=norms, global_norm=norm)
+    trained = {name: state.params[name] for name in gradient}
+    params: Params = state.params | optax.apply_updates(trained, updates)
+    updated = TrainState(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay, optimizer.frozen),
+        ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
+    )
+    # The norm is finite if all gradients are. Choosing per element takes no additional pass over memory.
+    is_finite = jnp.isfinite(norm)
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
+
+
+LocalStep = Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
+
+
+def _make_local_step(
+    structure: Structure,
+    optimizer: Optimizer,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    seed: int,
+    reduction: Reduction | None,
+) -> LocalStep:
+    """Builds the step of one device, with its share of the state and its rows of the batch; see `make_train_step`."""
+    form, sam, frozen = structure.standardization, optimizer.sam, optimizer.frozen
+    wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
+    make = functools.partial(
+        make_local_gradient, structure, objective, mesh, seed=seed, reduction=reduction, wanted=wanted
+    )
+    gradient_of = make()
+    is_whole = sam is None or sam.fraction == 1.0
+    uphill = (
+        None if sam is None else _uphill(gradient_of if is_whole else make(fraction=sam.fraction), form, frozen, sam)
+    )
+
+    def local_step(state: TrainState, batch: Batch, arrays: Arrays) -> tuple[TrainState, Metrics]:
+        division = shares_of(structure, mesh, state.step)
+        # Kernels are standardized once, outside the loop over microbatches, and the gradient of this standardization is
+        # computed once, after the sum. This is done in branches of their own, so that compilers do not fuse it with the
+        # backward pass. That would need more passes over the parameters, and round differently on other layouts of
+        # devices.
+        point, norms_of_params = (state.params, None) if uphill is None else uphill(state, batch, arrays, division)
+        prepared, facts = prepare(point, form, division)
+        gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
+
+        is_finite_loss = jnp.isfinite(metrics["train/loss"])
+        # AGC compares with the norms of the parameters themselves, not with those of SAM's point.
+        units = _in_a_branch(
+            is_finite_loss,
+            lambda point, gradient: unit_gradients(gradient, point, facts, form, division, norms_of_params),
+            point,
+            gradient,
+        )
+        metrics["train/learning_rate"] = optimizer.schedule(state.step)
+        if "is_corrupt" in batch:
+            metrics["data/num_corrupt"] = lax.psum(jnp.sum(batch["is_corrupt"]), BATCH_AXES)
+        update = functools.partial(_updated, optimizer, point, facts)
+        state, metrics["train/grad_norm"] = lax.cond(
+            is_finite_loss, update, _unchanged, state, gradient, units, batch_stats
+        )
+        return state, metrics | optimizer.metrics(state.opt_state)
+
+    return local_step
 
 
 def make_train_step(
@@ -70,57 +194,27 @@ def make_train_step(
 
     Raises:
       ConfigError: the parts of the batch cannot be divided equally over the mesh, or their number is not given although
-        the result depends on it: with BatchNorm, and with SAM on a fraction of each part.
+        the result depends on it: with BatchNorm, and with SAM on a fraction of each part; or kernels are divided, but
+        the optimizer needs whole ones.
     """
-    form, sam, frozen = structure.standardization, optimizer.sam, optimizer.frozen
-    wanted = differentiated(structure.shapes.keys() - frozen, structure.shapes)
-    make = functools.partial(make_gradient, structure, objective, mesh, seed=seed, reduction=reduction, wanted=wanted)
-    gradient_of = make()
-    is_whole = sam is None or sam.fraction == 1.0
-    uphill = (
-        None if sam is None else _uphill(gradient_of if is_whole else make(fraction=sam.fraction), form, frozen, sam)
+    remedy = "the optimizer needs whole kernels: give model_structure(..., is_divided=optimizer.is_divisible)"
+    needs_whole = structure.is_divided and not optimizer.is_divisible
+    require(not needs_whole or num_batch_shards(mesh) == 1, "is_divided", structure.is_divided, remedy)
+    local_step = _make_local_step(structure, optimizer, objective, mesh, seed=seed, reduction=reduction)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
+    specs = jax.tree.map(lambda sharding: sharding.spec, placed)
+    divided_step = jax.shard_map(
+        local_step,
+        mesh=mesh,
+        axis_names=set(BATCH_AXES),  # XLA's partitioner divides the height of images and exchanges their borders
+        in_specs=(specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+        check_vma=False,
     )
 
     def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
-        arrays = arrays or {}
-        # Kernels are standardized once, outside the loop over microbatches, and the gradient of this standardization is
-        # computed once, after the sum. This is done in `update`, which is a branch of its own, so that compilers do not
-        # fuse it with the backward pass. That would need more passes over the parameters, and round differently on
-        # other layouts of devices.
-        point = state.params if uphill is None else uphill(state, batch, arrays)
-        prepared, facts = prepare(point, form)
-        gradient, batch_stats, metrics = gradient_of(prepared, state.batch_stats, state.step, batch, arrays)
-
-        def update(state: TrainState, gradient: Params, batch_stats: BatchStats) -> tuple[TrainState, jax.Array]:
-            gradient, norms = pull_back(gradient, point, facts, form, frozen)
-            norm = global_norm(gradient, norms)
-            # AGC compares with the norms of the parameters themselves, not with those of SAM's point.
-            known = norms if sam is None else None
-            updates, opt_state = optimizer.update(
-                gradient, state.opt_state, state.params, unit_norms=known, global_norm=norm
-            )
-            trained = {name: state.params[name] for name in gradient}
-            params: Params = state.params | optax.apply_updates(trained, updates)
-            updated = TrainState(
-                step=state.step + 1,
-                params=params,
-                batch_stats=batch_stats,
-                opt_state=opt_state,
-                ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay, frozen),
-                ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
-            )
-            # The norm is finite if all gradients are. Choosing per element takes no additional pass over memory.
-            is_finite = jnp.isfinite(norm)
-            return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
-
-        metrics["train/learning_rate"] = optimizer.schedule(state.step)
-        if "is_corrupt" in batch:
-            metrics["data/num_corrupt"] = jnp.sum(batch["is_corrupt"])
-        state, metrics["train/grad_norm"] = lax.cond(
-            jnp.isfinite(metrics["train/loss"]), update, _unchanged, state, gradient, batch_stats
-        )
-        return state, metrics | optimizer.metrics(state.opt_state)
+        stepped: tuple[TrainState, Metrics] = divided_step(state, batch, arrays or {})
+        return stepped
 
     # Without given shardings, the new state could be divided differently, and the step would be compiled a second time.
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
