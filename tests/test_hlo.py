@@ -56,6 +56,18 @@ def test_collectives_count_their_payload() -> None:
     assert collective_bytes(parse(TEXT)) == {"all-reduce": 3 * 32, "collective-permute": (2 * 16 + 8) // 2}
 
 
+def test_the_pieces_of_a_collective_that_runs_beside_other_work_count_once() -> None:
+    piece = '  %piece.{n} = bf16[8,64]{{1,0}} all-gather(%p), frontend_attributes={{chain_id="{chain}"}}\n'
+
+    def with_pieces(*chains: str) -> dict[str, int]:
+        pieces = "".join(piece.format(n=n, chain=chain) for n, chain in enumerate(chains))
+        return collective_bytes(parse(TEXT.replace("  ROOT %inner", pieces + "  ROOT %inner")))
+
+    num_turns = 3
+    assert with_pieces("0", "0", "0")["all-gather"] == num_turns * 8 * 64 * 2
+    assert with_pieces("0", "1", "0")["all-gather"] == num_turns * 2 * 8 * 64 * 2
+
+
 def test_a_loop_without_a_stated_length_is_read_from_its_condition() -> None:
     text = TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', "").replace(
         "  ROOT %less", "  %turns = s32[]{:T(128)} constant(4)\n  ROOT %less"

@@ -6,9 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.objectives import Distillation
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.programs.plan import Plan, describe, lower_step
+from nfnet_flax.programs.search import fastest
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.units import duration, scaled
 from tests import own_files, runs
@@ -20,6 +22,7 @@ DIGITS = Plan(
     device_kind="TPU v5 lite",
     num_devices=1,
     images_per_device=4,
+    images_per_turn=4,
     batch_size=4,
     image_size=32,
     rematerialization="none",
@@ -93,3 +96,44 @@ def test_a_step_with_a_teacher_is_planned_without_images(tmp_path: Path) -> None
     assert jax.tree.map(lambda leaf: leaf.shape, of_state) == jax.tree.map(lambda leaf: leaf.shape, state)
     assert of_batch["image"].shape == (8, 32, 32, 3)
     assert of_teacher["head.kernel"].shape == (32, NUM_CLASSES)
+
+
+CYCLES = {1: 120, 2: 115, 4: 115, 8: 60, 16: 53}
+"""Millions of cycles per image of F5 on a v5e, by the number of images at a time, where fewer than 8 waste memory."""
+
+
+def plans(gib_per_image: float) -> tuple[list[tuple[Rematerialization, int]], Plan]:
+    """Searches with 16 GiB of memory; returns what was tried, and what was chosen."""
+    tried = []
+
+    def plan_of(rematerialization: Rematerialization, images: int) -> Plan:
+        tried.append((rematerialization, images))
+        factor, slower = {"none": (1.0, 1.0), "blocks": (0.25, 1.3), "full": (0.1, 1.6)}[rematerialization]
+        return dataclasses.replace(
+            DIGITS,
+            rematerialization=rematerialization,
+            images_per_turn=images,
+            images_per_device=16,
+            peak_bytes=int((1 + gib_per_image * images * factor) * 2**30),
+            cycles=int(CYCLES[images] * 16e6 * slower),
+        )
+
+    return tried, fastest([16, 8, 4, 2, 1], plan_of)
+
+
+def test_what_fits_at_once_is_not_cut() -> None:
+    tried, chosen = plans(gib_per_image=0.5)
+    assert tried == [("none", 16), ("none", 8)]
+    assert (chosen.rematerialization, chosen.images_per_turn) == ("none", 16)
+
+
+def test_more_images_at_a_time_can_be_worth_rematerialization() -> None:
+    tried, chosen = plans(gib_per_image=3.0)
+    assert tried == [*(("none", images) for images in (16, 8, 4, 2)), ("blocks", 16), ("blocks", 8)]
+    assert (chosen.rematerialization, chosen.images_per_turn) == ("blocks", 16)
+
+
+def test_if_nothing_fits_the_plan_with_the_least_memory_is_shown() -> None:
+    _, chosen = plans(gib_per_image=200.0)
+    assert not chosen.fits
+    assert (chosen.rematerialization, chosen.images_per_turn) == ("full", 1)

@@ -6,25 +6,32 @@ from typing import Annotated
 import tyro
 
 from nfnet_flax.cli.ahead import Code
-from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    from nfnet_flax.programs.plan import describe, plan, search, set_environment
+    from nfnet_flax.programs.plan import describe, plan, set_environment
 
     set_environment()  # before JAX looks for devices
     from nfnet_flax.cli import recipe_options
+    from nfnet_flax.programs.compare import compare_topologies
+    from nfnet_flax.programs.search import search
     from nfnet_flax.recipe import Recipe
 
     given = recipe_options.read("plan", argv)
 
     @dataclasses.dataclass(frozen=True)
     class PlanOptions:
-        topology: str
-        """Kind and number of TPU chips, such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4."""
+        topology: str | None = None
+        """Kind and number of TPU chips, such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4; v5e:2x4/2 are the
+        first two chips of v5e:2x4."""
+        compare: tuple[str, ...] = ()
+        """Instead of a plan, tell whether the programs for these topologies do the same arithmetic, so that they give
+        the same bits: v5e:2x4 v5e:2x4/4 v5e:4x4."""
         search: bool = False
-        """Find the largest batch per device that fits, and the cheapest rematerialization for it."""
+        """Find the fastest way to compute the batch that fits: how many images at a time, which rematerialization."""
         debug: bool = "--debug" in argv
         """Plan the small network of `nfnet train --debug`."""
         code: Code = ()
@@ -32,6 +39,12 @@ def run(argv: list[str]) -> int:
 
     about = "Compile the training step of a recipe for a TPU, and print the memory and time that it needs."
     chosen = recipe_options.parse(PlanOptions, given, about)
-    result = search(chosen.recipe, chosen.topology)[-1] if chosen.search else plan(chosen.recipe, chosen.topology)
+    if chosen.compare:
+        alone = chosen.topology is None and not chosen.search
+        require(alone, "--compare", " ".join(chosen.compare), "give it without --topology and --search")
+        return EXIT_DONE if compare_topologies(chosen.recipe, chosen.compare) else EXIT_WRONG
+    if chosen.topology is None:
+        raise ConfigError("--topology is missing: give a topology such as v5e:2x4, or --compare and several")
+    result = search(chosen.recipe, chosen.topology) if chosen.search else plan(chosen.recipe, chosen.topology)
     print(describe(result))
     return EXIT_DONE

@@ -33,6 +33,9 @@ class Operation:
     """Computations that are fused into it."""
     flops: int
     """FLOPs of a convolution or matrix product: twice the number of multiplications, without those by padding."""
+    chain: str
+    """For a collective that runs beside other operations, in pieces that are fused into them: the name that its pieces
+    share; else empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,7 @@ def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
         literal=int(constant[1]) if constant else None,
         fused=tuple(fused),
         flops=product_flops(opcode[1], text, results) if opcode[1] in ("convolution", "dot") else 0,
+        chain=chain[1] if (chain := re.search(r'chain_id="(\w+)"', text)) else "",
     )
 
 
@@ -155,16 +159,20 @@ def collective_bytes(program: Program) -> dict[str, int]:
     """Payload of each kind of collective in one run, per device: the size of its results in bytes, with loops
     multiplied by their trip counts."""
     found: collections.Counter[str] = collections.Counter()
+    counted: set[str] = set()
 
     def walk(name: str, times: int) -> None:
         for operation in program.computations[name]:
             kind = operation.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
+            if kind in _COLLECTIVES and operation.chain not in counted:
+                counted.update([operation.chain] if operation.chain else [])
                 # The result of the asynchronous start of these kinds also contains the operand.
                 halved = operation.opcode != kind and kind in ("all-gather", "collective-permute")
                 found[kind] += times * _size(operation.result) // (2 if halved else 1)
             for body in operation.called:
                 walk(body, times * _trip_count(program, operation))
+            for body in operation.fused:
+                walk(body, times)
 
     walk(program.entry, 1)
     return dict(found)

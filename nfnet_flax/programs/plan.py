@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
@@ -42,7 +42,6 @@ _ENVIRONMENT = {
 }
 _NUM_EXAMPLES = 1_281_167
 """Number of training images of ImageNet; only the schedule depends on it."""
-_REMATERIALIZATIONS: tuple[Literal["none", "blocks", "full"], ...] = ("none", "blocks", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Plan:
     num_devices: int
     images_per_device: int
     """Number of images per device; with `spatial`, of a group of devices, each of which has a part of their height."""
+    images_per_turn: int
+    """Number of these images that are computed at a time: a part of the batch."""
     batch_size: int
     image_size: int
     rematerialization: str
@@ -95,18 +96,29 @@ def plan(recipe: Recipe, topology: str, *, num_operations: int = 10) -> Plan:
     Raises:
       ConfigError: libtpu is missing or does not know the topology, or the batch cannot be divided over it.
     """
-    import jax
+    mesh = mesh_of(recipe, topology)
+    started = time.perf_counter()
+    state, compiled = compile_step(recipe, topology, mesh)
+    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_operations)
 
+
+def mesh_of(recipe: Recipe, topology: str) -> "Mesh":
+    """The devices of a topology as a mesh for a recipe; raises `ConfigError` as `devices_of` and `make_mesh` do."""
     from nfnet_flax.parallel.mesh import make_mesh
 
-    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
-    started = time.perf_counter()
+    return make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
+
+
+def compile_step(recipe: Recipe, topology: str, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Compiled]":
+    """The compiled training step of a recipe on the mesh of a topology, and the shapes of its state; raises
+    `ConfigError` as `plan` does."""
+    import jax
+
     try:
         state, lowered = lower_step(recipe, mesh)
-        compiled = lowered.compile()
+        return state, lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
-    return _report(recipe, topology, mesh, state, compiled, time.perf_counter() - started, num_operations)
 
 
 def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lowered]":
@@ -153,7 +165,7 @@ def _report(
 ) -> Plan:
     import jax
 
-    from nfnet_flax.parallel.mesh import num_batch_shards
+    from nfnet_flax.parallel.mesh import count_turns, num_batch_shards
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
@@ -173,6 +185,9 @@ def _report(
         device_kind=device.device_kind,
         num_devices=mesh.size,
         images_per_device=recipe.data.batch_size // num_batch_shards(mesh),
+        images_per_turn=recipe.data.batch_size
+        // num_batch_shards(mesh)
+        // count_turns(recipe.execution.num_microbatches, mesh),
         batch_size=recipe.data.batch_size,
         image_size=recipe.data.image_size,
         rematerialization=recipe.execution.rematerialization,
@@ -195,28 +210,36 @@ def _report(
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology, as the compiler describes them, ordered by process as in a run.
+    """The devices of a topology, as the compiler describes them, ordered by process as in a run. With `/N` at the end
+    of the name, the first N of them.
 
     Raises:
       ConfigError: libtpu is missing, or does not know the topology.
     """
     from jax.experimental import topologies
 
+    whole, _, number = topology.partition("/")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        return sorted(found, key=lambda device: device.process_index)
+        described: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=whole).devices
+        found = sorted(described, key=lambda device: device.process_index)
     except Exception as error:  # libtpu's own errors have no common class
         raise ConfigError(
             f"topology {topology!r}: {str(error).splitlines()[0]}. This needs libtpu (pip install 'nfnet_flax[tpu]') "
             "and a name such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4"
         ) from error
+    if not number:
+        return found
+    if not number.isdecimal() or not 1 <= int(number) <= len(found):
+        raise ConfigError(f"topology {topology!r}: after the slash give a number of chips from 1 to {len(found)}")
+    return found[: int(number)]
 
 
 def describe(found: Plan) -> str:
     """A plan as text for people."""
     lines = [
         f"{found.topology}: {found.num_devices} x {found.device_kind}, {found.images_per_device} images of "
-        f"{found.image_size} px each; rematerialization {found.rematerialization}; compiled in {found.compile_s:.0f} s",
+        f"{found.image_size} px each, {found.images_per_turn} at a time; rematerialization {found.rematerialization}; "
+        f"compiled in {found.compile_s:.0f} s",
         f"memory per device: parameters {human_size(found.parameter_bytes)}, optimizer and EMA "
         f"{human_size(found.state_bytes - found.parameter_bytes)}, within the step {human_size(found.temporary_bytes)}",
         f"  peak {human_size(found.peak_bytes)} of {human_size(found.hbm_bytes)}: "
@@ -235,44 +258,3 @@ def describe(found: Plan) -> str:
     lines.append("most expensive operations (estimated cycles):")
     lines += [f"  {scaled(cycles):>7}  {source}" for source, cycles in found.most_expensive]
     return "\n".join(lines)
-
-
-def search(recipe: Recipe, topology: str) -> list[Plan]:
-    """Finds the largest number of images per device, a power of two, that fits, for each rematerialization.
-
-    Each device computes its images as one microbatch. A line is printed for each plan.
-
-    Returns:
-      The plans that were compiled; the recommended one is the last.
-
-    Raises:
-      ConfigError: as for `plan`.
-    """
-    from nfnet_flax.parallel.mesh import make_mesh, num_batch_shards
-
-    mesh = make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
-    num_groups = num_batch_shards(mesh)
-    found: list[Plan] = []
-    best: Plan | None = None
-    for rematerialization in _REMATERIALIZATIONS:
-        images = best.images_per_device * 2 if best else 1
-        while True:
-            tried = dataclasses.replace(
-                recipe,
-                # Mixing happens on the host, so it does not matter here; few images per device may not fill its groups.
-                data=dataclasses.replace(recipe.data, batch_size=images * num_groups, mixing=None),
-                execution=dataclasses.replace(
-                    recipe.execution, rematerialization=rematerialization, num_microbatches=num_groups
-                ),
-            )
-            result = plan(tried, topology)
-            found.append(result)
-            print(
-                f"{rematerialization:>6}, {images} images per device: {human_size(result.peak_bytes)}, "
-                f"{scaled(result.cycles / images)} cycles per image, {'fits' if result.fits else 'does not fit'}",
-                flush=True,
-            )
-            if not result.fits:
-                break
-            best, images = result, images * 2
-    return [*found, best] if best else found
