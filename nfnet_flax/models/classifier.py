@@ -64,8 +64,8 @@ class ExecutionConfig:
     """Add the gradients of the parts in a fixed order: the same number of microbatches then gives the same bits on any
     number of devices. Off: in the fastest order; the results are equal up to rounding."""
     fsdp: int = 1
-    """Length of the mesh axis `fsdp`; it must divide the number of devices. The state is divided over all devices
-    whatever it is, so that it changes nothing. It is there for recipes and commands of earlier versions."""
+    """A setting of earlier versions, kept for their recipes and commands. It changes nothing, as the state is divided
+    over the devices whatever it is. It must divide the number of devices."""
     spatial: int = 1
     """Number of neighbouring devices over which the height of each image is divided, for resolutions that do not fit on
     one device. Results with different values are equal up to rounding."""

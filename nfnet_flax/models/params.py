@@ -165,7 +165,7 @@ class UnitGradients(NamedTuple):
     known."""
 
     factors: dict[str, GradientFactors]
-    """Of each standardized kernel, by its name."""
+    """Name of each standardized kernel -> what its gradient is computed with."""
     gains: Params
     """Gradients of the gains of standardized kernels, by their own names."""
     norms: UnitNorms

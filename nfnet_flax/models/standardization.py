@@ -42,7 +42,7 @@ class GradientFactors(NamedTuple):
     gain: jax.Array
     """The gradient of the gain."""
     norm: jax.Array
-    """Of the kernel's gradient."""
+    """L2 norm of the gradient of the kernel."""
 
 
 def fan_in(kernel: jax.Array) -> int:

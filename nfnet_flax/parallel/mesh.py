@@ -121,15 +121,16 @@ def make_mesh(
       spatial: number of devices along `spatial`.
 
     Raises:
-      ConfigError: `fsdp` or `spatial` does not divide the number of devices, an image would be divided over several
-        processes, processes have different numbers of devices, or the devices are not ordered by process.
+      ConfigError: `num_shares`, `fsdp` or `spatial` does not divide the number of devices, an image would be divided
+        over several processes, processes have different numbers of devices, or the devices are not ordered by process.
     """
     # JAX orders devices by number, and on some TPU pods the numbers of two hosts alternate.
     chosen = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
     _refuse(layout_problems([device.process_index for device in chosen], fsdp=fsdp, spatial=spatial))
     num_groups = len(chosen) // spatial
-    shares = num_shares or max(size for size in range(1, MAX_SHARES + 1) if num_groups % size == 0)
-    require(shares <= MAX_SHARES, "num_shares", shares, f"must be at most {MAX_SHARES}")
+    possible = [size for size in range(1, MAX_SHARES + 1) if num_groups % size == 0]
+    shares = max(possible) if num_shares is None else num_shares
+    require(shares in possible, "num_shares", shares, f"must be one of {possible}")
     if spatial == 1:
         return Mesh(np.asarray(chosen).reshape(-1, shares), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
     axes = (*BATCH_AXES, SPATIAL_AXIS)

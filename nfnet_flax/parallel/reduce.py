@@ -293,7 +293,7 @@ def _piece_axis(shape: tuple[int, ...], num_pieces: int) -> int:
 
 
 def gathered(values: Arrays, sharded_axes: Mapping[str, int | None]) -> Arrays:
-    """Whole arrays from the shares of all devices; to be called under `shard_map`."""
+    """Whole arrays from the shares along `fsdp`; to be called under `shard_map`."""
     whole = dict(values)
     for name, value in values.items():
         if (axis := sharded_axes[name]) is not None:

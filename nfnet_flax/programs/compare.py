@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether both programs must round alike here."""
+        """Whether there is no operation that could round differently. How operations are connected is not compared."""
         return not self.other_sums and not self.only_first and not self.only_second
 
 
@@ -199,7 +199,8 @@ def _reached(name: str, computations: Computations, source: str) -> Iterator[tup
 
 
 def _signatures(name: str, computations: Computations, *, with_shapes: bool) -> list[str]:
-    """Of the operations of a computation that compute floating-point numbers."""
+    """A text for each operation of a computation that computes floating-point numbers. Equal texts mean equal
+    operations."""
     lines = {_split(line)[0]: line for line in computations[name]}
     found = []
     for line in lines.values():
