@@ -1,5 +1,6 @@
 """Whether two compiled programs do the same arithmetic: programs that the compiler for CPUs made."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -76,3 +77,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
     recipe = load_recipe(runs.DIGITS)
     with pytest.raises(ConfigError, match="at least two topologies"):
         compare_topologies(recipe, ["v5e:2x4"])
+    fast = dataclasses.replace(recipe, execution=dataclasses.replace(recipe.execution, reproducible=False))
+    with pytest.raises(ConfigError, match="reproducible = False: only sums in a fixed order"):
+        compare_topologies(fast, ["v5e:2x4", "v5e:2x4/4"])

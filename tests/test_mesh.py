@@ -48,6 +48,8 @@ def test_one_device_takes_any_number_of_parts_and_no_division() -> None:
     assert [count_turns(parts, mesh) for parts in (None, 1, 12)] == [1, 1, 12]
     with pytest.raises(ConfigError, match=r"execution\.fsdp = 2: must divide the 1 devices of this run"):
         make_mesh(jax.devices()[:1], fsdp=2)
+    with pytest.raises(ConfigError, match=r"num_shares = 2: must be one of \[1\]"):
+        make_mesh(jax.devices()[:1], num_shares=2)
 
 
 PROCESS = """
