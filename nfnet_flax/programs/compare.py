@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.programs.hlo import Operation, Program, parse
 from nfnet_flax.programs.plan import compile_step, mesh_of
 from nfnet_flax.recipe import Recipe
 
@@ -28,8 +29,6 @@ _MOVES = frozenset(
 """Operations that compute no number by themselves. What some of them run is compared itself."""
 _MOVING_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
 _TILES = re.compile(r'"(?:kernel|output)_window_bounds":\[[^\]]*\]')
-
-Computations = dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,56 +160,40 @@ def _pieces_of_sums(signature: str) -> list[int] | None:
 
 def _parts(text: str) -> dict[str, list[str]]:
     """Source of each loop, and `_OUTSIDE` -> signatures of the operations that compute numbers."""
-    computations, entry = _computations(text)
+    program = parse(text)
     found: dict[str, list[str]] = collections.defaultdict(list)
-    for name, source in _reached(entry, computations, _OUTSIDE):
-        found[source] += _signatures(name, computations, with_shapes=source != _OUTSIDE)
+    for name, source in _reached(program.entry, program, _OUTSIDE):
+        found[source] += _signatures(name, program, with_shapes=source != _OUTSIDE)
     return found
 
 
-def _computations(text: str) -> tuple[Computations, str]:
-    found: Computations = {}
-    current: list[str] = []
-    entry = ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = found.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif " = " in line:
-            current.append(re.sub(r"S\(\d+\)|/\*index=\d+\*/", "", line.strip().removeprefix("ROOT ")))
-    return found, entry
-
-
-def _reached(name: str, computations: Computations, source: str) -> Iterator[tuple[str, str]]:
+def _reached(name: str, program: Program, source: str) -> Iterator[tuple[str, str]]:
     """All computations that run if one does, each with the loop that it belongs to."""
     yield name, source
-    for line in computations[name]:
-        _, _, opcode, _, rest = _split(line)
-        if opcode not in ("conditional", "while", "call"):
-            continue
-        inside = source
-        if named := re.search(r'op_name="([^"]*/turns)_\d+/while"', line):  # the name is from `parallel/reduce.py`
-            inside = named[1]
-        called = re.findall(r"(?:body|condition|to_apply|\w+_computation)=%?([\w.\-]+)", rest)
-        for listed in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-            called += re.findall(r"[\w.\-]+", listed)
-        for each in called:
-            yield from _reached(each, computations, inside)
+    for operation in program.computations[name]:
+        # The name is from `parallel/reduce.py`.
+        named = re.match(r"(.*/turns)_\d+/while$", operation.source) if operation.opcode == "while" else None
+        for each in operation.called:
+            yield from _reached(each, program, named[1] if named else source)
 
 
-def _signatures(name: str, computations: Computations, *, with_shapes: bool) -> list[str]:
+def _signatures(name: str, program: Program, *, with_shapes: bool) -> list[str]:
     """A text for each operation of a computation that computes floating-point numbers. Equal texts mean equal
     operations."""
-    lines = {_split(line)[0]: line for line in computations[name]}
+    operations = _by_name(program, name)
     found = []
-    for line in lines.values():
-        _, result, opcode, operands, rest = _split(line)
-        if _computes(line, computations) and not _is_empty_sum(line, lines):
+    for operation in operations.values():
+        if _computes(operation, program) and not _is_empty_sum(operation, operations):
             # A fusion's body has the types of its parameters, and their order does not matter.
-            given = "" if opcode == "fusion" else ", ".join(_split(lines[operand])[1] for operand in operands)
-            text = f"{result} {opcode}({given}) {_attributes(rest, computations)}"
+            is_fusion = operation.opcode == "fusion"
+            given = "" if is_fusion else ", ".join(operations[operand].result for operand in operation.operands)
+            text = f"{operation.result} {operation.opcode}({given}) {_attributes(operation, program)}"
             found.append(text if with_shapes else _without_shapes(text))
     return found
+
+
+def _by_name(program: Program, computation: str) -> dict[str, Operation]:
+    return {operation.name: operation for operation in program.computations[computation]}
 
 
 def _without_shapes(signature: str) -> str:
@@ -221,89 +204,65 @@ def _without_shapes(signature: str) -> str:
     )
 
 
-def _computes(line: str, computations: Computations) -> bool:
+def _computes(operation: Operation, program: Program) -> bool:
     """Whether an operation computes floating-point numbers, and does not only move them."""
-    _, result, opcode, _, rest = _split(line)
-    if opcode == "fusion":
-        return any(_computes(inner, computations) for inner in computations[_called(rest)])
-    if opcode == "custom-call":
-        return not _MOVING_CALLS.search(rest)
-    return opcode not in _MOVES and re.match(r"\(?(bf16|f16|f32|f64)\b", result) is not None
+    if operation.opcode == "fusion":
+        return any(_computes(inner, program) for each in operation.fused for inner in program.computations[each])
+    if operation.opcode == "custom-call":
+        return not _MOVING_CALLS.search(operation.attributes)
+    return operation.opcode not in _MOVES and re.match(r"\(?(bf16|f16|f32|f64)\b", operation.result) is not None
 
 
-def _called(rest: str) -> str:
-    called = re.search(r"calls=%?([\w.\-]+)", rest)
-    assert called is not None, rest
-    return called[1]
-
-
-def _split(line: str) -> tuple[str, str, str, list[str], str]:
-    """Name, type, opcode, operands and attributes of an instruction."""
-    label, text = line.split(" = ", 1)
-    opcode = re.search(r" ([a-z][a-z0-9\-]*)\(", f" {text}")
-    assert opcode is not None, line
-    start = opcode.end() - 1
-    depth, end = 1, start
-    while depth:
-        depth += {"(": 1, ")": -1}.get(text[end], 0)
-        end += 1
-    operands = re.findall(r"%([\w.\-]+)", text[start : end - 1])
-    return label.lstrip("%"), text[: max(opcode.start() - 1, 0)].strip(), opcode[1], operands, text[end:]
-
-
-def _attributes(rest: str, computations: Computations) -> str:
+def _attributes(operation: Operation, program: Program) -> str:
     """Attributes that determine what is computed, with the bodies of fusions in place of their names."""
-    algorithm = re.findall(r'"(?:emitter|kernel_window_bounds|output_window_bounds)":(?:"\w*"|\[[^\]]*\])', rest)
-    kept = re.sub(r"(, )?(metadata|backend_config|frontend_attributes|channel_id|sharding)=(\{.*|\d+)", "", rest)
+    text = operation.attributes
+    algorithm = re.findall(r'"(?:emitter|kernel_window_bounds|output_window_bounds)":(?:"\w*"|\[[^\]]*\])', text)
+    kept = re.sub(r"(, )?(metadata|backend_config|frontend_attributes|channel_id|sharding)=(\{.*|\d+)", "", text)
     while found := re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", kept):
-        kept = kept[: found.start()] + _body(found[1], computations) + kept[found.end() :]
+        kept = kept[: found.start()] + _body(found[1], program) + kept[found.end() :]
     return f"{kept} {' '.join(algorithm)}"
 
 
-def _body(name: str, computations: Computations) -> str:
+def _body(name: str, program: Program) -> str:
     """A fused computation as text. Each of its results is written by itself, and in it each operation once, from the
     first operand to the result, named by its position. Results are in the order of the alphabet."""
-    lines = {_split(line)[0]: line for line in computations[name]}
-    root = next(reversed(lines))
-    _, _, opcode, operands, _ = _split(lines[root])
-    results = operands if opcode == "tuple" else [root]
-    return "{" + " and ".join(sorted(_expression(result, lines, computations) for result in results)) + "}"
+    operations = _by_name(program, name)
+    root = next(reversed(operations.values()))
+    results = root.operands if root.opcode == "tuple" else (root.name,)
+    return "{" + " and ".join(sorted(_expression(result, operations, program) for result in results)) + "}"
 
 
-def _expression(result: str, lines: Mapping[str, str], computations: Computations) -> str:
+def _expression(result: str, operations: Mapping[str, Operation], program: Program) -> str:
     position: dict[str, int] = {}
     found: list[str] = []
 
-    def visit(label: str) -> int:
-        if label not in position:
-            _, kind, opcode, operands, rest = _split(lines[label])
-            given = [visit(operand) for operand in operands]
-            if opcode in ("copy", "bitcast") or _is_empty_sum(lines[label], lines):
-                position[label] = given[0]  # the same numbers
-            elif opcode == "fusion" and len(given) == 1 and not _computes(lines[label], computations):
-                position[label] = given[0]
+    def visit(name: str) -> int:
+        if name not in position:
+            operation = operations[name]
+            given = [visit(operand) for operand in operation.operands]
+            if operation.opcode in ("copy", "bitcast") or _is_empty_sum(operation, operations):
+                position[name] = given[0]  # the same numbers
+            elif operation.opcode == "fusion" and len(given) == 1 and not _computes(operation, program):
+                position[name] = given[0]
             else:
-                value = re.match(r".*constant\((.*?)\)", lines[label]) if opcode == "constant" else None
-                inside = value[1] if value else ", ".join(map(str, given))
-                if opcode == "convolution":
-                    inside += f") by {_split(lines[operands[1]])[1]} ("
-                found.append(f"{kind} {opcode}({inside}){_attributes(rest, computations)}")
-                position[label] = len(found) - 1
-        return position[label]
+                inside = operation.arguments if operation.opcode == "constant" else ", ".join(map(str, given))
+                if operation.opcode == "convolution":
+                    inside += f") by {operations[operation.operands[1]].result} ("
+                found.append(f"{operation.result} {operation.opcode}({inside}){_attributes(operation, program)}")
+                position[name] = len(found) - 1
+        return position[name]
 
     visit(result)
     return "; ".join(found)
 
 
-def _is_empty_sum(line: str, lines: Mapping[str, str]) -> bool:
-    """Whether an instruction adds along axes of length 1, which changes no number."""
-    _, kind, opcode, operands, _ = _split(line)
-    if opcode != "reduce":
+def _is_empty_sum(operation: Operation, operations: Mapping[str, Operation]) -> bool:
+    """Whether an operation adds along axes of length 1, which changes no number."""
+    if operation.opcode != "reduce":
         return False
-    size_before, size_after = (_num_elements(text) for text in (_split(lines[operands[0]])[1], kind))
-    return size_before == size_after
+    return _num_elements(operations[operation.operands[0]].result) == _num_elements(operation.result)
 
 
-def _num_elements(kind: str) -> int:
-    shape = re.search(r"\[([\d,]*)\]", kind)
+def _num_elements(result: str) -> int:
+    shape = re.search(r"\[([\d,]*)\]", result)
     return math.prod(int(size) for size in shape[1].split(",") if size) if shape else 0

@@ -8,6 +8,7 @@ import re
 from nfnet_flax.programs.products import product_flops
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_NOT_OF_TYPES = re.compile(r"S\(\d+\)|/\*index=\d+\*/")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
@@ -18,7 +19,13 @@ class Operation:
     name: str
     opcode: str
     result: str
-    """Type of its result: `f32[8,128]{1,0}`, or a tuple of them."""
+    """Type of its result: `f32[8,128]{1,0}`, or a tuple of them. Spaces of memory are left out."""
+    arguments: str
+    """What it is given, as in the text: names of operations, or the value of a constant."""
+    operands: tuple[str, ...]
+    """Names of the operations whose results it is given."""
+    attributes: str
+    """What the text says after its arguments."""
     cycles: int
     """The compiler's estimate of its cycles; 0 if there is none."""
     source: str
@@ -47,7 +54,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads `compiled.as_text()`."""
+    """Reads `compiled.as_text()`. The result of a computation is that of its last operation."""
     computations: dict[str, list[Operation]] = {}
     entry, current = "", None
     results: dict[str, str] = {}
@@ -56,7 +63,7 @@ def parse(text: str) -> Program:
             current, results = computations.setdefault(header[2], []), {}
             entry = header[2] if header[1] else entry
         elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
-            current.append(_operation(found[1], found[2], results))
+            current.append(_operation(found[1], _NOT_OF_TYPES.sub("", found[2]), results))
             results[found[1]] = current[-1].result
     return Program(entry, computations)
 
@@ -64,6 +71,8 @@ def parse(text: str) -> Program:
 def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
     opcode = re.search(r" ([a-z][a-z0-9\-]*)\(", text)
     assert opcode is not None, text
+    end = _end_of_arguments(text, opcode.end())
+    arguments, attributes = text[opcode.end() : end - 1], text[end:]
     called: tuple[str, ...] = ()
     if opcode[1] == "while":
         called = tuple(name for key in ("condition", "body") for name in re.findall(rf"{key}=%?([\w.\-]+)", text))
@@ -82,6 +91,9 @@ def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
         name=name,
         opcode=opcode[1],
         result=text[: opcode.start()],
+        arguments=arguments,
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        attributes=attributes,
         cycles=int(cycles[1]) if cycles else 0,
         source=source[1] if source else "",
         called=called,
@@ -91,6 +103,15 @@ def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
         flops=product_flops(opcode[1], text, results) if opcode[1] in ("convolution", "dot") else 0,
         chain=chain[1] if (chain := re.search(r'chain_id="(\w+)"', text)) else "",
     )
+
+
+def _end_of_arguments(text: str, start: int) -> int:
+    """Index behind the parenthesis that closes what begins at `start`."""
+    depth, end = 1, start
+    while depth:
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        end += 1
+    return end
 
 
 def _trip_count(program: Program, operation: Operation) -> int:
