@@ -29,11 +29,9 @@ from nfnet_flax.models.params import (
     is_standardized,
     mark_prepared,
     merge,
-    prepare,
-    pull_back,
     split,
-    unit_gradients,
 )
+from nfnet_flax.models.preparation import prepare, pull_back, unit_gradients
 from nfnet_flax.models.stages import Rematerialization, run_stage
 from nfnet_flax.models.standardization import StandardizationName, standardize
 from nfnet_flax.objectives import Arrays, SoftmaxCrossEntropy

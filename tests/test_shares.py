@@ -69,7 +69,7 @@ def test_divisible_clipping_clips_each_share_by_itself(kind: type[Clipping]) -> 
 SUMS = """
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from nfnet_flax.models.params import UNDIVIDED, prepare, unit_gradients
+from nfnet_flax.models.preparation import UNDIVIDED, prepare, unit_gradients
 from nfnet_flax.parallel.mesh import make_mesh, partition_spec, sharded_axis
 from nfnet_flax.training.shares import Shares
 

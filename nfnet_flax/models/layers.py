@@ -120,7 +120,7 @@ class WSConv(nnx.Module):
         """The convolution (N, H / stride, W / stride, O), and the bias (O,) that has to be added to it."""
         dtype = DTYPES[self.compute_dtype]
         kernel = self.kernel[...]
-        if not self.is_prepared:  # otherwise it is already standardized, once for many calls (`params.prepare`)
+        if not self.is_prepared:  # otherwise it is already standardized, once for many calls (`preparation.prepare`)
             kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
         kernel = kernel.astype(dtype)
         return conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups), self.bias[...].astype(dtype)

@@ -2,8 +2,8 @@
 
 A large network's kernels are hundreds of megabytes, and each pass over them takes about 1.5% of a step on an
 accelerator. So all sums for the forward pass are computed in one pass, and so are those for the backward pass; the
-norms for adaptive gradient clipping follow from the same sums. All functions take HWIO kernels, or stacks of them along
-leading axes; statistics keep the reduced axes: (..., 1, 1, 1, O).
+norms for adaptive gradient clipping follow from the same sums. All functions take HWIO kernels; statistics are vectors
+of O elements. (With the reduced axes kept, (1, 1, 1, O), TPUs rearranged each of them several times in memory.)
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax import lax
 StandardizationName = Literal["published", "timm"]
 """How a division by zero is avoided for a constant kernel: the published code bounds `variance * fan_in` from below by
 1e-4, timm adds 1e-5 to the variance."""
-_FAN_IN = (-4, -3, -2)
+_FAN_IN = (0, 1, 2)
 
 
 class KernelStatistics(NamedTuple):
@@ -47,12 +47,12 @@ class GradientFactors(NamedTuple):
 
 def fan_in(kernel: jax.Array) -> int:
     """Fan-in of a kernel: H * W * I, where I is the number of input channels of a group."""
-    return math.prod(kernel.shape[-4:-1])
+    return math.prod(kernel.shape[:-1])
 
 
 def rough_mean(kernel: jax.Array) -> jax.Array:
     """The mean of a few entries of each output channel."""
-    return jnp.mean(kernel[..., :1, :1, :8, :], axis=_FAN_IN, keepdims=True)
+    return jnp.mean(kernel[:1, :1, :8], axis=_FAN_IN)
 
 
 def kernel_sums(kernel: jax.Array, rough: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,8 +88,8 @@ def squared_norm(statistics: KernelStatistics, size: int) -> jax.Array:
 
 
 def apply(kernel: jax.Array, gain: jax.Array, statistics: KernelStatistics) -> jax.Array:
-    """The standardized kernel: zero mean, variance `gain**2 / fan_in` per output channel; `gain` is (..., O)."""
-    return (kernel - statistics.mean) * (statistics.scale * gain[..., None, None, None, :])
+    """The standardized kernel: zero mean, variance `gain**2 / fan_in` per output channel; `gain` is (O,)."""
+    return (kernel - statistics.mean) * (statistics.scale * gain)
 
 
 def gradient_sums(
@@ -119,14 +119,14 @@ def gradient_factors(
 
     Args:
       sums: of `gradient_sums`, over the whole kernel.
-      gain: (..., O).
+      gain: (O,).
       statistics: of the kernel.
       size: fan-in of the kernel.
       form: of the standardization.
     """
     total, product, squares = sums
     scale = statistics.scale
-    outer = scale * gain[..., None, None, None, :]
+    outer = scale * gain
     # d scale / d variance = -scale**3 * fan_in / 2 and d variance / d kernel = 2 * centred / fan_in.
     is_bounded = (statistics.variance * size < 1e-4) & (form == "published")
     inner = jnp.where(is_bounded, 0.0, outer * jnp.square(scale) * product)
@@ -136,13 +136,11 @@ def gradient_factors(
         - 2.0 * outer * inner * product
         + jnp.square(inner) * (statistics.variance * size)
     )
-    return GradientFactors(
-        mean, outer, inner, (product * scale)[..., 0, 0, 0, :], jnp.sqrt(jnp.maximum(squared_norm, 0.0))
-    )
+    return GradientFactors(mean, outer, inner, product * scale, jnp.sqrt(jnp.maximum(squared_norm, 0.0)))
 
 
 def _sum(terms: jax.Array) -> jax.Array:
-    return jnp.sum(terms, axis=_FAN_IN, keepdims=True)
+    return jnp.sum(terms, axis=_FAN_IN)
 
 
 def kernel_gradient(
@@ -157,7 +155,7 @@ def kernel_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def standardize(kernel: jax.Array, gain: jax.Array, form: StandardizationName) -> jax.Array:
-    """Scaled weight standardization over the fan-in axes of a kernel; `gain` is (..., O).
+    """Scaled weight standardization over the fan-in axes of a kernel; `gain` is (O,).
 
     Its gradient is written by hand: with automatic differentiation it took half of a training step on a CPU.
     """

@@ -13,7 +13,8 @@ from nfnet_flax.data.random_access import Source
 from nfnet_flax.messages import warn
 from nfnet_flax.models import convolution
 from nfnet_flax.models.layers import DTYPES
-from nfnet_flax.models.params import BatchStats, Params, cast, merge, prepare
+from nfnet_flax.models.params import BatchStats, Params, cast, merge
+from nfnet_flax.models.preparation import prepare
 from nfnet_flax.objectives import Batch, Objective
 from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, partition_spec, replicated, to_global
 from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, gathered, stack_of_turns

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ Sums = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """A `params.Division` of kernels over devices."""
+    """A `preparation.Division` of kernels over devices."""
 
     axes: Mapping[str, int | None]
     """Name of a parameter -> its axis that is divided, or None."""
@@ -48,16 +49,16 @@ class Shares:
         if self.num_parts is None and self.num_devices == 1:
             return {name: rough_mean(kernel) for name, kernel in kernels.items()}
         # A single entry, as the mean of several could be rounded in different ways.
-        found = {name: kernel[:1, :1, :1] for name, kernel in kernels.items()}
+        found = {name: kernel[0, 0, 0] for name, kernel in kernels.items()}
         divided = {name: value for name, value in found.items() if self.num_shares(name) > 1}
         if divided:
             is_first = lax.axis_index(FSDP_AXIS) == 0
-            of_first = jax.tree.map(lambda value: jnp.where(is_first, value, 0.0), divided)
-            found |= lax.psum(of_first, FSDP_AXIS)
+            of_first = jnp.where(is_first, _joined(divided), 0.0)
+            found |= _parted(lax.psum(of_first, FSDP_AXIS), divided)
         return found
 
     def sums(self, function: Callable[..., Sums], arrays: Mapping[str, Sums]) -> dict[str, Sums]:
-        """Adds what `function(name, *arrays)` gives for pieces of kernels; see `params.Division`."""
+        """Adds what `function(name, *arrays)` gives for pieces of kernels; see `preparation.Division`."""
         names_of: dict[int, list[str]] = defaultdict(list)
         for name, (first, *_) in arrays.items():
             whole = (*first.shape[:-2], first.shape[-2] * self.num_shares(name), first.shape[-1])
@@ -77,12 +78,12 @@ class Shares:
 
         if self.num_parts is None:
             here = sums_of(arrays)
-            return here if num_shares == 1 else lax.psum(here, FSDP_AXIS)
+            summed: dict[str, Sums] = here if num_shares == 1 else _parted(lax.psum(_joined(here), FSDP_AXIS), here)
+            return summed
         num_turns = pieces // num_shares
 
         def turn(index: jax.Array) -> dict[str, jax.Array]:
-            leaves = jax.tree.leaves(sums_of(_piece(arrays, index, num_turns)))
-            return {"all": jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])}
+            return {"all": _joined(sums_of(_piece(arrays, index, num_turns)))}
 
         rows = stack_of_turns(turn, num_turns, self.not_negative)["all"]
         while len(rows) > 1:
@@ -91,23 +92,33 @@ class Shares:
         if num_shares > 1:
             parts, mesh_shape = {"all": Part(total)}, {FSDP_AXIS: num_shares}
             total = sum_over_devices(parts, {"all": None}, mesh_shape, reproducible=True)["all"]
-        leaves, structure = jax.tree.flatten(jax.eval_shape(sums_of, arrays))
-        ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]
-        found = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(total, ends), leaves, strict=True)]
-        return jax.tree.unflatten(structure, found)
+        found: dict[str, Sums] = _parted(total, jax.eval_shape(sums_of, arrays))
+        return found
+
+
+def _joined(arrays: Any) -> jax.Array:
+    """All elements of a tree of arrays, one array after the other: (N,)."""
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(arrays)])
+
+
+def _parted(vector: jax.Array, like: Any) -> Any:
+    """The inverse of `_joined`; `like` is a tree with the shapes of the arrays."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]
+    parts = zip(jnp.split(vector, ends), leaves, strict=True)
+    return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in parts])
 
 
 def _piece(arrays: Mapping[str, Sums], index: jax.Array, num_turns: int) -> dict[str, Sums]:
     """One of `num_turns` pieces of all kernels, with what belongs to whole output channels."""
 
-    def piece(array: jax.Array, num_rows: int) -> jax.Array:
-        if array.shape[-2] != num_rows:
+    def piece(array: jax.Array) -> jax.Array:
+        if array.ndim == 1:
             return array
-        size = num_rows // num_turns
+        size = array.shape[-2] // num_turns
         return lax.dynamic_slice_in_dim(array, index * size, size, axis=-2)
 
-    found = {name: tuple(piece(array, given[0].shape[-2]) for array in given) for name, given in arrays.items()}
-    bound: dict[str, Sums] = bound_to_turn(found, index)
+    bound: dict[str, Sums] = bound_to_turn({name: tuple(map(piece, given)) for name, given in arrays.items()}, index)
     return bound
 
 

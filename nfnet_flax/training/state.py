@@ -72,7 +72,7 @@ class Structure:
     graphdef: GraphDef
     """Structure of the network in training mode."""
     prepared: GraphDef
-    """The same for parameters whose kernels are already standardized (`params.prepare`)."""
+    """The same for parameters whose kernels are already standardized (`preparation.prepare`)."""
     shapes: dict[str, jax.ShapeDtypeStruct]
     """Shape and type of each parameter, by name."""
     batch_stat_shapes: dict[str, jax.ShapeDtypeStruct]

@@ -11,10 +11,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import require
-from nfnet_flax.models.params import (
-    BatchStats,
+from nfnet_flax.models.params import BatchStats, Params
+from nfnet_flax.models.preparation import (
     KernelFacts,
-    Params,
     UnitGradients,
     differentiated,
     prepare,
