@@ -198,7 +198,7 @@ from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure, placed_everywhere
 from nfnet_flax.training.step import make_train_step
 
-config = NFNetConfig(widths=(8, 8), depths=(1, 1), group_width=4)
+config = NFNetConfig(widths=(8,), depths=(1,), group_width=4)
 facts = RunFacts(class_names=tuple("gfedcba"), mean=(128.0,) * 3, std=(64.0,) * 3)
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)

@@ -28,7 +28,7 @@ from nfnet_flax.training.evaluation import make_eval_step, weights_to_evaluate
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
-config = NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=8, drop_rate=0.2, stochdepth_rate=0.2)
+config = NFNetConfig(widths=(16,), depths=(1,), group_width=8, drop_rate=0.2, stochdepth_rate=0.2)
 
 def run(num_devices, fsdp, spatial, reproducible):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2, reproducible=reproducible))

@@ -29,7 +29,7 @@ NUM_STEPS = 90
 OPTIONS = [
     *("--num-steps", str(NUM_STEPS), "--optim.clipping.ratio", "0.2"),
     *("--log-every-steps", "1", "--eval-every-steps", "40", "--checkpoint.every-steps", "40"),
-    *("--data.image-size", "16", "--data.eval-image-size", "16"),
+    *("--data.image-size", "16", "--data.eval-image-size", "16", "--data.batch-size", "32"),
 ]
 
 

@@ -18,6 +18,7 @@ from nfnet_flax.models.preparation import prepare
 from nfnet_flax.objectives import Batch, Objective
 from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, partition_spec, replicated, to_global
 from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, gathered, stack_of_turns
+from nfnet_flax.parallel.rounding import separately_rounded
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.shares import shares_of
 from nfnet_flax.training.state import Structure, TrainState
@@ -88,6 +89,8 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> Ev
         found = stack_of_turns(turn, num_turns, batch["mask"][0])
         return {name: lax.all_gather(jnp.ravel(value), BATCH_AXES, tiled=True) for name, value in found.items()}
 
+    if structure.num_parts is not None:
+        local = separately_rounded(local, lambda params, batch_stats, batch: batch["mask"][0], platform)
     per_device = jax.shard_map(
         local,
         mesh=mesh,

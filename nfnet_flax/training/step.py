@@ -28,6 +28,7 @@ from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
 from nfnet_flax.parallel.mesh import BATCH_AXES, num_batch_shards
 from nfnet_flax.parallel.reduce import Reduction
+from nfnet_flax.parallel.rounding import separately_rounded
 from nfnet_flax.training.gradient import Gradient, Metrics, make_local_gradient
 from nfnet_flax.training.shares import Shares, shares_of
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
@@ -202,6 +203,8 @@ def make_train_step(
     local_step = _make_local_step(structure, optimizer, objective, mesh, seed=seed, reduction=reduction)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(structure, optimizer, mesh))
     specs = jax.tree.map(lambda sharding: sharding.spec, placed)
+    if structure.num_parts is not None:
+        local_step = separately_rounded(local_step, lambda state, *_: state.step, mesh.devices.flat[0].platform)
     divided_step = jax.shard_map(
         local_step,
         mesh=mesh,
