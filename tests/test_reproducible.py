@@ -13,6 +13,7 @@ import pytest
 
 from nfnet_flax.parallel.reduce import Part, Parts
 from nfnet_flax.training.gradient import over_parts
+from tests import runs
 
 SUMS = """
 import functools
@@ -78,7 +79,8 @@ from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
-config = NFNetConfig(widths=(8, 16), depths=(1, 1), group_width=4, drop_rate=0.2, stochdepth_rate=0.2)
+# Kernels of so few channels that a share fills no vector register: there, sums of two products were rounded otherwise.
+config = NFNetConfig(widths=(8,), depths=(1,), group_width=4, drop_rate=0.2)
 
 def run(num_devices, num_shares):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
@@ -101,20 +103,20 @@ def run(num_devices, num_shares):
     return share, losses, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 _, want_losses, want = run(1, 1)
-share, losses, got = run(4, 2)
+share, losses, got = run(4, 4)
 assert losses == want_losses
 assert got == want
-# Gathered once, scattered once, and as the kernels are small, half as much for sums over them. Two groups of devices
-# hold the same shares, and add them.
-assert share < 3.3, share
+# Gathered once, scattered once, and as the kernels are small, some for sums over them.
+assert share < 2.2, share
 print("equal")
 """
 
 
 @pytest.mark.parametrize(("script", "num_devices"), [(SUMS, 32), (STEP, 8)], ids=["sums", "step"])
 def test_the_same_bits_on_any_number_of_devices(script: str, num_devices: int) -> None:
-    # Not with the flags of `conftest.py`: bits are the matter here.
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
+    # Optimized as users' runs are: bits are the matter here.
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, **runs.OPTIMIZED, **flags}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
