@@ -64,16 +64,21 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[jax.Array], lowest: jax.A
             branches = [_branch(branch, lowest) for branch in equation.params["branches"]]
             found = lax.switch(index, branches, *operands)
         elif name == "rsqrt":
-            found = [jnp.maximum(1.0 / jnp.maximum(lax.sqrt(given[0]), lowest), lowest)]
+            found = [_rounded(lax.integer_pow(_rounded(lax.sqrt(given[0]), lowest), -1), lowest)]
         else:
             params = equation.primitive.get_bind_params(equation.params)
             with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
                 result = equation.primitive.bind(*given, **params)
             found = result if equation.primitive.multiple_results else [result]
             if name in _PRODUCTS and jnp.issubdtype(found[0].dtype, jnp.floating):
-                found = [jnp.maximum(found[0], lowest.astype(found[0].dtype))]
+                found = [_rounded(found[0], lowest)]
         values.update(zip(equation.outvars, found, strict=True))
     return [value_of(atom) for atom in jaxpr.outvars]
+
+
+def _rounded(product: jax.Array, lowest: jax.Array) -> jax.Array:
+    # Without `jnp.maximum`, a function within the function, which takes longer to trace.
+    return lax.max(product, lax.broadcast(lax.convert_element_type(lowest, product.dtype), product.shape))
 
 
 def _branch(closed: core.ClosedJaxpr, lowest: jax.Array) -> Callable[..., list[Any]]:
