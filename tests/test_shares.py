@@ -86,7 +86,7 @@ def found_on(num_devices, num_shares, num_parts):
     assert num_devices == 1 or [name for name in shapes if axes[name] is None] == ["c.kernel"]
 
     def local(params, dy, zero):
-        division = Shares(axes=axes, num_devices=num_shares, num_parts=num_parts, not_negative=zero)
+        division = Shares(axes=axes, num_devices=num_shares, num_parts=num_parts, platform="cpu", not_negative=zero)
         prepared, facts = prepare(params, form, division)
         units = unit_gradients(dy, params, facts, form, division)
         return prepared, units  # a step keeps what is made of these in a branch of its own, for the same rounding

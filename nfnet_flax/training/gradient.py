@@ -176,8 +176,10 @@ def make_local_gradient(
 
     fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
     mean, std = structure.normalization.mean, structure.normalization.std
+    # What is fused with the choice of a part's rows is rounded alike for any number of parts on a device.
+    is_alike = execution.reproducible and platform != "tpu"
     # In a loop each turn normalises its images, as a TPU would otherwise change the layout of the bytes, which is slow.
-    is_loop = num_turns > 1
+    is_loop = num_turns > 1 or is_alike
     part = make_part(structure, objective, platform, num_parts, fixed, is_normalised=not is_loop)
 
     def local_gradient(
@@ -194,6 +196,8 @@ def make_local_gradient(
         # These kernels are cast by the layers. Gathered ones are widened again, so that all layouts run the same loop.
         weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
         parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
+        if is_alike and num_turns == 1:  # the rows again, never used, so that there is a choice
+            parts = jax.tree.map(lambda rows: jnp.concatenate([rows, rows]), parts)
         one_part = functools.partial(part, batch_stats, arrays)
         order = step if execution.reproducible else None
         found = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)

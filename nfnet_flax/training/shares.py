@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from nfnet_flax.models.standardization import rough_mean
 from nfnet_flax.parallel.mesh import FSDP_AXIS, num_pieces
 from nfnet_flax.parallel.reduce import Part, bound_to_turn, stack_of_turns, sum_over_devices
+from nfnet_flax.parallel.rounding import separately_rounded
 from nfnet_flax.training.state import Structure
 
 Sums = tuple[jax.Array, ...]
@@ -37,6 +38,8 @@ class Shares:
     """Number of devices over which the state is divided."""
     num_parts: int | None
     """Number of parts of a batch, where the bits must not depend on the number of devices; None: they may."""
+    platform: str
+    """Platform of the devices."""
     not_negative: jax.Array
     """Any number that is never negative; see `reduce.stack_of_turns`."""
 
@@ -82,8 +85,11 @@ class Shares:
             return summed
         num_turns = pieces // num_shares
 
+        # In the loop, too: the choice of a piece is fused with the sums, and there is none for a single piece.
+        rounded = separately_rounded(sums_of, lambda _: self.not_negative, self.platform)
+
         def turn(index: jax.Array) -> dict[str, jax.Array]:
-            return {"all": _joined(sums_of(_piece(arrays, index, num_turns)))}
+            return {"all": _joined(rounded(_piece(arrays, index, num_turns)))}
 
         rows = stack_of_turns(turn, num_turns, self.not_negative)["all"]
         while len(rows) > 1:
@@ -134,5 +140,6 @@ def shares_of(structure: Structure, mesh: Mesh, not_negative: jax.Array) -> Shar
         axes=structure.sharded_axes(mesh),
         num_devices=mesh.shape[FSDP_AXIS],
         num_parts=structure.num_parts,
+        platform=mesh.devices.flat[0].platform,
         not_negative=not_negative,
     )
