@@ -70,6 +70,9 @@ def guarded_output(*, goes_on: bool) -> Iterator[None]:
         try:
             yield
             out.flush()
+        except SystemExit:  # as after `--help`: what is printed is lost, too, if nobody flushes it here
+            out.flush()
+            raise
         finally:
             if sys.stdout is out:  # otherwise other code has replaced it since, and will restore it
                 sys.stdout = before[0]

@@ -8,6 +8,7 @@ round as others do.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,10 @@ _flags = os.environ.get("XLA_FLAGS", "")  # of the process that started pytest's
 # A version of XLA that does not know a flag ends the process.
 if jaxlib.__version__.startswith("0.10.") and _WITHOUT_FUSION_EMITTERS not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} {_WITHOUT_FUSION_EMITTERS}".strip()
+# Users' shells do not set these, which hide what a command leaves unwritten, and what it writes besides.
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)
+sys.dont_write_bytecode = False
 for number in STOP_SIGNALS:  # ignored where the suite runs in the background or under `nohup`; tests send them
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """The objectives against independent formulas in float64, and the metrics of parts against those of the whole batch."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -236,7 +237,8 @@ print(*want[1])
 
 
 def test_steps_with_a_teacher_have_the_same_bits_on_any_devices(tmp_path: Path) -> None:
-    env = runs.with_devices(4)
+    # Optimized as users' runs are: without, the compiler's older form of fusions rounds otherwise on other layouts.
+    env = {**os.environ, **runs.OPTIMIZED, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", ELASTIC, str(teacher_file("nfnet", tmp_path))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
