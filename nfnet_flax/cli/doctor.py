@@ -15,6 +15,17 @@ from nfnet_flax.paths import run_folder
 _MAX_TIMEOUT_S = 86_400
 
 
+@contextlib.contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """Keeps Python from writing `__pycache__` beside the user's files."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+@_without_bytecode()
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
 
@@ -29,29 +40,14 @@ def run(argv: list[str]) -> int:
         code: Code = ()
 
     options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
-    with _without_bytecode():
-        return _examine(options.workdir, options.recipe, options.timeout_s, argv)
-
-
-@contextlib.contextmanager
-def _without_bytecode() -> Iterator[None]:
-    """Keeps Python from writing `__pycache__` beside the user's files."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
-
-
-def _examine(given_workdir: str | None, recipe: str | None, timeout_s: float, argv: list[str]) -> int:
     remedy = f"must be positive and at most {_MAX_TIMEOUT_S:,}"
-    require(0 < timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, remedy)
+    require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
     load_given_code(argv)
-    workdir = None if given_workdir is None else run_folder("workdir", given_workdir)
+    workdir = None if options.workdir is None else run_folder("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
 
     num_wrong = 0
-    for topic, findings in examine(workdir, recipe, timeout_s=timeout_s):
+    for topic, findings in examine(workdir, options.recipe, timeout_s=options.timeout_s):
         print(describe(topic, findings), flush=True)
         num_wrong += sum(finding.is_wrong for finding in findings)
     print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")
