@@ -51,7 +51,7 @@ def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> EvalStep:
+def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> jax.stages.Wrapped:
     """Builds `step(weights, batch)`, which returns the values of `objective.evaluate`, all of them on every device.
 
     Rows are computed in as many parts as the training batch has, so that rounding does not depend on the number of

@@ -1,6 +1,7 @@
 """Everything that is made from a recipe for the available devices and images, in one value."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +24,7 @@ from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
 from nfnet_flax.training.initial import content_of
 from nfnet_flax.training.kept_code import code_of
+from nfnet_flax.training.kept_programs import kept
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -33,6 +35,8 @@ from nfnet_flax.training.state import (
 )
 from nfnet_flax.training.step import make_train_step
 from nfnet_flax.weights.entries import HostArrays
+
+TrainStep = Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Setup:
     eval_source: Source
     objective_arrays: Arrays
     """Arrays that the step takes besides state and batch (`Objective.arrays`), whole on every device."""
-    train_step: Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
+    train_step: TrainStep
     eval_step: EvalStep
 
     def create_state(self, weights: HostArrays) -> TrainState:
@@ -116,19 +120,24 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     optimizer = build_optimizer(recipe, structure, len(train_source))
     facts = RunFacts(class_names=tuple(names), mean=data.mean, std=data.std)
     objective_arrays = placed_everywhere(recipe.objective.arrays(facts), mesh)
+    num_steps = recipe.total_steps(len(train_source))
+    train_step = make_train_step(
+        structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction
+    )
+    eval_step = make_eval_step(structure, recipe.objective, mesh)
+    # Where the objective's arrays come from (a teacher's network) decides programs, too, and is not in the recipe.
+    keep = functools.partial(kept, facts=None if objective_arrays else (num_steps, len(train_source)))
     return Setup(
         recipe=recipe,
         mesh=mesh,
         structure=structure,
         optimizer=optimizer,
-        num_steps=recipe.total_steps(len(train_source)),
+        num_steps=num_steps,
         train_source=train_source,
         eval_source=eval_source,
         objective_arrays=objective_arrays,
-        train_step=make_train_step(
-            structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction
-        ),
-        eval_step=make_eval_step(structure, recipe.objective, mesh),
+        train_step=keep(train_step, "train", recipe, mesh),
+        eval_step=keep(eval_step, "eval", recipe, mesh),
     )
 
 

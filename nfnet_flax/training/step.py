@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
 from nfnet_flax.config import require
@@ -67,12 +68,16 @@ def _uphill(gradient_of: Gradient, form: StandardizationName, frozen: frozenset[
 def _in_a_branch(condition: jax.Array, function: Callable[..., Tree], *operands: Params) -> Tree:
     """What a function gives, or zeros where the condition is false. Nothing in it is fused with what is outside."""
 
-    def zeros(*operands: Params) -> Tree:
-        shapes = jax.eval_shape(function, *operands)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # Traced once, not once for the branch and once more for the shapes of its results.
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
+    compute = core.jaxpr_as_fun(traced)
 
-    found: Tree = lax.cond(condition, function, zeros, *operands)
-    return found
+    def zeros(*leaves: jax.Array) -> list[jax.Array]:
+        return [jnp.zeros(shape.shape, shape.dtype) for shape in jax.tree.leaves(shapes)]
+
+    found = lax.cond(condition, compute, zeros, *jax.tree.leaves(operands))
+    whole: Tree = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    return whole
 
 
 def _unchanged(

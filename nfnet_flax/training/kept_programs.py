@@ -1,0 +1,193 @@
+"""Keeps compiled steps on disk, so that the next start of a run needs neither to trace nor to compile them.
+
+JAX keeps compiled programs, too, but finds one only by what it computes, and so after tracing, which takes longer than
+reading the program. Here a program is found by all that decides it: the code of this package and of the libraries that
+trace and compile, their settings, the devices, the recipe, and the shapes and shardings of the arguments. If any of
+this has changed, if the file is damaged or belongs to somebody else, or if anything else fails, the step is compiled as
+ever. Programs of several processes are not kept, nor are those of recipes with classes of a user's own, whose code can
+depend on anything.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from nfnet_flax import runtime
+from nfnet_flax.config_json import to_json
+from nfnet_flax.json_files import write_whole
+from nfnet_flax.open_config import own_classes
+from nfnet_flax.recipe import Recipe
+
+_SUFFIX = ".program"
+_MAX_BYTES = 2 << 30
+"""Largest size of all kept programs together; those that were not used for longest are removed first."""
+_PACKAGES = ("nfnet_flax", "jax", "jaxlib", "flax", "optax", "numpy")
+"""Packages whose files decide what is traced and compiled."""
+_DECIDE_NO_PROGRAM = (
+    "name",
+    "checkpoint",
+    "init_from",
+    "log_every_steps",
+    "eval_every_steps",
+    "tensorboard",
+    "platform",
+)
+"""Fields of a recipe that no program depends on. A change of any other field means another program here."""
+_DIGEST_BYTES = 32
+
+
+def kept(
+    function: jax.stages.Wrapped, name: str, recipe: Recipe, mesh: Mesh, facts: Sequence[object] | None
+) -> Callable[..., Any]:
+    """A jitted function that is read from disk at its first call if it was compiled before, or else compiled and kept.
+
+    Args:
+      function: function that always gets arguments of the same shapes, types and shardings. It is returned unchanged if
+        its program cannot be kept.
+      name: tells apart the functions of a recipe.
+      recipe: recipe that the function was made from.
+      mesh: devices on which it runs.
+      facts: whatever else the function was made from; None: things that cannot be listed, so that nothing is kept.
+    """
+    folder = _folder()
+    is_decided_elsewhere = own_classes(recipe) or jax.process_count() > 1 or jax.config.values["jax_disable_jit"]
+    if folder is None or facts is None or is_decided_elsewhere:
+        return function
+    fields = {name: value for name, value in to_json(recipe).items() if name not in _DECIDE_NO_PROGRAM}
+    made_from = [name, fields, [str(fact) for fact in facts], _devices(mesh), _surroundings()]
+    programs: list[jax.stages.Compiled] = []
+
+    def first(*args: Any) -> Any:
+        text = json.dumps([*made_from, [_form(leaf) for leaf in jax.tree.leaves(args)]])
+        file = folder / f"{hashlib.sha256(text.encode()).hexdigest()}{_SUFFIX}"
+        program = _read(file, mesh)
+        if program is None:
+            program = _compile(function.lower(*args), file)
+            programs.append(program)
+            return program(*args)
+        try:
+            found = jax.block_until_ready(program(*args))
+        except Exception:
+            file.unlink(missing_ok=True)  # the next start compiles
+            raise
+        programs.append(program)
+        return found
+
+    def call(*args: Any) -> Any:
+        return programs[0](*args) if programs else first(*args)
+
+    return call
+
+
+def _folder() -> Path | None:
+    settings = jax.config.values
+    place = settings["jax_compilation_cache_dir"]
+    if not settings["jax_enable_compilation_cache"] or place is None or "://" in str(place):
+        return None
+    return Path(place) / "steps"
+
+
+def _form(leaf: Any) -> str:
+    return f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.sharding}"
+
+
+def _devices(mesh: Mesh) -> list[str]:
+    return [str(mesh), *(f"{device.id} {device.device_kind}" for device in mesh.devices.flat), str(len(jax.devices()))]
+
+
+@functools.cache
+def _surroundings() -> dict[str, Any]:
+    """What decides programs besides the recipe and the devices."""
+    return runtime.environment() | {
+        "settings": {name: str(value) for name, value in sorted(jax.config.values.items())},
+        "flags": dict(sorted(runtime.xla_flags().items())),
+        "files": {package: _files_digest(package) for package in _PACKAGES},
+    }
+
+
+def _files_digest(package: str) -> str:
+    """Digest of paths, sizes and times of a package's source files and libraries."""
+    digest = hashlib.sha256()
+    spec = importlib.util.find_spec(package)
+    for folder in sorted(spec.submodule_search_locations or []) if spec else []:
+        for path, folders, files in os.walk(folder):
+            folders[:] = sorted(set(folders) - {"__pycache__", "tests"})
+            for name in sorted(files):
+                found = os.stat(os.path.join(path, name))
+                digest.update(f"{path} {name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(file: Path, mesh: Mesh) -> jax.stages.Compiled | None:
+    """The program in a file; None if there is none, or if it is damaged or not the user's own."""
+    # Any failure to load is answered by compiling: what libraries raise for a program that does not fit is not known.
+    with contextlib.suppress(Exception):
+        if file.stat().st_uid != os.getuid():  # reading a program can execute what is in it
+            return None
+        content = file.read_bytes()
+        if _digest(file, content[_DIGEST_BYTES:]) != content[:_DIGEST_BYTES]:
+            return None
+        program, in_tree, out_tree = pickle.loads(content[_DIGEST_BYTES:])
+        devices = list(mesh.devices.flat)
+        loaded = serialize_executable.deserialize_and_load(
+            program, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+        )
+        file.touch()
+        return loaded
+    return None
+
+
+def _compile(lowered: jax.stages.Lowered, file: Path) -> jax.stages.Compiled:
+    """Compiles a program and keeps it, if that is possible.
+
+    A program that JAX reads from its own cache is not kept: on CPUs it lacks functions when it is written again.
+    """
+    hits = _hits_of_jaxs_cache()
+    num_before = len(hits)
+    compiled = lowered.compile()
+    with contextlib.suppress(Exception):  # as in `_read`; on a full disk, too, the run goes on
+        if len(hits) == num_before:
+            content = pickle.dumps(serialize_executable.serialize(compiled))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, _digest(file, content) + content)
+            _remove_oldest(file.parent)
+    return compiled
+
+
+@functools.cache
+def _hits_of_jaxs_cache() -> list[str]:
+    """The programs that JAX found in its own cache from now on."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    return hits
+
+
+def _digest(file: Path, content: bytes) -> bytes:
+    """Digest of a program and of what it was made from, which the name of its file stands for."""
+    return hashlib.sha256(file.name.encode() + content).digest()
+
+
+def _remove_oldest(folder: Path) -> None:
+    found = [(path.stat(), path) for path in folder.glob(f"*{_SUFFIX}")]
+    left = sum(stat.st_size for stat, _ in found) - _MAX_BYTES
+    for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
+        if left <= 0:
+            break
+        path.unlink(missing_ok=True)
+        left -= stat.st_size

@@ -1,0 +1,165 @@
+"""Compiled steps that are kept on disk: by what they are found, and that they change nothing but the time."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnet_flax.parallel.mesh import make_mesh
+from nfnet_flax.recipe import Recipe
+from nfnet_flax.recipe_file import load_recipe
+from nfnet_flax.training import kept_programs
+from tests import runs
+
+NAMES = "*.program"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """A cache of JAX's own, in a folder of the test; returns the folder of the steps."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    yield tmp_path / "cache" / "steps"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe(str(runs.DIGITS))
+
+
+def program(recipe: Recipe, *facts: object, name: str = "train", add: float = 1.0) -> Callable[..., jax.Array]:
+    """A small function that is kept as the step of a recipe is; `add` tells which function was compiled."""
+    wrapped: Callable[..., jax.Array] = kept_programs.kept(
+        jax.jit(lambda array: array + add), name, recipe, make_mesh(), facts
+    )
+    return wrapped
+
+
+def test_a_program_is_found_by_all_that_decides_it(
+    cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = jnp.zeros(3)
+    assert program(recipe, 5)(zero)[0] == 1
+    assert len(list(cache.glob(NAMES))) == 1
+    # The same facts: read, though another function is given.
+    assert program(recipe, 5, add=2.0)(zero)[0] == 1
+    other_name = dataclasses.replace(recipe, name="other", log_every_steps=7, tensorboard=False)
+    assert program(other_name, 5, add=2.0)(zero)[0] == 1
+    # Any other fact: compiled.
+    seed = dataclasses.replace(recipe, seed=recipe.seed + 1)
+    rate = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, ema_decay=0.5))
+    assert program(seed, 5, add=3.0)(zero)[0] == 3
+    assert program(rate, 5, add=4.0)(zero)[0] == 4
+    assert program(recipe, 6, add=5.0)(zero)[0] == 5
+    assert program(recipe, 5, add=6.0, name="eval")(zero)[0] == 6
+    assert program(recipe, 5, add=7.0)(jnp.zeros(4))[0] == 7
+    assert program(recipe, 5, add=8.0)(jnp.zeros(3, jnp.bfloat16))[0] == 8
+    for flag, add in (("XLA_FLAGS", 9.0), ("LIBTPU_INIT_ARGS", 10.0)):
+        with monkeypatch.context() as patch:
+            patch.setenv(flag, os.environ.get(flag, "") + " --xla_cpu_enable_fast_math=false")
+            kept_programs._surroundings.cache_clear()
+            assert program(recipe, 5, add=add)(zero)[0] == add
+    with jax.default_matmul_precision("float32"):
+        kept_programs._surroundings.cache_clear()
+        assert program(recipe, 5, add=11.0)(zero)[0] == 11
+    kept_programs._surroundings.cache_clear()
+    assert program(recipe, 5, add=12.0)(zero)[0] == 1
+
+
+def test_a_changed_file_of_a_package_is_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "some_package" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    before = kept_programs._files_digest("some_package")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "compiled.pyc").touch()
+    assert kept_programs._files_digest("some_package") == before
+    (package / "__init__.py").write_text("a = 1")
+    changed = kept_programs._files_digest("some_package")
+    assert changed != before
+    (package / "added.py").touch()
+    assert kept_programs._files_digest("some_package") != changed
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another step", "somebody else's"])
+def test_a_damaged_or_foreign_file_is_not_used(
+    damage: str, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = jnp.zeros(3)
+    program(recipe)(zero)
+    (file,) = cache.glob(NAMES)
+    content = file.read_bytes()
+    match damage:
+        case "flipped":
+            file.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+        case "cut":
+            file.write_bytes(content[:-1])
+        case "empty":
+            file.write_bytes(b"")
+        case "of another step":
+            program(recipe, add=2.0, name="eval")(zero)
+            (other,) = set(cache.glob(NAMES)) - {file}
+            shutil.copyfile(other, file)
+        case _:
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+    damaged = file.read_bytes()
+    assert program(recipe, add=3.0)(zero)[0] == 3
+    assert file.read_bytes() != damaged  # and it is replaced
+
+
+def test_the_longest_unused_are_removed(cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = jnp.zeros(3)
+    for fact in range(3):
+        program(recipe, fact)(zero)
+    files = sorted(cache.glob(NAMES), key=lambda path: path.stat().st_mtime_ns)
+    os.utime(files[0], (10, 10))
+    program(recipe, 0, add=2.0)(zero)  # used again
+    assert files[0].stat().st_mtime > 10
+    os.utime(files[1], (20, 20))
+    monkeypatch.setattr(kept_programs, "_MAX_BYTES", sum(file.stat().st_size for file in files) + 1000)
+    program(recipe, 3)(zero)
+    assert set(files) - set(cache.glob(NAMES)) == {files[1]}
+
+
+def test_without_a_cache_nothing_is_kept(cache: Path, recipe: Recipe) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        assert program(recipe)(jnp.zeros(3))[0] == 1
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    for place in (None, "gs://bucket/cache"):
+        jax.config.update("jax_compilation_cache_dir", place)
+        assert isinstance(program(recipe), jax.stages.Wrapped)
+    assert not cache.exists()
+
+
+def test_a_run_with_kept_programs_compiles_no_step_and_has_the_same_bits(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def train(name: str) -> tuple[dict[str, np.ndarray], set[str]]:
+        """The last checkpoint of a run, and the training steps that JAX's own cache has then."""
+        options = ("--num-steps=2", "--eval-every-steps=2", "--model.widths=16", "--model.depths=1")
+        printed = runs.finish(runs.start(tmp_path / name, *options, environment=environment))
+        assert "finished: 2 steps" in printed, printed
+        return runs.saved_arrays(tmp_path / name, 2), {path.name for path in cache.glob("jit_train_step*-cache")}
+
+    first, compiled = train("first")
+    assert compiled
+    assert len(list((cache / "steps").glob(NAMES))) == 2
+    for name in compiled:
+        (cache / name).unlink()
+    second, compiled = train("second")
+    assert not compiled
+    assert first.keys() == second.keys()
+    assert len(first) > 20
+    assert all(np.array_equal(first[name], second[name]) for name in first)
