@@ -108,9 +108,9 @@ def test_a_run_divides_its_images_and_goes_on_in_two_processes(
 def test_images_that_cannot_be_divided_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"execution.spatial.*2.*must divide the 1 devices"):
         make_mesh(jax.devices()[:1], spatial=2)
-    # The network of the digits takes 32 px.
+    # 16 px.
     refused = runs.start(tmp_path, "--execution.spatial=3", environment=environment(3))
     printed = runs.finish(refused)
     assert refused.returncode == exit_codes.EXIT_BAD_INPUT, printed
-    assert re.search(r"data.(eval_)?image_size.*32.*must be divisible by execution.spatial = 3", printed), printed
+    assert re.search(r"data.(eval_)?image_size.*16.*must be divisible by execution.spatial = 3", printed), printed
     assert not tmp_path.joinpath("recipe.json").exists()
