@@ -34,7 +34,7 @@ OPTIONS = [
     "--checkpoint.every-steps=20",
     "--no-tensorboard",
 ]
-SMALL = ["--model.widths=16 32", "--model.depths=1 1"]
+SMALL = ["--model.widths=32", "--model.depths=1"]
 """The recipe's NFNet, smaller."""
 FEW_IMAGES = [
     "--data.batch-size=16",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.parallel.reduce import Part, bound_to_turn, sum_of_turns
+from nfnet_flax.parallel.reduce import Part
+from nfnet_flax.parallel.turns import bound_to_turn, sum_of_turns
 from nfnet_flax.programs.compare import Comparison, compare, compare_topologies
 from nfnet_flax.recipe_file import load_recipe
 from tests import runs

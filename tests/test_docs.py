@@ -40,10 +40,9 @@ REASONS = {
 }
 """Why a block of commands may be left out here."""
 
-SMALL = {"widths": (8, 8), "depths": (1, 1), "group_width": 4}
+SMALL = {"widths": (8,), "depths": (1,), "group_width": 4}
 SHORTER_COMMANDS = {
-    "nfnet train recipes/": "--model.widths 8 8 --model.depths 1 1 --model.group-width 4 --num-steps 4 "
-    "--no-tensorboard",
+    "nfnet train recipes/": "--model.widths 8 --model.depths 1 --model.group-width 4 --num-steps 4 --no-tensorboard",
     "nfnet train recipes/photos.py": "--data.num-held-out 3 --data.batch-size 8 --data.eval-batch-size 8 "
     "--data.image-size 32 --data.eval-image-size 32",
 }

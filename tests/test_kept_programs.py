@@ -25,8 +25,10 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     """A cache of JAX's own, in a folder of the test; returns the folder of the steps."""
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    kept_programs._surroundings.cache_clear()  # of tests with other flags
     yield tmp_path / "cache" / "steps"
     jax.config.update("jax_compilation_cache_dir", before)
+    kept_programs._surroundings.cache_clear()
 
 
 @pytest.fixture

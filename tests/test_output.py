@@ -25,10 +25,10 @@ from nfnet_flax.recipe import Recipe
 
 def recipe() -> Recipe:
     model = NFNetConfig(
-        widths=(16, 32), depths=(1, 1), group_width=8
+        widths=(32,), depths=(1,), group_width=8
     )
     data = DataConfig(
-        source=DigitsSource(), image_size=32, eval_image_size=32, batch_size=16,
+        source=DigitsSource(), image_size=16, eval_image_size=16, batch_size=16,
         num_held_out=24, eval_batch_size=24
     )
     optim = OptimConfig(learning_rate_per_256=1.6, warmup_epochs=0.0)

@@ -24,8 +24,8 @@ ALONE = parallel.Processes(index=0, count=1, store=None)
 NUM_STEPS = 12
 # So small that compiling takes seconds; two processes of one device each.
 TINY = (
-    "--model.widths=8 8",
-    "--model.depths=1 1",
+    "--model.widths=8",
+    "--model.depths=1",
     "--model.group-width=4",
     "--data.num-threads=1",
     f"--num-steps={NUM_STEPS}",

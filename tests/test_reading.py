@@ -38,10 +38,10 @@ from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 
 def recipe(root: str) -> Recipe:
-    """A small network with BatchNorm and a stage that is long enough to be stored as one stack."""
+    """A small network with BatchNorm."""
     return Recipe(
         name="three_classes",
-        model=ResNetConfig(widths=(8, 8, 8, 16), depths=(1, 1, 7, 1), stem_width=8, expansion=0.5),
+        model=ResNetConfig(widths=(8, 16), depths=(1, 2), stem_width=8, expansion=0.5),
         num_classes=4,
         data=DataConfig(source=FolderSource(root=root), batch_size=8, eval_batch_size=4),
         optim=OptimConfig(learning_rate_per_256=3.2, warmup_epochs=0.0, ema_decay=0.5),

@@ -283,10 +283,9 @@ def test_a_debug_recipe_keeps_everything_but_sizes(family: str, variant: str) ->
 
 def test_a_debug_run_goes_through_everything(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nfnet_flax.cli", "train", f"{RECIPES / 'nfnet_imagenet.py'}:variant=f6"]
-    command += ["--debug", "--workdir", str(tmp_path / "run"), "--seed", "3", "--model.depths", *"11"]
-    command += ["--model.widths", *["16"] * 2, "--checkpoint.every-minutes", "0.000001", "--checkpoint.keep-last", "9"]
-    # Compiling is nearly all of it: without optimization it takes half the time.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command += ["--debug", "--workdir", str(tmp_path / "run"), "--seed", "3", "--model.depths", "1"]
+    command += ["--model.widths", "16", "--checkpoint.every-minutes", "0.000001", "--checkpoint.keep-last", "9"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "on 20 examples" in done.stdout

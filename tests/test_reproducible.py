@@ -20,7 +20,8 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from nfnet_flax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec, sharded_axis
-from nfnet_flax.parallel.reduce import Part, sum_of_turns, sum_over_devices, tree_sum
+from nfnet_flax.parallel.reduce import Part, sum_over_devices, tree_sum
+from nfnet_flax.parallel.turns import sum_of_turns
 
 rng = np.random.default_rng(0)
 shapes = {"big.kernel": (3, 3, 40, 256), "odd.kernel": (7, 5), "vector": (13,), "scalar": (), "long": (70001,)}

@@ -84,14 +84,14 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.gradient import make_gradient
 from nfnet_flax.training.state import abstract_state, model_structure
 
-config = NFNetConfig(widths=(12, 12, 12, 12), depths=(1, 1, 8, 1), group_width=3)
+config = NFNetConfig(widths=(12, 12), depths=(1, 2), group_width=3)
 structure = model_structure(config, 10, ExecutionConfig(num_microbatches=2))
 mesh = make_mesh(fsdp=2)
 state = abstract_state(structure, optax.identity(), mesh)
 shapes = {name: leaf.shape for name, leaf in structure.shapes.items()}
 assert shapes == {name: leaf.shape for name, leaf in state.params.items()}
 axes = structure.sharded_axes(mesh)
-assert axes["stages.2.1.conv0.kernel"] == 2 and axes["stages.2.1.conv1.kernel"] is None and axes["head.kernel"] == 0
+assert axes["stages.1.1.conv0.kernel"] == 2 and axes["stages.1.1.conv1.kernel"] is None and axes["head.kernel"] == 0
 assert axes["head.bias"] is None
 batch = {"image": jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((4,), jnp.int32)}
 gradient = make_gradient(structure, SoftmaxCrossEntropy(), mesh, seed=0)

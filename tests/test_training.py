@@ -18,7 +18,7 @@ from tests import runs
 from tests.test_weights import with_random_arrays
 
 # One line instead of the recipe's network; NFNet itself is trained by test_resume.py.
-NFNET = "NFNetConfig(widths=(16, 32), depths=(1, 1), group_width=8)"
+NFNET = "NFNetConfig(widths=(32,), depths=(1,), group_width=8)"
 MODELS = {
     "nf_resnet": "NFResNetConfig(widths=(32, 64), depths=(1, 1), stem_width=16, se_ratio=0.25)",
     "nf_regnet": "NFRegNetConfig(widths=(32, 48), depths=(1, 1), drop_rate=0.1)",
@@ -30,6 +30,7 @@ OPTIONS = [
     *("--num-steps", str(NUM_STEPS), "--optim.clipping.ratio", "0.2"),
     *("--log-every-steps", "1", "--eval-every-steps", "40", "--checkpoint.every-steps", "40"),
     *("--data.image-size", "16", "--data.eval-image-size", "16", "--data.batch-size", "32"),
+    *("--execution.num-microbatches", "2", "--data.num-held-out", "64"),
 ]
 
 

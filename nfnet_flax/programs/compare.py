@@ -171,7 +171,7 @@ def _reached(name: str, program: Program, source: str) -> Iterator[tuple[str, st
     """All computations that run if one does, each with the loop that it belongs to."""
     yield name, source
     for operation in program.computations[name]:
-        # The name is from `parallel/reduce.py`.
+        # The name is from `parallel/turns.py`.
         named = re.match(r"(.*/turns)_\d+/while$", operation.source) if operation.opcode == "while" else None
         for each in operation.called:
             yield from _reached(each, program, named[1] if named else source)

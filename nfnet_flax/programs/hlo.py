@@ -120,7 +120,7 @@ def _trip_count(program: Program, operation: Operation) -> int:
         return 1
     if operation.trip_count is not None:
         return operation.trip_count
-    if named := re.search(r"turns_(\d+)/while$", operation.source):  # hidden from the compiler by `parallel/reduce.py`
+    if named := re.search(r"turns_(\d+)/while$", operation.source):  # hidden from the compiler by `parallel/turns.py`
         return int(named[1])
     literals = [each.literal for each in program.computations[operation.called[0]] if each.literal is not None]
     if len(literals) != 1:

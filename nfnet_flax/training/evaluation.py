@@ -17,8 +17,9 @@ from nfnet_flax.models.params import BatchStats, Params, cast, merge
 from nfnet_flax.models.preparation import prepare
 from nfnet_flax.objectives import Batch, Objective
 from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, partition_spec, replicated, to_global
-from nfnet_flax.parallel.reduce import Arrays, bound_to_turn, gathered, stack_of_turns
+from nfnet_flax.parallel.reduce import Arrays, gathered
 from nfnet_flax.parallel.rounding import separately_rounded
+from nfnet_flax.parallel.turns import bound_to_turn, cut_rows, stack_of_turns
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.shares import shares_of
 from nfnet_flax.training.state import Structure, TrainState
@@ -65,6 +66,7 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> ja
     mean, std = structure.normalization.mean, structure.normalization.std
     platform = mesh.devices.flat[0].platform
     num_turns = count_turns(execution.num_microbatches, mesh)
+    is_alike = structure.num_parts is not None and platform != "tpu"
 
     def part(prepared: Params, batch_stats: BatchStats, batch: Batch) -> Arrays:
         model = merge(structure.prepared, prepared, batch_stats)
@@ -78,8 +80,7 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> ja
         division = shares_of(structure, mesh, batch["mask"][0])
         share, _ = prepare(params, structure.standardization, division)
         prepared = gathered(cast(share, DTYPES[config.compute_dtype]), axes)
-        num_rows = batch["label"].shape[0] // num_turns
-        parts = jax.tree.map(lambda rows: rows.reshape(num_turns, num_rows, *rows.shape[1:]), batch)
+        parts = cut_rows(batch, num_turns, is_alike=is_alike)
 
         def turn(index: jax.Array) -> Arrays:
             rows = jax.tree.map(lambda rows: rows[index], parts)

@@ -33,12 +33,10 @@ from nfnet_flax.parallel.reduce import (
     Parts,
     Reduction,
     added,
-    bound_to_turn,
     gathered,
     is_float,
-    sum_of_turns,
-    used_in_turn,
 )
+from nfnet_flax.parallel.turns import bound_to_turn, cut_rows, sum_of_turns, used_in_turn
 from nfnet_flax.training.state import Structure
 
 Metrics = dict[str, jax.Array]
@@ -177,7 +175,7 @@ def make_local_gradient(
     fixed = frozenset(name for name in structure.shapes if wanted is not None and name not in wanted)
     mean, std = structure.normalization.mean, structure.normalization.std
     # What is fused with the choice of a part's rows is rounded alike for any number of parts on a device.
-    is_alike = execution.reproducible and platform != "tpu"
+    is_alike = structure.num_parts is not None and platform != "tpu"
     # In a loop each turn normalises its images, as a TPU would otherwise change the layout of the bytes, which is slow.
     is_loop = num_turns > 1 or is_alike
     part = make_part(structure, objective, platform, num_parts, fixed, is_normalised=not is_loop)
@@ -195,9 +193,8 @@ def make_local_gradient(
         weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
         # These kernels are cast by the layers. Gathered ones are widened again, so that all layouts run the same loop.
         weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
-        parts = jax.tree.map(lambda rows: _first(_cut(rows, num_turns), fraction), (keys, batch))
-        if is_alike and num_turns == 1:  # the rows again, never used, so that there is a choice
-            parts = jax.tree.map(lambda rows: jnp.concatenate([rows, rows]), parts)
+        parts = cut_rows((keys, batch), num_turns, is_alike=is_alike)
+        parts = jax.tree.map(lambda rows: _first(rows, fraction), parts)
         one_part = functools.partial(part, batch_stats, arrays)
         order = step if execution.reproducible else None
         found = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
@@ -260,10 +257,6 @@ def _part_of(metric: Metric, num_parts: int) -> Part:
 
 def _widened(weight: jax.Array, prepared: jax.Array, sharded_axis: int | None) -> jax.Array:
     return prepared if sharded_axis is None else weight.astype(prepared.dtype)
-
-
-def _cut(rows: jax.Array, num_parts: int) -> jax.Array:
-    return rows.reshape(num_parts, rows.shape[0] // num_parts, *rows.shape[1:])
 
 
 def _first(parts: jax.Array, fraction: float) -> jax.Array:

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from nfnet_flax.models.standardization import rough_mean
 from nfnet_flax.parallel.mesh import FSDP_AXIS, num_pieces
-from nfnet_flax.parallel.reduce import Part, bound_to_turn, stack_of_turns, sum_over_devices
+from nfnet_flax.parallel.reduce import Part, sum_over_devices
 from nfnet_flax.parallel.rounding import separately_rounded
+from nfnet_flax.parallel.turns import bound_to_turn, stack_of_turns
 from nfnet_flax.training.state import Structure
 
 Sums = tuple[jax.Array, ...]
@@ -41,7 +42,7 @@ class Shares:
     platform: str
     """Platform of the devices."""
     not_negative: jax.Array
-    """Any number that is never negative; see `reduce.stack_of_turns`."""
+    """Any number that is never negative; see `turns.stack_of_turns`."""
 
     def num_shares(self, name: str) -> int:
         """Number of equal shares into which a kernel is divided."""
