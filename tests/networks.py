@@ -5,7 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from nfnet_flax.models import EfficientNetConfig, ModelConfig, NFRegNetConfig, NFResNetConfig, ResNetConfig
+from nfnet_flax.models import (
+    EfficientNetConfig,
+    ModelConfig,
+    NFRegNetConfig,
+    NFResNetConfig,
+    ResNetConfig,
+    TimmNFNetConfig,
+)
 from tests import golden
 
 FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": 0}  # type: ignore[dict-item]
@@ -15,6 +22,15 @@ SMALL: dict[str, ModelConfig] = {
     "nfnet": dataclasses.replace(golden.TINY, widths=(32, 64), depths=(1, 2), stochdepth_rate=0.1, drop_rate=0.1),
     "nf_resnet": NFResNetConfig(widths=(16, 32), depths=(1, 2), stem_width=8, se_ratio=0.25),
     "nf_regnet": NFRegNetConfig(widths=(24, 32), depths=(1, 2), drop_rate=0.1),
+    "timm_nfnet": TimmNFNetConfig(
+        widths=(32, 64),
+        depths=(1, 2),
+        stem_width=16,
+        group_width=8,
+        attention="efficient_channel",
+        num_final=96,
+        drop_rate=0.1,
+    ),
     "resnet": ResNetConfig(widths=(16, 32), depths=(1, 2), stem_width=8, se_ratio=0.25),
     "se_resnext_d": ResNetConfig(
         widths=(16, 32),

@@ -183,11 +183,11 @@ def np_finite(array: object) -> bool:
 
 
 def test_models_lists_what_a_pattern_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "*net_*0"]) == exit_codes.EXIT_DONE
+    assert cli.main(["models", "[en]f*net_?0"]) == exit_codes.EXIT_DONE
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["nfnet_f0", "nf_regnet_b0", "efficientnet_b0"]
+    assert [line.split()[0] for line in lines[2:]] == ["nfnet_f0", "nf_regnet_b0", "nfnet_l0", "efficientnet_b0"]
     assert lines[2].split() == ["nfnet_f0", "71,489,284", "6.98", "192", "256", "83.6%"]
-    assert lines[4].split() == ["efficientnet_b0", "5,288,548", "0.39", "224", "224", "77.1%"]
+    assert lines[5].split() == ["efficientnet_b0", "5,288,548", "0.39", "224", "224", "77.1%"]
     assert "unknown model 'nfnet_x*'" in fails(capsys, "models", "nfnet_x*")
 
 

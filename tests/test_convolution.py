@@ -27,10 +27,15 @@ def test_avg_pool_counts_what_lies_inside(size: int, platform: str) -> None:
 
 @pytest.mark.parametrize("size", [7, 8])
 @pytest.mark.parametrize(
-    ("window", "stride", "groups"),
-    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 2, 3), (3, 1, 3), (3, 2, 6), (5, 1, 6)],
+    ("window", "stride", "groups", "is_symmetric"),
+    [
+        *((1, 1, 1, False), (1, 2, 1, False), (3, 1, 1, False), (3, 2, 1, False), (3, 2, 3, False), (3, 1, 3, False)),
+        *((3, 2, 6, False), (5, 1, 6, False), (3, 2, 1, True), (3, 2, 3, True), (3, 2, 6, True), (7, 2, 1, True)),
+    ],
 )
-def test_convolution_and_gradients_equal_the_librarys(size: int, window: int, stride: int, groups: int) -> None:
+def test_convolution_and_gradients_equal_the_librarys(
+    size: int, window: int, stride: int, groups: int, is_symmetric: bool
+) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, size, size, 6), np.float32))
     out = 6 if groups == 6 else 9  # six groups: depthwise
@@ -38,13 +43,14 @@ def test_convolution_and_gradients_equal_the_librarys(size: int, window: int, st
 
     def library(x: jax.Array, kernel: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
+        padding = [(window // 2, window // 2)] * 2 if is_symmetric else "SAME"
         return lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+            x, kernel, (stride, stride), padding, dimension_numbers=numbers, feature_group_count=groups
         )
 
     def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
         with convolution.for_platform("cpu"):
-            return convolution.conv2d(x, kernel, stride=stride, groups=groups)
+            return convolution.conv2d(x, kernel, stride=stride, groups=groups, is_symmetric=is_symmetric)
 
     want, want_vjp = jax.vjp(library, x, kernel)
     got, got_vjp = jax.vjp(ours, x, kernel)

@@ -146,7 +146,7 @@ def test_one_rule_says_which_kernels_are_standardized(family: str) -> None:
         if getattr(module, "is_prepared", False)
     }
     assert marked == {name for name in params if is_standardized(name, params)}
-    assert bool(marked) == family.startswith("nf")
+    assert bool(marked) == family.startswith(("nf", "timm"))
     assert "head.kernel" not in marked
     model.head.gain = nnx.Param(jnp.ones(3))
     with pytest.raises(ConfigError, match=r"head\.kernel of Dense: a kernel is standardized if its module has a gain"):
@@ -211,7 +211,7 @@ def test_norms_come_with_the_gradient(offset: float) -> None:
     np.testing.assert_allclose(global_norm(gradient, norms), np.linalg.norm(flat), rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["nfnet", "nf_resnet", "nf_regnet"])
+@pytest.mark.parametrize("family", ["nfnet", "nf_resnet", "nf_regnet", "timm_nfnet"])
 def test_the_folded_network_computes_the_same(family: str) -> None:
     config = SMALL[family]
     graphdef, shapes, _ = split(nnx.eval_shape(lambda: build_model(config, num_classes=3, rngs=nnx.Rngs(0))))
@@ -240,7 +240,7 @@ def outputs(network: Classifier, images: jax.Array) -> Any:
 
 def test_batch_norm_has_no_folded_form() -> None:
     model = nnx.eval_shape(lambda: build_model(SMALL["resnet"], num_classes=3, rngs=nnx.Rngs(0)))
-    with pytest.raises(ConfigError, match="ResNet cannot be folded; NFNet, NF-ResNet and NF-RegNet can"):
+    with pytest.raises(ConfigError, match="ResNet cannot be folded; normalizer-free networks can"):
         nfnet_flax.fold(model)
 
 

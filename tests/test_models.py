@@ -168,13 +168,16 @@ def test_efficientnet_equals_timms() -> None:
 def test_the_table_of_counts_is_what_is_counted() -> None:
     assert list(COUNTS) == list_models()
     # Multiply-adds of one of each family, as tracing the deepest takes long.
-    traced = ("nfnet_f0", "nfnet_f1+", "nf_resnet50", "nf_regnet_b0", "resnet50", "se_resnext_d50", "efficientnet_b0")
+    traced = (
+        *("nfnet_f0", "nfnet_f1+", "nf_resnet50", "nf_regnet_b0", "resnet50", "se_resnext_d50", "efficientnet_b0"),
+        *("eca_nfnet_l0", "timm_nf_regnet_b0", "nf_seresnet26"),
+    )
     found = {}
     for name, stored in COUNTS.items():
-        if (below := re.fullmatch(r"nfnet_f([2-7])(\+?)", name)) is not None:
+        if (below := re.fullmatch(r"((?:timm_)?nfnet_f)([2-7])(\+?)", name)) is not None:
             # Every level has as many blocks more than the one below, all alike.
-            one, base = (COUNTS[f"nfnet_f{level}{below[2]}"].parameters for level in (1, 0))
-            found[name] = Counts(base + int(below[1]) * (one - base), stored.multiply_adds)
+            one, base = (COUNTS[f"{below[1]}{level}{below[3]}"].parameters for level in (1, 0))
+            found[name] = Counts(base + int(below[2]) * (one - base), stored.multiply_adds)
             continue
         model = nnx.eval_shape(lambda name=name: nfnet_flax.create_model(name, rngs=nnx.Rngs(0)))
         parameters = sum(leaf.size for leaf in split(model)[1].values())

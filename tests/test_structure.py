@@ -104,7 +104,7 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training.state import create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
-assert len(nfnet_flax.list_models()) == 44
+assert len(nfnet_flax.list_models()) == 73
 config = NFNetConfig(widths=(8, 8), depths=(1, 1), group_width=4, expansion=0.5)
 structure = model_structure(config, 3, ExecutionConfig(num_microbatches=2))
 schedule = lambda step: 0.1

@@ -70,11 +70,17 @@ def test_haiku_round_trip(models: dict[str, Classifier], family: str) -> None:
     assert same(flat(weights.to_haiku(copy)), flat(tree))
 
 
+def test_timms_networks_of_a_published_name_are_named(models: dict[str, Classifier]) -> None:
+    for family in ("nf_resnet", "nf_regnet"):
+        with pytest.raises(ConfigError, match="they are timm_nf_resnet50, timm_nf_regnet_b1 and so on"):
+            weights.to_timm(models[family])
+
+
 @pytest.mark.parametrize("family", ["se_resnext_d", "efficientnet"])
 def test_haiku_has_no_names_for_the_rest(models: dict[str, Classifier], family: str) -> None:
     with pytest.raises(ConfigError, match="plain ResNet only"):
         weights.to_haiku(models[family])
-    with pytest.raises(ConfigError, match="for NFNet only"):
+    with pytest.raises(ConfigError, match=r"for NFNet and timm's own networks only$"):
         weights.to_timm(models[family])
 
 
@@ -93,28 +99,44 @@ def test_haiku_state_of_batch_norm_is_checked(models: dict[str, Classifier]) -> 
     assert np.array_equal(arrays_of(model)["head.kernel"], tree["ResNet/~/linear"]["w"])
 
 
-def test_timm_round_trip(models: dict[str, Classifier]) -> None:
-    tensors = weights.to_timm(models["nfnet"])
-    copy = fresh(models["nfnet"])
+@pytest.mark.parametrize("family", ["nfnet", "timm_nfnet"])
+def test_timm_round_trip(models: dict[str, Classifier], family: str) -> None:
+    tensors = weights.to_timm(models[family])
+    copy = fresh(models[family])
     weights.from_timm(copy, tensors)
-    assert same(arrays_of(copy), arrays_of(models["nfnet"]))
+    assert same(arrays_of(copy), arrays_of(models[family]))
     assert same(weights.to_timm(copy), tensors)
 
 
-def test_timm_computes_the_same() -> None:
-    stored = np.load(golden.FOLDER / "timm_nfnet_f0.npz")
+TIMM_NETWORKS: dict[str, ModelConfig] = {
+    "timm_nfnet_f0": model_config("nfnet_f0", **weights.TIMM_FORM),
+    "timm_test_nfnet": model_config("test_nfnet"),
+    "timm_eca_nfnet_l0": model_config("eca_nfnet_l0"),
+    "timm_nf_regnet_b1": model_config("timm_nf_regnet_b1"),
+    "timm_nf_resnet26": model_config("timm_nf_resnet26"),
+    "timm_nf_seresnet26": model_config("nf_seresnet26"),
+}
+"""Name of a golden -> our network that computes the same."""
+
+
+@pytest.mark.parametrize("name", TIMM_NETWORKS)
+def test_timm_computes_the_same(name: str) -> None:
+    stored = np.load(golden.FOLDER / f"{name}.npz")
     tensors = {name: make_timm_golden.fill(name, tuple(shape)) for name, shape in json.loads(str(stored["params"]))}
-    config = model_config("nfnet_f0", **weights.TIMM_FORM)
-    model = nnx.eval_shape(lambda: build_model(config, num_classes=1000, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(TIMM_NETWORKS[name], num_classes=1000, rngs=nnx.Rngs(0)))
     params = {name: jnp.asarray(value) for name, value in timm_arrays(model, tensors).items()}
 
-    def run(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    def run(params: dict[str, jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         network = merge(split(model)[0], params, {})
         network.eval()
-        return network(images)
+        return network(images), network.features(images)
 
-    logits = jax.jit(run, compiler_options=FAST_COMPILE)(params, make_timm_golden.images())
+    logits, features = jax.jit(run, compiler_options=FAST_COMPILE)(params, make_timm_golden.images())
     assert relative(logits, stored["logits"]) < 1e-5
+    if "features" in stored:
+        assert relative(features, stored["features"]) < 1e-5
+    network = merge(split(model)[0], params, {})
+    assert same(weights.to_timm(network), tensors)
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -259,6 +281,23 @@ def test_files_that_are_not_weights_are_refused(
     # The payload is real: a plain unpickler runs it.
     pickle.loads(pickle.dumps(RunsCode(victim)))
     assert victim.exists()
+
+
+def test_a_file_of_timms_own_network_becomes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = np.load(golden.FOLDER / "timm_test_nfnet.npz")
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {name: make_timm_golden.fill(name, tuple(shape)) for name, shape in json.loads(str(stored["params"]))}, path
+    )
+    words = ("timm", str(path), "--model", "test_nfnet", "--out", str(tmp_path))
+    code, printed = convert(*words, "--timm-form", capsys=capsys)
+    assert code == exit_codes.EXIT_BAD_INPUT
+    assert "timm_form: test_nfnet always computes what timm computes; leave it out" in printed
+    code, printed = convert(*words, capsys=capsys)
+    assert code == 0, printed
+    network = nfnet_flax.load_model(tmp_path / "test_nfnet.safetensors")
+    network.eval()
+    assert relative(network(jnp.asarray(make_timm_golden.images())), stored["logits"]) < 1e-5
 
 
 def test_a_timm_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

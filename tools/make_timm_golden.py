@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_SIZE, BATCH, SEED = 64, 2, 0
-MODELS = {"timm_nfnet_f0": "dm_nfnet_f0", "timm_efficientnet_b0": "tf_efficientnet_b0"}
+MODELS = {
+    "timm_nfnet_f0": "dm_nfnet_f0",
+    "timm_efficientnet_b0": "tf_efficientnet_b0",
+    "timm_test_nfnet": "test_nfnet",
+    "timm_eca_nfnet_l0": "eca_nfnet_l0",
+    "timm_nf_regnet_b1": "nf_regnet_b1",
+    "timm_nf_resnet26": "nf_resnet26",
+    "timm_nf_seresnet26": "nf_seresnet26",
+}
+"""Name of the file -> timm's name of the network."""
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -46,10 +55,12 @@ def make(timm_name: str, out: Path) -> None:
     filled = {name: torch.from_numpy(fill(name, shape)) for name, shape in shapes.items()}
     model.load_state_dict(filled, strict=False)
     with torch.no_grad():
-        logits = model(torch.from_numpy(images()).double().permute(0, 3, 1, 2)).numpy()
+        final = model.forward_features(torch.from_numpy(images()).double().permute(0, 3, 1, 2))
+        logits, features = model.forward_head(final).numpy(), model.forward_head(final, pre_logits=True).numpy()
     np.savez_compressed(
         out,
         logits=logits,
+        features=features,
         params=json.dumps([[name, list(shape)] for name, shape in shapes.items()]),
         meta=json.dumps({"model": timm_name, "timm": timm.__version__, "torch": torch.__version__.split("+")[0]}),
     )

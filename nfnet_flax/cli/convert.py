@@ -33,7 +33,7 @@ class Timm:
     """Converts a .safetensors file of timm to MODEL.safetensors."""
 
     file: tyro.conf.Positional[str]
-    """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6."""
+    """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6, or of its own networks, such as eca_nfnet_l0."""
     model: str
     """Name of the network, as `nfnet models` lists it."""
     out: str
@@ -41,7 +41,8 @@ class Timm:
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
     """Which parameters the file holds: as trained, or their moving average. The result records it."""
     timm_form: bool = False
-    """Record timm's exact gelu and its weight standardization, for weights that were trained with timm."""
+    """Record timm's exact gelu and its weight standardization, for weights of dm_nfnet_f0 ... that were trained with
+    timm."""
     overwrite: bool = False
     """Replace an existing file."""
 

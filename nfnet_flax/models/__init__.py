@@ -9,6 +9,7 @@ from nfnet_flax.models.nf_resnet import NFResNet, NFResNetConfig
 from nfnet_flax.models.nfnet import NFNet, NFNetConfig
 from nfnet_flax.models.registry import IMAGE_SIZES, build_model, list_models, model_config
 from nfnet_flax.models.resnet import ResNet, ResNetConfig
+from nfnet_flax.models.timm_nfnet import TimmNFNet, TimmNFNetConfig
 
 __all__ = [
     "IMAGE_SIZES",
@@ -26,6 +27,8 @@ __all__ = [
     "NFResNetConfig",
     "ResNet",
     "ResNetConfig",
+    "TimmNFNet",
+    "TimmNFNetConfig",
     "build_model",
     "example_keys",
     "list_models",

@@ -93,7 +93,7 @@ class Classifier(nnx.Module):
     config: ModelConfig
     is_foldable: ClassVar[bool] = False
     """Whether `fold` can make an inference form of the network. Its blocks must be `NFBlock`s; and an activation in
-    front of one of the `convolutions_after_activations` must be scaled only if `is_folded` is not set."""
+    front of one of the `convolutions_after_scaling` must be scaled only if `is_folded` is not set."""
 
     def _add_blocks(
         self,
@@ -126,9 +126,9 @@ class Classifier(nnx.Module):
         self.compute_dtype: ComputeDtype = compute_dtype
         self.deterministic = False
 
-    def convolutions_after_activations(self) -> list[nnx.Module]:
-        """Convolutions outside of the blocks whose input is a scaled activation; `fold` multiplies their kernels by the
-        scale."""
+    def convolutions_after_scaling(self) -> list[nnx.Module]:
+        """Convolutions outside of the blocks whose input is multiplied by the activation's gamma; `fold` multiplies
+        their kernels by it."""
         return []
 
     def _stem(self, x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """How a convolution and an average pool are computed on each kind of device; only this file decides it.
 
-All convolutions are NHWC with HWIO kernels and SAME padding. On GPU and TPU the library's convolution is used as it is,
+All convolutions are NHWC with HWIO kernels. On GPU and TPU the library's convolution is used as it is,
 and its windowed sum for the pool (by the TPU compiler's estimate it takes half the time of a reshape and a sum, forward
 and backward together). XLA's CPU compiler has four weaknesses that cost factors of 2 to 400
 (`python tools/bench_convolution.py`):
@@ -48,30 +48,35 @@ def library_convolutions() -> Iterator[None]:
         _library_convolutions.reset(token)
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1) -> jax.Array:
-    """2-D convolution with SAME padding.
+def conv2d(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1, is_symmetric: bool = False
+) -> jax.Array:
+    """2-D convolution with padding.
 
     Args:
       x: (N, H, W, I) images.
       kernel: (kh, kw, I / groups, O), with the same dtype as `x`.
       stride: stride of both spatial axes.
       groups: number of feature groups; it must divide I and O.
+      is_symmetric: padding by half of the window on each side, as PyTorch's networks have it, instead of SAME padding.
+        They differ if the stride is 2: SAME padding of an even size is one pixel more at the end.
 
     Returns:
       (N, ceil(H / stride), ceil(W / stride), O), with the dtype of `x`.
     """
     if not _is_for_cpu():
+        padding = _paddings(x, kernel, stride, is_symmetric)
         return lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=groups
+            x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS, feature_group_count=groups
         )
     if groups > 1 and groups == x.shape[3] == kernel.shape[3]:
-        return _depthwise_by_shifts(x, kernel, stride)
+        return _depthwise_by_shifts(x, kernel, stride, is_symmetric)
     if groups > 1:
         parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
-        return jnp.concatenate([_conv_loop_safe(part, k, stride) for part, k in parts], axis=3)
+        return jnp.concatenate([_conv_loop_safe(part, k, stride, is_symmetric) for part, k in parts], axis=3)
     if kernel.shape[:2] == (1, 1):
         return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
-    return _conv_loop_safe(x, kernel, stride)
+    return _conv_loop_safe(x, kernel, stride, is_symmetric)
 
 
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
@@ -92,9 +97,9 @@ def _is_for_cpu() -> bool:
     return not _library_convolutions.get() and (_platform.get() or jax.default_backend()) == "cpu"
 
 
-def _depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool) -> jax.Array:
     window = kernel.shape[:2]
-    padding = [_same_padding(size, extent, stride) for size, extent in zip(x.shape[1:3], window, strict=True)]
+    padding = _paddings(x, kernel, stride, is_symmetric)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     spans = [(size - extent) // stride * stride + 1 for size, extent in zip(x.shape[1:3], window, strict=True)]
     total: jax.Array | None = None
@@ -106,25 +111,37 @@ def _depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Ar
     return total
 
 
+def _paddings(x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool) -> list[tuple[int, int]]:
+    """(low, high) padding of height and width."""
+    if is_symmetric:
+        return [(extent // 2, extent // 2) for extent in kernel.shape[:2]]
+    return [_same_padding(size, extent, stride) for size, extent in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
+
+
 def _same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
     """(low, high) SAME padding of one axis, as XLA defines it."""
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv_loop_safe(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_DIMENSIONS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_loop_safe(x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool) -> jax.Array:
+    padding = _paddings(x, kernel, stride, is_symmetric)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv_loop_safe(x, kernel, stride), (x, kernel)
+def _forward(
+    x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_loop_safe(x, kernel, stride, is_symmetric), (x, kernel)
 
 
-def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    stride: int, is_symmetric: bool, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     spatial = tuple(zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True))
-    low = [_same_padding(size, window, stride)[0] for size, window, _ in spatial]
+    low = [before for before, _ in _paddings(x, kernel, stride, is_symmetric)]
 
     # Input gradient: a convolution of the output gradient, with zeros inserted between its pixels, and the kernel,
     # flipped and with input and output channels exchanged.

@@ -23,7 +23,7 @@ def fold(model: Classifier) -> Classifier:
     """
     require(isinstance(model, Classifier), "model", model, "give a network, such as nfnet_flax.create_model makes")
     if not model.is_foldable:
-        raise ConfigError(f"fold: {type(model).__name__} cannot be folded; NFNet, NF-ResNet and NF-RegNet can")
+        raise ConfigError(f"fold: {type(model).__name__} cannot be folded; normalizer-free networks can")
     if model.is_folded:
         raise ConfigError("fold: the network is folded already; give it as create_model makes it")
     folded: Classifier = nnx.clone(model)
@@ -37,10 +37,11 @@ def fold(model: Classifier) -> Classifier:
             factors[id(block.conv0)] = gamma * spec.beta
             if block.has_projection:
                 factors[id(block.conv_shortcut)] = gamma * spec.beta
-            block.skip_gain = nnx.Param(block.skip_gain[...] * block.alpha)
-            block.alpha = 1.0
+            if block.has_skip_gain:
+                block.skip_gain = nnx.Param(block.skip_gain[...] * block.alpha)
+                block.alpha = 1.0
             block.is_folded = True
-    for conv in folded.convolutions_after_activations():
+    for conv in folded.convolutions_after_scaling():
         factors[id(conv)] = gamma
     folded.is_folded = True
     for _, module in nnx.iter_modules(folded):

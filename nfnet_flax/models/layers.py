@@ -87,7 +87,10 @@ FAN_IN_TRUNCATED = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_n
 
 
 class WSConv(nnx.Module):
-    """Convolution with scaled weight standardization, a gain and a bias per output channel, and SAME padding."""
+    """Convolution with scaled weight standardization, and a gain and a bias per output channel.
+
+    Padding is SAME, or by half of the window on each side if `has_symmetric_padding`.
+    """
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class WSConv(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         standardization: StandardizationName = "published",
+        has_symmetric_padding: bool = False,
         compute_dtype: ComputeDtype,
         rngs: AnyRngs,
     ) -> None:
@@ -108,6 +112,7 @@ class WSConv(nnx.Module):
         self.stride = stride
         self.groups = groups
         self.standardization: StandardizationName = standardization
+        self.has_symmetric_padding = has_symmetric_padding
         self.compute_dtype: ComputeDtype = compute_dtype
         self.is_prepared = False
 
@@ -123,7 +128,9 @@ class WSConv(nnx.Module):
         if not self.is_prepared:  # otherwise it is already standardized, once for many calls (`preparation.prepare`)
             kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
         kernel = kernel.astype(dtype)
-        return conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups), self.bias[...].astype(dtype)
+        is_symmetric = self.has_symmetric_padding
+        y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups, is_symmetric=is_symmetric)
+        return y, self.bias[...].astype(dtype)
 
 
 class Conv(nnx.Module):
@@ -243,9 +250,10 @@ class SqueezeExcite(nnx.Module):
         return jax.nn.sigmoid(self.expand(self.activation(self.reduce(pooled))))
 
 
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and SAME padding."""
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+def max_pool_3x3(x: jax.Array, *, is_symmetric: bool = False) -> jax.Array:
+    """3x3 maximum with stride 2 and SAME padding, or padding by one pixel on each side if `is_symmetric`."""
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0)) if is_symmetric else "SAME"
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
 def layer_keys(keys: jax.Array | None, layer: jax.typing.ArrayLike) -> jax.Array:

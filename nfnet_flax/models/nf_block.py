@@ -11,18 +11,27 @@ from nfnet_flax.models.layers import ActivationName, WSConv, activate
 
 
 class NFBlock(nnx.Module):
-    """`shortcut + alpha * skip_gain * branch(h)` with `h = activation(x) * beta`.
+    """`shortcut + alpha * skip_gain * branch(h)` with `h = activation(x) * beta`; there may be no skip gain.
 
     A family defines `_branch` and the modules that it needs; `conv_shortcut` is the projection of the shortcut, if any.
     """
 
     def __init__(
-        self, *, activation: ActivationName, alpha: float, drops: bool, conv_shortcut: WSConv | None, pools: bool
+        self,
+        *,
+        activation: ActivationName,
+        alpha: float,
+        drops: bool,
+        conv_shortcut: WSConv | None,
+        pools: bool,
+        has_skip_gain: bool = True,
     ) -> None:
         if conv_shortcut is not None:
             self.conv_shortcut = conv_shortcut
         self.has_projection = conv_shortcut is not None
-        self.skip_gain = nnx.Param(jnp.zeros((), jnp.float32))
+        self.has_skip_gain = has_skip_gain
+        if has_skip_gain:
+            self.skip_gain = nnx.Param(jnp.zeros((), jnp.float32))
         self.activation: ActivationName = activation
         self.is_folded = False
         self.alpha = alpha
@@ -48,5 +57,7 @@ class NFBlock(nnx.Module):
         kept = branch
         if self.drops and not self.deterministic:
             kept = layers.drop_path(branch, spec.drop_path_rate, layers.layer_keys(keys, spec.index))
+        if not self.has_skip_gain:
+            return kept * jnp.asarray(self.alpha, kept.dtype) + shortcut, branch
         scale = self.skip_gain[...].astype(layers.statistics_dtype(kept.dtype)) * self.alpha
         return kept * scale.astype(kept.dtype) + shortcut, branch

@@ -135,7 +135,7 @@ class NFNet(Classifier):
             rngs=init_rngs,
         )
 
-    def convolutions_after_activations(self) -> list[nnx.Module]:
+    def convolutions_after_scaling(self) -> list[nnx.Module]:
         return [conv for position, conv in enumerate(self.stem) if position > 0]
 
     def _stem(self, x: jax.Array) -> jax.Array:

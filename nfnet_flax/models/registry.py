@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError, require, unknown_name
-from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet
+from nfnet_flax.models import efficientnet, nf_regnet, nf_resnet, nfnet, resnet, timm_variants
 from nfnet_flax.models.classifier import Classifier
 from nfnet_flax.models.config import ImageSizes, ModelConfig
 from nfnet_flax.models.efficientnet import EfficientNetConfig
@@ -18,13 +18,17 @@ from nfnet_flax.models.nf_resnet import NFResNetConfig
 from nfnet_flax.models.nfnet import NFNetConfig
 from nfnet_flax.models.params import check_names
 from nfnet_flax.models.resnet import ResNetConfig
+from nfnet_flax.models.timm_nfnet import TimmNFNetConfig
 from nfnet_flax.open_config import declare_kinds
 
-declare_kinds(ModelConfig, NFNetConfig, NFResNetConfig, NFRegNetConfig, ResNetConfig, EfficientNetConfig)
+declare_kinds(
+    ModelConfig, NFNetConfig, NFResNetConfig, NFRegNetConfig, TimmNFNetConfig, ResNetConfig, EfficientNetConfig
+)
 VARIANTS: Mapping[str, ModelConfig] = {
     **nfnet.VARIANTS,
     **nf_resnet.VARIANTS,
     **nf_regnet.VARIANTS,
+    **timm_variants.VARIANTS,
     **resnet.VARIANTS,
     **efficientnet.VARIANTS,
 }
@@ -33,6 +37,7 @@ IMAGE_SIZES: Mapping[str, ImageSizes] = {
     **nfnet.IMAGE_SIZES,
     **nf_resnet.IMAGE_SIZES,
     **nf_regnet.IMAGE_SIZES,
+    **timm_variants.IMAGE_SIZES,
     **resnet.IMAGE_SIZES,
     **efficientnet.IMAGE_SIZES,
 }

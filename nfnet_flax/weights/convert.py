@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models import Classifier, build_model, model_config
+from nfnet_flax.models import Classifier, TimmNFNetConfig, build_model, model_config
 from nfnet_flax.paths import local_path
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.files import check_target, read_safetensors
@@ -54,21 +54,24 @@ def convert_timm(
     timm_form: bool,
     overwrite: bool = False,
 ) -> Path:
-    """Converts a `.safetensors` file of timm's `dm_nfnet_f*`; returns `out/MODEL.safetensors`.
+    """Converts a `.safetensors` file of timm's normalizer-free networks; returns `out/MODEL.safetensors`.
 
     Args:
       path: timm's file.
       model: our name of the network.
       out: folder for the result.
       parameters: which parameters the file contains: as trained, their moving average, or unknown.
-      timm_form: whether to record the exact gelu and timm's standardization, for weights that were *trained* with timm.
-        The weights that timm distributes were trained in the published form.
+      timm_form: whether to record the exact gelu and timm's standardization, for weights of `dm_nfnet_f*` that were
+        *trained* with timm. The weights that timm distributes for these were trained in the published form.
       overwrite: whether to replace an existing file.
 
     Raises:
-      ConfigError: the file cannot be read or does not fit the model, or the result exists already.
+      ConfigError: the file cannot be read or does not fit the model, the result exists already, or the form is given
+        for a network that has no other.
     """
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
+    if timm_form and isinstance(model_config(model), TimmNFNetConfig):
+        raise ConfigError(f"timm_form: {model} always computes what timm computes; leave it out")
     tensors = unwrapped(read_safetensors(path)[0])
     changes = TIMM_FORM if timm_form else {}
     info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), changes)
