@@ -5,13 +5,15 @@ reading the program. Here a program is found by all that decides it: the code of
 trace and compile, their settings, the devices, the recipe, and the shapes and shardings of the arguments. If any of
 this has changed, if the file is damaged or belongs to somebody else, or if anything else fails, the step is compiled as
 ever. Programs of several processes are not kept, nor are those of recipes with classes of a user's own, whose code can
-depend on anything.
+depend on anything. Several processes wait for each other when each has compiled: on CPUs the first exchange between
+them fails after 30 s.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -27,6 +29,7 @@ from nfnet_flax import runtime
 from nfnet_flax.config_json import to_json
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.open_config import own_classes
+from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import Recipe
 
 _SUFFIX = ".program"
@@ -45,6 +48,9 @@ _DECIDE_NO_PROGRAM = (
 )
 """Fields of a recipe that no program depends on. A change of any other field means another program here."""
 _DIGEST_BYTES = 32
+_COMPILED = itertools.count()
+_LONGEST_COMPILATION_S = 24 * 3600.0
+"""A process that ends meanwhile is noticed by its heartbeat (`parallel/peers.py`)."""
 
 
 def kept(
@@ -54,15 +60,18 @@ def kept(
 
     Args:
       function: function that always gets arguments of the same shapes, types and shardings. It is returned unchanged if
-        its program cannot be kept.
+        its program cannot be kept; with several processes, it is compiled by all before any of them runs it.
       name: tells apart the functions of a recipe.
       recipe: recipe that the function was made from.
       mesh: devices on which it runs.
       facts: whatever else the function was made from; None: things that cannot be listed, so that nothing is kept.
     """
     folder = _folder()
-    is_decided_elsewhere = own_classes(recipe) or jax.process_count() > 1 or jax.config.values["jax_disable_jit"]
-    if folder is None or facts is None or is_decided_elsewhere:
+    if jax.config.values["jax_disable_jit"]:
+        return function
+    if jax.process_count() > 1:
+        return _compiled_together(function)
+    if folder is None or facts is None or own_classes(recipe):
         return function
     fields = {name: value for name, value in to_json(recipe).items() if name not in _DECIDE_NO_PROGRAM}
     made_from = [name, fields, [str(fact) for fact in facts], _devices(mesh), _surroundings()]
@@ -86,6 +95,19 @@ def kept(
 
     def call(*args: Any) -> Any:
         return programs[0](*args) if programs else first(*args)
+
+    return call
+
+
+def _compiled_together(function: jax.stages.Wrapped) -> Callable[..., Any]:
+    """A jitted function that waits, before its first call runs, until all processes have compiled it."""
+    programs: list[jax.stages.Compiled] = []
+
+    def call(*args: Any) -> Any:
+        if not programs:
+            programs.append(function.lower(*args).compile())
+            current().barrier(f"compiled/{next(_COMPILED)}", _LONGEST_COMPILATION_S)
+        return programs[0](*args)
 
     return call
 
