@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 IMPORTED_AT_S = time.perf_counter()
 """Time of `time.perf_counter` when the process imported the package; the command `nfnet` takes it for its start."""
+IMPORTED_NS = time.time_ns()
+"""The same time in nanoseconds since 1970: files that are newer than this are not those that the process loaded."""
 
 # Resolved on first use: importing the package must not load what the caller does not need (Grain, TensorFlow).
 _MODULE_OF = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nfnet_flax
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
@@ -25,10 +26,8 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     """A cache of JAX's own, in a folder of the test; returns the folder of the steps."""
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    kept_programs._surroundings.cache_clear()  # of tests with other flags
     yield tmp_path / "cache" / "steps"
     jax.config.update("jax_compilation_cache_dir", before)
-    kept_programs._surroundings.cache_clear()
 
 
 @pytest.fixture
@@ -66,12 +65,9 @@ def test_a_program_is_found_by_all_that_decides_it(
     for flag, add in (("XLA_FLAGS", 9.0), ("LIBTPU_INIT_ARGS", 10.0)):
         with monkeypatch.context() as patch:
             patch.setenv(flag, os.environ.get(flag, "") + " --xla_cpu_enable_fast_math=false")
-            kept_programs._surroundings.cache_clear()
             assert program(recipe, 5, add=add)(zero)[0] == add
     with jax.default_matmul_precision("float32"):
-        kept_programs._surroundings.cache_clear()
         assert program(recipe, 5, add=11.0)(zero)[0] == 11
-    kept_programs._surroundings.cache_clear()
     assert program(recipe, 5, add=12.0)(zero)[0] == 1
 
 
@@ -81,15 +77,15 @@ def test_a_changed_file_of_a_package_is_another_program(tmp_path: Path, monkeypa
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    before = kept_programs._files_digest("some_package")
+    before = kept_programs._files_of("some_package").digest
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "compiled.pyc").touch()
-    assert kept_programs._files_digest("some_package") == before
+    assert kept_programs._files_of("some_package").digest == before
     (package / "__init__.py").write_text("a = 1")
-    changed = kept_programs._files_digest("some_package")
+    changed = kept_programs._files_of("some_package").digest
     assert changed != before
     (package / "added.py").touch()
-    assert kept_programs._files_digest("some_package") != changed
+    assert kept_programs._files_of("some_package").digest != changed
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another step", "somebody else's"])
@@ -116,6 +112,30 @@ def test_a_damaged_or_foreign_file_is_not_used(
     damaged = file.read_bytes()
     assert program(recipe, add=3.0)(zero)[0] == 3
     assert file.read_bytes() != damaged  # and it is replaced
+
+
+def test_files_that_changed_after_they_were_loaded_are_noticed(
+    cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = max(kept_programs._files_of(package).newest_ns for package in kept_programs._PACKAGES)
+    monkeypatch.setattr(nfnet_flax, "IMPORTED_NS", newest)
+    assert isinstance(program(recipe), jax.stages.Wrapped)
+    monkeypatch.setattr(nfnet_flax, "IMPORTED_NS", newest + 1)
+    assert program(recipe)(jnp.zeros(3))[0] == 1
+    assert len(list(cache.glob(NAMES))) == 1
+
+
+def test_a_program_that_cannot_run_is_removed(cache: Path, recipe: Recipe) -> None:
+    program(recipe)(jnp.zeros(3))
+    (file,) = cache.glob(NAMES)
+    program(recipe, name="eval")(jnp.zeros(4))
+    (other,) = set(cache.glob(NAMES)) - {file}
+    content = other.read_bytes()[kept_programs._DIGEST_BYTES :]
+    file.write_bytes(kept_programs._digest(file, content) + content)  # of other arguments, but called its own
+    with pytest.raises(TypeError):
+        program(recipe)(jnp.zeros(3))
+    assert not file.exists()
+    assert program(recipe, add=2.0)(jnp.zeros(3))[0] == 2
 
 
 def test_the_longest_unused_are_removed(cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ instead; and squeeze-excite may be replaced by efficient channel attention.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, Self
 
 import jax
@@ -113,6 +114,16 @@ def rounded(channels: float, limit: float = 0.9) -> int:
     return nearest + 8 if nearest < limit * channels else nearest
 
 
+def _convolution(config: TimmNFNetConfig, rngs: AnyRngs) -> Callable[..., WSConv]:
+    return functools.partial(
+        WSConv,
+        standardization=config.standardization,
+        has_symmetric_padding=True,
+        compute_dtype=config.compute_dtype,
+        rngs=rngs,
+    )
+
+
 class EfficientChannelAttention(nnx.Module):
     """Channel gate in (0, 1): mean over H and W, weighted sum of neighbouring channels, sigmoid (arXiv 1910.03151)."""
 
@@ -152,13 +163,7 @@ class TimmNFBlock(NFBlock):
         if config.group_width is not None:
             groups = width // config.group_width
             width = groups * config.group_width
-        conv = functools.partial(
-            WSConv,
-            standardization=config.standardization,
-            has_symmetric_padding=True,
-            compute_dtype=dtype,
-            rngs=rngs,
-        )
+        conv = _convolution(config, rngs)
         self.conv0 = conv(in_channels, width, 1)
         self.conv1 = conv(width, width, 3, stride=stride, groups=groups)
         self.has_second_3x3 = config.has_second_3x3
@@ -205,13 +210,7 @@ class TimmNFNet(Classifier):
     def __init__(self, config: TimmNFNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
-        conv = functools.partial(
-            WSConv,
-            standardization=config.standardization,
-            has_symmetric_padding=True,
-            compute_dtype=dtype,
-            rngs=init_rngs,
-        )
+        conv = _convolution(config, init_rngs)
         stages = config.channels
         stem_width = stages[0] if config.stem_width is None else rounded(config.stem_width * config.width_multiplier)
         if config.stem == "four_3x3":

@@ -3,10 +3,10 @@
 JAX keeps compiled programs, too, but finds one only by what it computes, and so after tracing, which takes longer than
 reading the program. Here a program is found by all that decides it: the code of this package and of the libraries that
 trace and compile, their settings, the devices, the recipe, and the shapes and shardings of the arguments. If any of
-this has changed, if the file is damaged or belongs to somebody else, or if anything else fails, the step is compiled as
-ever. Programs of several processes are not kept, nor are those of recipes with classes of a user's own, whose code can
-depend on anything. Several processes wait for each other when each has compiled: on CPUs the first exchange between
-them fails after 30 s.
+this has changed, also since the process started, if the file is damaged or belongs to somebody else, or if anything
+else fails, the step is compiled as ever. Programs of several processes are not kept, nor are those of recipes with
+classes of a user's own, whose code can depend on anything. Several processes wait for each other when each has
+compiled: on CPUs the first exchange between them fails after 30 s.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+import nfnet_flax
 from nfnet_flax import runtime
 from nfnet_flax.config_json import to_json
 from nfnet_flax.json_files import write_whole
@@ -71,7 +72,7 @@ def kept(
         return function
     if jax.process_count() > 1:
         return _compiled_together(function)
-    if folder is None or facts is None or own_classes(recipe):
+    if folder is None or facts is None or own_classes(recipe) or not _files_are_those_loaded():
         return function
     fields = {name: value for name, value in to_json(recipe).items() if name not in _DECIDE_NO_PROGRAM}
     made_from = [name, fields, [str(fact) for fact in facts], _devices(mesh), _surroundings()]
@@ -128,19 +129,26 @@ def _devices(mesh: Mesh) -> list[str]:
     return [str(mesh), *(f"{device.id} {device.device_kind}" for device in mesh.devices.flat), str(len(jax.devices()))]
 
 
-@functools.cache
 def _surroundings() -> dict[str, Any]:
-    """What decides programs besides the recipe and the devices."""
+    """What decides programs besides the recipe and the devices. It is never stored: settings can change at any time."""
     return runtime.environment() | {
         "settings": {name: str(value) for name, value in sorted(jax.config.values.items())},
         "flags": dict(sorted(runtime.xla_flags().items())),
-        "files": {package: _files_digest(package) for package in _PACKAGES},
+        "files": {package: _files_of(package).digest for package in _PACKAGES},
     }
 
 
-def _files_digest(package: str) -> str:
-    """Digest of paths, sizes and times of a package's source files and libraries."""
-    digest = hashlib.sha256()
+class _Files(NamedTuple):
+    """The source files and libraries of a package."""
+
+    digest: str
+    """Of their paths, sizes and times."""
+    newest_ns: int
+    """When the newest of them was put there, in nanoseconds since 1970, whatever time of change it shows."""
+
+
+def _files_of(package: str) -> _Files:
+    digest, newest_ns = hashlib.sha256(), 0
     spec = importlib.util.find_spec(package)
     for folder in sorted(spec.submodule_search_locations or []) if spec else []:
         for path, folders, files in os.walk(folder):
@@ -148,7 +156,13 @@ def _files_digest(package: str) -> str:
             for name in sorted(files):
                 found = os.stat(os.path.join(path, name))
                 digest.update(f"{path} {name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+                newest_ns = max(newest_ns, found.st_ctime_ns)
+    return _Files(digest.hexdigest(), newest_ns)
+
+
+def _files_are_those_loaded() -> bool:
+    """Whether no file has changed since this process began to load the packages: a program says what was loaded."""
+    return max(_files_of(package).newest_ns for package in _PACKAGES) < nfnet_flax.IMPORTED_NS
 
 
 def _read(file: Path, mesh: Mesh) -> jax.stages.Compiled | None:
