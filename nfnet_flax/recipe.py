@@ -98,6 +98,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
+        channels = self.model.in_channels
+        require(channels == 3, "model.in_channels", channels, "must be 3 in a run: its input are images in colour")
         require(2 <= self.num_classes <= MAX_COUNT, "num_classes", self.num_classes, f"must be 2 to {MAX_COUNT:,}")
         require(
             self.init_from is not None or not self.init_from_skip,

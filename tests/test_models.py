@@ -301,6 +301,30 @@ def test_unknown_names_are_refused() -> None:
         model_config("nfnet_f0", drop_rate="0.1")
 
 
+def mean_and_maximum(places: jax.Array) -> list[jax.Array]:
+    return [jnp.mean(places, axis=(1, 2)), jnp.max(places, axis=(1, 2))]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_channels_pools_and_networks_without_a_head(family: str) -> None:
+    config = dataclasses.replace(SMALL[family], in_channels=2, global_pool="catavgmax")
+    model = build_model(config, num_classes=5, rngs=nnx.Rngs(0))
+    model.eval()
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 2))
+    places = model.feature_map(images)
+    assert places.shape[0] == 2
+    assert min(places.shape[1:3]) > 0
+    features = model.features(images)
+    assert np.array_equal(features, jnp.concatenate(mean_and_maximum(places), axis=-1))
+    assert model(images).shape == (2, 5)
+    with pytest.raises(ConfigError, match=r"images.shape = .*height, width, 2\)"):
+        model(images[..., :1])
+    headless = build_model(dataclasses.replace(config, global_pool="avgmax"), num_classes=0, rngs=nnx.Rngs(0))
+    headless.eval()
+    assert np.array_equal(headless(images), 0.5 * sum(mean_and_maximum(headless.feature_map(images))))
+    assert not any(name.startswith("head.") for name in split(headless)[1])
+
+
 def test_images_that_are_no_batch_of_normalised_ones_are_refused_by_name() -> None:
     model = nnx.eval_shape(lambda: build_model(SMALL["nfnet"], num_classes=3, rngs=nnx.Rngs(0)))
     model.eval()

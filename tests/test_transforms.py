@@ -157,13 +157,40 @@ def test_whole_factors_are_exact_averages() -> None:
 def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
     image = smooth(300, 200)
     wanted = np.asarray(Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC))[16:240, 16:240]
-    assert np.array_equal(eval_crop(image, image_size=224, margin=32, resampler="pillow_bicubic"), wanted)
-    assert far(eval_crop(image, image_size=224, margin=32, resampler="area_cubic"), wanted) < 0.6
+    assert np.array_equal(
+        eval_crop(image, image_size=224, margin=32, resampler="pillow_bicubic", keeps_aspect=False), wanted
+    )
+    assert far(eval_crop(image, image_size=224, margin=32, resampler="area_cubic", keeps_aspect=False), wanted) < 0.6
     file = jpeg(image)
     decoded = np.asarray(Image.open(io.BytesIO(file)))
     for resampler in RESAMPLERS:
-        crops = [eval_crop(given, image_size=64, margin=0, resampler=resampler) for given in (file, decoded)]
+        crops = [
+            eval_crop(given, image_size=64, margin=0, resampler=resampler, keeps_aspect=False)
+            for given in (file, decoded)
+        ]
         assert np.array_equal(crops[0], crops[1])
+
+
+@pytest.mark.parametrize("method", ["BICUBIC", "BILINEAR"])
+@pytest.mark.parametrize(("height", "width"), [(300, 200), (97, 131), (64, 64), (40, 400)])
+def test_the_shorter_side_is_resized_as_timm_does_it(height: int, width: int, method: str) -> None:
+    image = smooth(height, width)
+    size, side = 48, 53
+    longer = int(side * max(height, width) / min(height, width))
+    shape = (side, longer) if height < width else (longer, side)
+    whole = Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling[method])
+    top, left = (round((length - size) / 2.0) for length in shape)
+    wanted = np.asarray(whole)[top : top + size, left : left + size]
+    resampler: Resampler = "pillow_bicubic" if method == "BICUBIC" else "pillow_bilinear"
+    got = eval_crop(image, image_size=size, margin=side - size, resampler=resampler, keeps_aspect=True)
+    assert np.array_equal(got, wanted)
+
+
+def test_the_middle_of_a_very_long_image_is_resized() -> None:
+    image = np.broadcast_to(smooth(1, 65_500), (1, 65_500, 3))
+    got = eval_crop(image, image_size=256, margin=0, resampler="area_cubic", keeps_aspect=True)
+    assert got.shape == (256, 256, 3)
+    assert far(got, np.broadcast_to(image[:, 32_750], got.shape)) < 3
 
 
 @pytest.mark.parametrize("resampler", RESAMPLERS)
@@ -173,7 +200,7 @@ def test_images_of_one_pixel_across(size: tuple[int, int], resampler: Resampler)
     for given in (image, jpeg(image)):
         config = CropAugment(resampler=resampler)
         crop = random_crop(given, np.random.default_rng(0), image_size=32, config=config)
-        centre = eval_crop(given, image_size=32, margin=4, resampler=resampler)
+        centre = eval_crop(given, image_size=32, margin=4, resampler=resampler, keeps_aspect=False)
         assert crop.shape == centre.shape == (32, 32, 3)
         assert set(np.unique(crop)) == set(np.unique(centre)) == {93}
 

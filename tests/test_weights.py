@@ -1,6 +1,7 @@
 """Weights in and out: round trips to the bit, one error that lists everything, and files that try to run code."""
 
 import collections
+import dataclasses
 import json
 import os
 import pickle
@@ -163,6 +164,24 @@ def test_another_head_is_left_out_by_name(models: dict[str, Classifier], tmp_pat
     weights.load_weights(model, path, skip=("head.*",))
     assert np.array_equal(arrays_of(model)["head.kernel"], head)
     assert np.array_equal(arrays_of(model)["stem.0.kernel"], arrays_of(models["nfnet"])["stem.0.kernel"])
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_weights_for_colours_start_a_network_with_other_channels_or_without_a_head(
+    models: dict[str, Classifier], channels: int, tmp_path: Path
+) -> None:
+    weights.save_weights(tmp_path / "a.safetensors", models["timm_nfnet"], source="a test", parameters="raw")
+    config = dataclasses.replace(models["timm_nfnet"].config, in_channels=channels)
+    model = build_model(config, num_classes=0, rngs=nnx.Rngs(1))
+    weights.load_weights(model, tmp_path / "a.safetensors")
+    stored, loaded = arrays_of(models["timm_nfnet"]), arrays_of(model)
+    kernel = stored.pop("stem.0.kernel")
+    wanted = kernel.sum(axis=2, keepdims=True) if channels == 1 else kernel[:, :, [0, 1, 2, 0, 1]] * np.float32(0.6)
+    assert np.array_equal(loaded.pop("stem.0.kernel"), wanted)
+    assert same(loaded, {name: value for name, value in stored.items() if not name.startswith("head.")})
+    copy = build_model(models["timm_nfnet"].config, num_classes=0, rngs=nnx.Rngs(1))
+    weights.from_timm(copy, weights.to_timm(models["timm_nfnet"]))
+    assert np.array_equal(arrays_of(copy)["final_conv.kernel"], stored["final_conv.kernel"])
 
 
 def test_every_problem_is_listed_and_nothing_is_loaded(models: dict[str, Classifier]) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from nfnet_flax.config import check_types, require
 
-Resampler = Literal["area_cubic", "pillow_bicubic"]
+Resampler = Literal["area_cubic", "pillow_bicubic", "pillow_bilinear"]
 """Methods of resizing an image; `transforms.resize` describes them."""
 
 

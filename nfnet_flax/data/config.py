@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from nfnet_flax.config import MAX_IMAGE_PX, check_types, require, require_count
+from nfnet_flax.config_json import ADDED_LATER
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment, Resampler
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
 from nfnet_flax.data.source_config import DigitsSource, SourceConfig
@@ -35,6 +36,9 @@ class DataConfig:
     eval_crop_margin: int = 0
     """Number of pixels by which height and width of a resized evaluation image exceed `eval_image_size`; its centre is
     then cropped (published: 32)."""
+    eval_keeps_aspect: bool = dataclasses.field(default=False, metadata=ADDED_LATER)
+    """Whether the shorter side of an evaluation image is resized to `eval_image_size + eval_crop_margin` and the other
+    one in proportion, as most networks of timm expect it; False: both sides to the same length (published)."""
     resampler: Resampler = "area_cubic"
     """Method that resizes evaluation images, and training images with `AffineAugment`; `CropAugment` has its own."""
     batch_size: int = 64

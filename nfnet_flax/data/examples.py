@@ -50,7 +50,7 @@ def _augmented(image: bytes | np.ndarray, rng: np.random.Generator, config: Data
     size, augment = config.image_size, config.chosen_augment()
     if isinstance(augment, CropAugment):
         return transforms.random_crop(image, rng, image_size=size, config=augment)
-    whole = transforms.eval_crop(image, image_size=size, margin=0, resampler=config.resampler)
+    whole = transforms.eval_crop(image, image_size=size, margin=0, resampler=config.resampler, keeps_aspect=False)
     return transforms.random_affine(whole, rng, augment)
 
 
@@ -76,7 +76,11 @@ def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
         with naming(source, position):
             record = source[position]
             image = transforms.eval_crop(
-                record["image"], image_size=size, margin=config.eval_crop_margin, resampler=config.resampler
+                record["image"],
+                image_size=size,
+                margin=config.eval_crop_margin,
+                resampler=config.resampler,
+                keeps_aspect=config.eval_keeps_aspect,
             )
     except CorruptImageError:
         if config.on_corrupt == "raise":

@@ -11,7 +11,7 @@ from flax import nnx
 
 from nfnet_flax.config import check_types, require
 from nfnet_flax.models import layers
-from nfnet_flax.models.config import ModelConfig
+from nfnet_flax.models.config import GlobalPool, ModelConfig
 from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
 from nfnet_flax.models.stages import Rematerialization, run_stage
@@ -82,14 +82,17 @@ class ExecutionConfig:
 
 
 class Classifier(nnx.Module):
-    """A network with a stem, residual blocks, a last transformation, mean pool, dropout and a dense head.
+    """A network with a stem, residual blocks, a last transformation, global pool, dropout and a dense head.
 
     Call it in training mode (`model.train()`, the mode after construction) or evaluation mode (`model.eval()`). A
     family's constructor calls `_add_blocks`, with blocks that map `(x, keys, spec)` to `(y, residual branch)`, and
-    `_add_head`. Its methods `_stem` and `_final` compute what comes before and after the blocks.
+    `_add_head`, after it has set `config`. Its methods `_stem` and `_final` compute what comes before and after the
+    blocks.
     """
 
     stages: nnx.List
+    head: Dense
+    """Only if there are classes."""
     config: ModelConfig
     is_foldable: ClassVar[bool] = False
     """Whether `fold` can make an inference form of the network. Its blocks must be `NFBlock`s; and an activation in
@@ -118,8 +121,11 @@ class Classifier(nnx.Module):
         compute_dtype: ComputeDtype,
         rngs: AnyRngs,
     ) -> None:
-        self.head = Dense(num_features, num_classes, kernel_init=kernel_init, compute_dtype=compute_dtype, rngs=rngs)
-        self.num_features = num_features
+        self.num_features = num_features * (2 if self.config.global_pool == "catavgmax" else 1)
+        if num_classes > 0:
+            self.head = Dense(
+                self.num_features, num_classes, kernel_init=kernel_init, compute_dtype=compute_dtype, rngs=rngs
+            )
         self.num_classes = num_classes
         self.num_blocks = sum(map(len, self.specs))
         self.drop_rate = drop_rate
@@ -139,19 +145,19 @@ class Classifier(nnx.Module):
 
     def _begin(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Checks images and keys, and returns the output of the stem."""
-        check_images(images)
+        check_images(images, self.config.in_channels)
         check_example_keys(keys, len(images))
         return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
 
-    def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Pooled features before dropout.
+    def feature_map(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Features of every place of the images, before they are pooled.
 
         Args:
-          images: (N, H, W, 3) normalised images.
+          images: (N, H, W, C) normalised images; C is `config.in_channels`.
           keys: (N,) PRNG keys, one per example (`example_keys`); needed in training mode with stochastic depth.
 
         Returns:
-          (N, num_features) float32 (float64 under float64 compute).
+          (N, h, w, features) in `compute_dtype`.
 
         Raises:
           ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
@@ -159,18 +165,22 @@ class Classifier(nnx.Module):
         x = self._begin(images, keys)
         for stage, specs in zip(self.stages, self.specs, strict=True):
             x = run_stage(list(stage), x, keys, specs, self.execution.rematerialization)
-        x = self._final(x)
-        return jnp.mean(x, axis=(1, 2), dtype=layers.statistics_dtype(x.dtype))
+        return self._final(x)
+
+    def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Pooled features before dropout, (N, num_features) float32 (float64 under float64 compute); arguments and
+        errors as for `feature_map`."""
+        return _pooled(self.feature_map(images, keys), self.config.global_pool)
 
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Class logits.
+        """Class logits, or the features of a network without classes.
 
         Args:
-          images: (N, H, W, 3) normalised images.
+          images: (N, H, W, C) normalised images; C is `config.in_channels`.
           keys: (N,) PRNG keys, one per example; needed in training mode with dropout or stochastic depth.
 
         Returns:
-          (N, num_classes) float32 (float64 under float64 compute).
+          (N, num_classes) float32 (float64 under float64 compute); if num_classes is 0, (N, num_features).
 
         Raises:
           ValueError: keys are needed and missing.
@@ -179,14 +189,14 @@ class Classifier(nnx.Module):
         pooled = self.features(images, keys)
         if self.drop_rate > 0 and not self.deterministic:
             pooled = layers.dropout(pooled, self.drop_rate, layers.layer_keys(keys, self.num_blocks))
-        logits = self.head(pooled)
+        logits = self.head(pooled) if self.num_classes > 0 else pooled
         return logits.astype(layers.statistics_dtype(logits.dtype))
 
     def signal_statistics(self, images: jax.Array, keys: jax.Array | None = None) -> dict[str, jax.Array]:
         """How the signal grows with depth (the "signal propagation plot" of arXiv 2101.08692, section 3).
 
         Args:
-          images: (N, H, W, 3) normalised images.
+          images: (N, H, W, C) normalised images.
           keys: as for a call of the network.
 
         Returns:
@@ -213,12 +223,24 @@ class Classifier(nnx.Module):
         }
 
 
-def check_images(images: jax.Array) -> None:
+def _pooled(x: jax.Array, pool: GlobalPool) -> jax.Array:
+    """(N, H, W, C) -> (N, C), or (N, 2 C) for `catavgmax`."""
+    wide = layers.statistics_dtype(x.dtype)
+    if pool == "avg":
+        return jnp.mean(x, axis=(1, 2), dtype=wide)
+    highest = jnp.max(x, axis=(1, 2)).astype(wide)
+    if pool == "max":
+        return highest
+    mean = jnp.mean(x, axis=(1, 2), dtype=wide)
+    return 0.5 * (mean + highest) if pool == "avgmax" else jnp.concatenate([mean, highest], axis=-1)
+
+
+def check_images(images: jax.Array, channels: int) -> None:
     """Raises `ConfigError` unless images are valid input of a network; only shape and type are checked."""
-    remedy = "give a jax.Array of (N, height, width, 3)"
+    remedy = f"give a jax.Array of (N, height, width, {channels})"
     require(isinstance(images, jax.Array | np.ndarray), "images", type(images).__name__, remedy)
-    is_batch = images.ndim == 4 and images.shape[-1] == 3 and min(images.shape[1:3]) >= 1
-    hint = ": images[None] is a batch of one" if images.ndim == 3 and images.shape[-1] == 3 else ""
+    is_batch = images.ndim == 4 and images.shape[-1] == channels and min(images.shape[1:3]) >= 1
+    hint = ": images[None] is a batch of one" if images.ndim == 3 and images.shape[-1] == channels else ""
     require(is_batch, "images.shape", images.shape, f"{remedy}{hint}")
     remedy = "grey levels must be normalised first, to floats: (images - mean) / std, with those of the recipe's data"
     require(jnp.issubdtype(images.dtype, jnp.floating), "images.dtype", str(images.dtype), remedy)

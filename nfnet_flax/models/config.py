@@ -7,17 +7,21 @@ To add a family, derive a frozen dataclass from `ModelConfig`, whose `build` mak
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from flax import nnx
 
-from nfnet_flax.config import MAX_COUNT, require
+from nfnet_flax.config import MAX_COUNT, require, require_count
+from nfnet_flax.config_json import ADDED_LATER
 from nfnet_flax.models.layers import ActivationName, ComputeDtype
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.open_config import OpenConfig
 
 if TYPE_CHECKING:
     from nfnet_flax.models.classifier import Classifier
+
+
+GlobalPool = Literal["avg", "max", "avgmax", "catavgmax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,16 @@ class ModelConfig(OpenConfig, abc.ABC):
 
     compute_dtype: ComputeDtype = "float32"
     """Type of images, activations and kernels in the computation; the stored parameters are float32."""
+    in_channels: int = dataclasses.field(default=3, metadata=ADDED_LATER)
+    """Number of channels of the images. The input of a run always gives 3 (red, green and blue)."""
+    global_pool: GlobalPool = dataclasses.field(default="avg", metadata=ADDED_LATER)
+    """How the outputs of all places become one vector of features for each image: their mean (`avg`), their maximum
+    (`max`), the mean of both (`avgmax`), or both one after the other (`catavgmax`: twice as many features)."""
     retired_fields = frozenset({"train_image_size", "test_image_size"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("model.in_channels", self.in_channels)
 
     @abc.abstractmethod
     def build(self, num_classes: int, rngs: nnx.Rngs) -> "Classifier":
@@ -45,7 +58,7 @@ class ModelConfig(OpenConfig, abc.ABC):
         network.
 
         Args:
-          num_classes: number of outputs of the head.
+          num_classes: number of outputs of the head; 0: there is no head.
           rngs: source of the initial parameters.
         """
 

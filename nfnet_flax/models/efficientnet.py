@@ -135,7 +135,7 @@ class EfficientNet(Classifier):
         conv = functools.partial(Conv, kernel_init=_CONV_INIT, compute_dtype=dtype, rngs=init_rngs)
         norm = functools.partial(BatchNorm, decay=config.batch_norm_decay, epsilon=config.batch_norm_epsilon)
         channels = config.channels(_STEM_WIDTH)
-        self.stem = conv(3, channels, 3, stride=2)
+        self.stem = conv(config.in_channels, channels, 3, stride=2)
         self.stem_norm = norm(channels)
         outputs = [config.channels(base) for *_, base, _ in _STAGES]
         stage_inputs = (channels, *outputs[:-1])

@@ -26,7 +26,7 @@ def forward_flops(model: Classifier, image_size: int) -> int:
         with convolution.for_platform("tpu"):  # on a CPU a convolution is computed in pieces
             return network(images)
 
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, model.config.in_channels), jnp.float32)
     return sum(map(_multiply_adds, _equations(jax.make_jaxpr(forward)(params, batch_stats, images).jaxpr)))
 
 

@@ -101,7 +101,7 @@ class NFRegNet(Classifier):
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, compute_dtype=dtype, rngs=init_rngs)
         channels = config.channels
-        self.stem = conv(3, channels[0], 3, stride=2)
+        self.stem = conv(config.in_channels, channels[0], 3, stride=2)
         stage_inputs = (channels[0], *channels[:-1])
 
         def make_block(stage: int, position: int) -> NFRegNetBlock:

@@ -82,7 +82,7 @@ class NFResNet(Classifier):
     def __init__(self, config: NFResNetConfig, *, num_classes: int, rngs: nnx.Rngs) -> None:
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
-        self.stem = WSConv(3, config.stem_width, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
+        self.stem = WSConv(config.in_channels, config.stem_width, 7, stride=2, compute_dtype=dtype, rngs=init_rngs)
         stage_inputs = (config.stem_width, *config.widths[:-1])
 
         def make_block(stage: int, position: int) -> NFResNetBlock:

@@ -106,7 +106,7 @@ class NFNet(Classifier):
         init_rngs = InitRngs(rngs)
         dtype = config.compute_dtype
         conv = functools.partial(WSConv, standardization=config.standardization, compute_dtype=dtype, rngs=init_rngs)
-        channels, stem = 3, []
+        channels, stem = config.in_channels, []
         for out, stride in zip((*_STEM_CHANNELS, config.widths[0] // 2), _STEM_STRIDES, strict=True):
             stem.append(conv(channels, out, 3, stride=stride))
             channels = out

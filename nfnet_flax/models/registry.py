@@ -92,14 +92,15 @@ def build_model(config: ModelConfig, *, num_classes: int, rngs: nnx.Rngs) -> Cla
 
     Args:
       config: configuration of any family, which may be a user's own.
-      num_classes: number of outputs of the head.
+      num_classes: number of outputs of the head; 0: there is no head, and the network returns its features.
       rngs: source of the initial parameters.
 
     Raises:
       ConfigError: a value is invalid, or a user's own family makes a network that the package cannot train.
     """
     is_count = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
-    require(is_count and num_classes >= 1, "num_classes", num_classes, "must be an integer and at least 1")
+    remedy = "must be an integer and at least 1, or 0 for a network without a head"
+    require(is_count and num_classes >= 0, "num_classes", num_classes, remedy)
     require(isinstance(rngs, nnx.Rngs), "rngs", rngs, "give a source of random numbers, such as flax.nnx.Rngs(0)")
     remedy = "give a network's configuration; model_config(name) makes one"
     require(isinstance(config, ModelConfig), "config", config, remedy)
@@ -117,7 +118,7 @@ def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
     if not isinstance(model, Classifier):
         remedy = "return a network that derives from Classifier (nfnet_flax.models)"
         raise ConfigError(f"{made_by} returned {type(model).__name__}: {remedy}")
-    calls = {"config": "set self.config", "stages": "call self._add_blocks", "head": "call self._add_head"}
+    calls = {"config": "set self.config", "stages": "call self._add_blocks", "num_features": "call self._add_head"}
     if missing := [call for name, call in calls.items() if name not in vars(model)]:
         raise ConfigError(f"{made_by}: {type(model).__name__}.__init__ must {' and '.join(missing)}")
     require(model.config == config, f"{made_by}: config", model.config, "must be the configuration itself")

@@ -124,10 +124,12 @@ class ResNet(Classifier):
         channels = config.stem_width
         if config.is_d:
             half = channels // 2
-            self.stem = nnx.List([conv(3, half, 3, stride=2), conv(half, half, 3), conv(half, channels, 3)])
+            self.stem = nnx.List(
+                [conv(config.in_channels, half, 3, stride=2), conv(half, half, 3), conv(half, channels, 3)]
+            )
             self.stem_norms = nnx.List([norm(half), norm(half)])
         else:
-            self.stem = nnx.List([conv(3, channels, 7, stride=2)])
+            self.stem = nnx.List([conv(config.in_channels, channels, 7, stride=2)])
             self.stem_norms = nnx.List([])
         stage_inputs = (channels, *config.widths[:-1])
 

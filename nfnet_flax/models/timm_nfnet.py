@@ -214,10 +214,11 @@ class TimmNFNet(Classifier):
         stages = config.channels
         stem_width = stages[0] if config.stem_width is None else rounded(config.stem_width * config.width_multiplier)
         if config.stem == "four_3x3":
-            widths, strides = (3, *(stem_width // share for share in (8, 4, 2, 1))), (2, 1, 1, 2)
+            widths, strides = (config.in_channels, *(stem_width // share for share in (8, 4, 2, 1))), (2, 1, 1, 2)
             self.stem = nnx.List([conv(widths[i], widths[i + 1], 3, stride=strides[i]) for i in range(4)])
         else:
-            self.stem = nnx.List([conv(3, stem_width, 7 if config.stem == "7x7_pool" else 3, stride=2)])
+            size = 7 if config.stem == "7x7_pool" else 3
+            self.stem = nnx.List([conv(config.in_channels, stem_width, size, stride=2)])
         stage_inputs = (stem_width, *stages[:-1])
 
         def make_block(stage: int, position: int) -> TimmNFBlock:

@@ -153,6 +153,7 @@ def _preprocessing(data: DataConfig) -> Preprocessing:
         resampler=data.resampler,
         mean=data.mean,
         std=data.std,
+        keeps_aspect=data.eval_keeps_aspect,
     )
 
 

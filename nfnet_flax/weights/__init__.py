@@ -54,11 +54,12 @@ def create_model(
 
     Args:
       name: name of the network, one of `list_models()`.
-      num_classes: number of outputs of the head.
+      num_classes: number of outputs of the head; 0: there is no head, and the network returns its features.
       rngs: source of the initial parameters.
       weights: a `.safetensors` file that `nfnet convert` or `save_weights` wrote; None: random parameters.
       skip: shell-style patterns of parameters that stay random, such as `head.*` for a head of another size.
-      **overrides: fields of the network's configuration, such as `drop_rate=0.0`.
+      **overrides: fields of the network's configuration, such as `drop_rate=0.0`, `in_channels=1` or
+        `global_pool="max"`.
 
     Raises:
       ConfigError: the name or a field is unknown, a value is invalid, or the weights do not fit.

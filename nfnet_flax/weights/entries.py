@@ -160,6 +160,31 @@ def _layer(name: str) -> str:
     return re.sub(r"_\d+$", "", module)
 
 
+def with_channels(arrays: HostArrays, shapes: Mapping[str, tuple[int, ...]]) -> HostArrays:
+    """Arrays of a network for images in colour, for the same network with another number of image channels.
+
+    As in timm, a kernel that reads the images is summed over the colours for one channel; for several channels the
+    colours are repeated and divided by the number of repetitions. It is a start for training: a standardized kernel
+    does not give the same result afterwards.
+
+    Args:
+      arrays: our name -> array.
+      shapes: our name -> shape of the wanted array.
+    """
+    return {name: _for_channels(value, shapes.get(name, ())) for name, value in arrays.items()}
+
+
+def _for_channels(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    colours = value.shape[2] if value.ndim == 4 else 0
+    if colours != 3 or value.ndim != len(shape) or value.shape[:2] + value.shape[3:] != shape[:2] + shape[3:]:
+        return value
+    channels = shape[2]
+    if channels == 1:
+        return np.sum(value, axis=2, keepdims=True)
+    repeated = np.tile(value, (1, 1, -(-channels // colours), 1))[:, :, :channels]
+    return repeated * np.asarray(colours / channels, value.dtype)
+
+
 def write_entries(entries: Sequence[Entry], arrays: HostArrays) -> HostArrays:
     """Arrays in the format's layout, by the format's names."""
     return {entry.theirs: np.asarray(entry.to_theirs(arrays[entry.ours]), order="C") for entry in entries}

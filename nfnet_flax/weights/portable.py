@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from nfnet_flax.config import ConfigError, check_types, require
-from nfnet_flax.config_json import CodeNotLoaded, differences, from_json, to_json
+from nfnet_flax.config_json import ADDED_LATER, CodeNotLoaded, differences, from_json, to_json
 from nfnet_flax.models import Classifier, ModelConfig
 from nfnet_flax.models.params import update
 from nfnet_flax.paths import local_path
-from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entries, shapes_of, skipped
+from nfnet_flax.weights.entries import Entry, HostArrays, arrays_of, read_entries, shapes_of, skipped, with_channels
 from nfnet_flax.weights.files import read_safetensors, write_safetensors
 
 _FORMAT = "nfnet_flax weights 1"
@@ -34,6 +34,9 @@ class Preprocessing:
     """Mean that is subtracted from the grey levels (0 to 255) of each channel."""
     std: tuple[float, float, float]
     """Standard deviation by which the grey levels of each channel are then divided."""
+    keeps_aspect: bool = dataclasses.field(default=False, metadata=ADDED_LATER)
+    """Whether the shorter side is resized to `image_size + crop_margin` and the other one in proportion; False: both
+    sides to the same length."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,7 +71,7 @@ class WeightsInfo:
     model: ModelConfig
     """Configuration of the network."""
     num_classes: int
-    """Number of outputs of its head."""
+    """Number of outputs of its head; 0: it has none."""
     source: str
     """Description of where the weights come from."""
     parameters: ParameterKind
@@ -80,7 +83,7 @@ class WeightsInfo:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.num_classes >= 1, "num_classes", self.num_classes, "must be at least 1")
+        require(self.num_classes >= 0, "num_classes", self.num_classes, "must not be negative")
         if self.class_names is not None:
             names, num_names = set(self.class_names), len(self.class_names)
             remedy = f"must not be more than num_classes = {self.num_classes}, and all different"
@@ -191,6 +194,8 @@ def fitting_arrays(
 ) -> HostArrays:
     """Arrays under our names, checked against a network, which may be abstract (`nnx.eval_shape`).
 
+    A head is left out for a network without one; for images of another number of channels than 3, see `with_channels`.
+
     Args:
       source: description of where the arrays come from, for the message of an error.
       info: description of the weights.
@@ -201,6 +206,13 @@ def fitting_arrays(
     Raises:
       ConfigError: they belong to another network, or do not fit.
     """
+    if model.num_classes == 0:
+        arrays = {name: value for name, value in arrays.items() if not name.startswith("head.")}
+        info = dataclasses.replace(info, num_classes=0, class_names=None)
+    channels = model.config.in_channels
+    if info.model.in_channels == 3 != channels:
+        arrays = with_channels(arrays, {name: shape for name, (shape, _) in shapes_of(model).items()})
+        info = dataclasses.replace(info, model=dataclasses.replace(info.model, in_channels=channels))
     lines = [
         line
         for line in differences(to_json(info.model), to_json(model.config))

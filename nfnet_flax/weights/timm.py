@@ -39,7 +39,7 @@ def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[s
     Timm's other networks (`TimmNFNetConfig`) compute what timm computes.
 
     Args:
-      model: an NFNet, or one of timm's own networks.
+      model: an NFNet, or one of timm's own networks; for one without classes the head is left out.
       tensors: timm's state dict as NumPy arrays, as `safetensors.numpy.load_file` returns it. Prefixes that wrappers
         add to all names are removed (`state_dicts.unwrapped`).
       skip: shell-style patterns of our names that keep what they have, such as `head.*` for a head of another size.
@@ -52,7 +52,10 @@ def from_timm(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[s
 
 def timm_arrays(model: Classifier, tensors: Mapping[str, Any], *, skip: Sequence[str] = ()) -> HostArrays:
     """The arrays that `from_timm` would put into a network, which may be abstract (`nnx.eval_shape`)."""
-    return read_entries("the timm state dict", model, timm_entries(model), unwrapped(tensors), skip)
+    given = unwrapped(tensors)
+    if model.num_classes == 0:
+        given = {name: value for name, value in given.items() if not name.startswith("head.fc.")}
+    return read_entries("the timm state dict", model, timm_entries(model), given, skip)
 
 
 def to_timm(model: Classifier) -> HostArrays:
