@@ -1,6 +1,7 @@
 """Paths that users give to commands, to the Python API and in recipes: checked and resolved here, once."""
 
 import contextlib
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,36 @@ from nfnet_flax.config import ConfigError, require
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Beginning of a URL such as `gs://bucket/run`; `Path` turns this one into `gs:/bucket/run`."""
+_HUB = re.compile(r"(?:hf[-_]hub:(?P<any>[\w.-]+/[\w.-]+)|(?P<timm>timm/[\w.-]+))(?:@(?P<revision>[\w./-]+))?")
+"""Names of weights in a model hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubName:
+    """Name of weights in a model hub, such as `timm/eca_nfnet_l0.ra2_in1k` or `hf-hub:ORGANIZATION/NAME@REVISION`."""
+
+    repository: str
+    """Organization and name."""
+    revision: str | None = None
+    """Branch, tag or commit; None: the newest."""
+
+    def __str__(self) -> str:
+        name = self.repository if self.repository.startswith("timm/") else f"hf-hub:{self.repository}"
+        return name if self.revision is None else f"{name}@{self.revision}"
+
+
+def hub_name(value: str | os.PathLike[str]) -> HubName | None:
+    """The weights in a model hub that a value names; None if it names a file or folder.
+
+    These are `timm/NAME`, unless it is the path of a file or folder that exists or ends in `.safetensors`, and
+    `hf-hub:ORGANIZATION/NAME`, both optionally with `@REVISION`.
+    """
+    found = _HUB.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return None
+    if found["timm"] is not None and (found["timm"].endswith(".safetensors") or os.path.lexists(str(value))):
+        return None
+    return HubName(found["any"] or found["timm"], found["revision"])
 
 
 def check_path(field: str, value: str | os.PathLike[str]) -> None:

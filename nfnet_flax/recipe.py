@@ -16,7 +16,7 @@ from nfnet_flax.open_config import with_absolute_places, with_places_of
 from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.parallel.reduce import Reduction
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import hub_name, local_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,9 @@ class Recipe:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When checkpoints are written, and which are kept."""
     init_from: str | None = None
-    """Weight file (made by `nfnet convert`) with which parameters and EMA start, or the folder of a run, whose newest
-    EMA is used; None: random parameters. If the weights include a head, its classes must have the same names as those
+    """Weights with which parameters and EMA start: a file (made by `nfnet convert`), the folder of a run, whose newest
+    EMA is used, a folder with timm's `config.json`, or a name in a model hub, such as `timm/eca_nfnet_l0.ra2_in1k`;
+    None: random parameters. If the weights include a head, its classes must have the same names as those
     of the images. The file may be moved, but its content must not change until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
@@ -231,5 +232,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     Raises:
       ConfigError: a path is not one of this machine's file systems.
     """
-    init_from = None if recipe.init_from is None else str(local_path("init_from", recipe.init_from))
+    init_from = recipe.init_from
+    if init_from is not None and hub_name(init_from) is None:
+        init_from = str(local_path("init_from", init_from))
     return dataclasses.replace(with_absolute_places(recipe), init_from=init_from)

@@ -30,7 +30,7 @@ ALLOWED = {
     "exit_codes": set[str](),
     "json_files": {"config"},
     "messages": set[str](),
-    "open_config": {"config", "own_code"},
+    "open_config": {"config", "own_code", "paths"},
     "output": set[str](),
     "own_code": {"config", "paths"},
     "paths": {"config"},

@@ -191,7 +191,8 @@ def test_wrong_metadata_are_named(model: Classifier, tmp_path: Path) -> None:
     cases = {
         "metadata lack 'num_classes'": {name: text for name, text in metadata.items() if name != "num_classes"},
         "metadata are wrong: invalid literal": metadata | {"num_classes": "three"},
-        "num_classes = 0: must be at least 1": metadata | {"num_classes": "0"},
+        "num_classes = -1: must not be negative": metadata | {"num_classes": "-1"},
+        "a head of 0 classes, not 3": metadata | {"num_classes": "0"},
         "metadata are wrong: Expecting value": metadata | {"model": ""},
         "unknown type 'list'": metadata | {"model": json.dumps({"type": "list"})},
         "metadata are wrong: model = [1, 2]": metadata | {"model": "[1, 2]"},

@@ -12,6 +12,7 @@ from nfnet_flax.exit_codes import (
 from nfnet_flax.training.fingerprints import CopiesDiffer
 from nfnet_flax.training.lease import LeaseLost
 from nfnet_flax.training.storage import StorageFailed
+from nfnet_flax.weights.hub import HubUnreachable
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
@@ -21,6 +22,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
             return EXIT_BAD_INPUT, f"error: {error}"
         case InputFailed():
             return EXIT_INPUT_FAILED, f"the input failed: {error}"
+        case HubUnreachable():
+            return EXIT_INPUT_FAILED, str(error)
         case StorageFailed():
             return EXIT_STORAGE_FAILED, f"the run's folder failed: {error}; run again once that is repaired"
         case LeaseLost():

@@ -118,7 +118,11 @@ def _check_built(config: ModelConfig, num_classes: int, model: object) -> None:
     if not isinstance(model, Classifier):
         remedy = "return a network that derives from Classifier (nfnet_flax.models)"
         raise ConfigError(f"{made_by} returned {type(model).__name__}: {remedy}")
-    calls = {"config": "set self.config", "stages": "call self._add_blocks", "num_features": "call self._add_head"}
+    calls = {
+        "config": "set self.config",
+        "stages": "call self._add_blocks",
+        ("head" if num_classes > 0 else "num_features"): "call self._add_head",
+    }
     if missing := [call for name, call in calls.items() if name not in vars(model)]:
         raise ConfigError(f"{made_by}: {type(model).__name__}.__init__ must {' and '.join(missing)}")
     require(model.config == config, f"{made_by}: config", model.config, "must be the configuration itself")

@@ -10,12 +10,11 @@ from flax import nnx
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import build_model
 from nfnet_flax.parallel.processes import Processes, check_agreement
-from nfnet_flax.paths import local_path, run_folder
 from nfnet_flax.recipe import Recipe
-from nfnet_flax.training.reading import Run, stored_weights
+from nfnet_flax.training.reading import weights_of
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.heads import for_classes
-from nfnet_flax.weights.portable import fitting_arrays, read_weights
+from nfnet_flax.weights.portable import fitting_arrays
 
 _REMEDY = "let the head start at random (--init-from-skip 'head.*'), or give images of the same classes"
 
@@ -36,24 +35,21 @@ def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeight
     """Reads the weights that `init_from` names; without it, there are no arrays.
 
     Args:
-      recipe: the recipe. Its `init_from` is a weight file, or the folder of a run, whose newest checkpoint's EMA is
-        used. For another checkpoint or for raw parameters, make a file with `nfnet convert run`.
+      recipe: the recipe. For another checkpoint of a run than its newest, or for raw parameters, make a file with
+        `nfnet convert run`.
       class_names: class names of the run, in the order of its labels. If the stored head has the same classes in
         another order, its outputs are reordered.
 
     Raises:
       ConfigError: the weights cannot be read, do not fit the network, or their head has other classes.
       StorageFailed: the folder cannot be read.
+      HubUnreachable: the model hub cannot be reached.
     """
     if recipe.init_from is None:
         return InitialWeights(arrays={})
-    path = local_path("init_from", recipe.init_from)
-    if path.is_dir():
-        info, stored = stored_weights(Run(run_folder("init_from", path)), "ema", "newest")
-    else:
-        info, stored = read_weights(path)
+    info, stored = weights_of(recipe.init_from, field="init_from")
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
-    source = f"init_from {str(path)!r}"
+    source = f"init_from {recipe.init_from!r}"
     arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
     arrays = for_classes(source, info, arrays, class_names, _REMEDY)
     known, data = info.preprocessing, recipe.data

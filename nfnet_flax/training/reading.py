@@ -23,7 +23,7 @@ from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
-from nfnet_flax.paths import run_folder
+from nfnet_flax.paths import hub_name, local_path, run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
@@ -33,10 +33,11 @@ from nfnet_flax.training.metrics import Row, read_rows
 from nfnet_flax.training.record import stored_class_names, stored_input
 from nfnet_flax.training.restoring import read_arrays
 from nfnet_flax.training.state import Normalization, model_structure
-from nfnet_flax.weights import network_of
+from nfnet_flax.weights import network_of, open_weights
 from nfnet_flax.weights.convert import target_in
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weights
+from nfnet_flax.weights.timm_folder import is_folder
 
 Which = Literal["newest", "best"] | int
 """Which checkpoint of a run: the newest undamaged one, the best undamaged one, or the number of a step."""
@@ -144,6 +145,32 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
         preprocessing=_preprocessing(recipe.data),
     )
     return info, arrays
+
+
+def weights_of(
+    reference: str | os.PathLike[str],
+    *,
+    field: str = "weights",
+    parameters: Parameters = "ema",
+    checkpoint: Which = "newest",
+) -> tuple[WeightsInfo, HostArrays]:
+    """Weights and their description.
+
+    Args:
+      reference: the folder of a run, or what `open_weights` takes: a weight file, a folder as model hubs hold them, or
+        a name in a model hub.
+      field: name of the value in messages.
+      parameters: for a run, which parameters; see `Run.weights`.
+      checkpoint: for a run, which checkpoint; see `Run.weights`.
+
+    Raises:
+      ConfigError: there are no such weights, or they are damaged.
+      StorageFailed: the folder of the run cannot be read.
+      HubUnreachable: the model hub cannot be reached.
+    """
+    if hub_name(reference) is None and (path := local_path(field, reference)).is_dir() and not is_folder(path):
+        return stored_weights(Run(run_folder(field, reference)), parameters, checkpoint)
+    return open_weights(reference, field=field)
 
 
 def _preprocessing(data: DataConfig) -> Preprocessing:

@@ -20,8 +20,8 @@ from nfnet_flax.weights.portable import (
     load_weights,
     read_weights,
     save_weights,
-    stored_arrays,
 )
+from nfnet_flax.weights.reference import open_weights
 from nfnet_flax.weights.timm import TIMM_FORM, from_timm, to_timm
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "load_haiku_file",
     "load_model",
     "load_weights",
+    "open_weights",
     "read_weights",
     "save_weights",
     "to_haiku",
@@ -56,19 +57,22 @@ def create_model(
       name: name of the network, one of `list_models()`.
       num_classes: number of outputs of the head; 0: there is no head, and the network returns its features.
       rngs: source of the initial parameters.
-      weights: a `.safetensors` file that `nfnet convert` or `save_weights` wrote; None: random parameters.
+      weights: a `.safetensors` file that `nfnet convert` or `save_weights` wrote, or other weights that `open_weights`
+        takes, such as `timm/eca_nfnet_l0.ra2_in1k` in a model hub; None: random parameters.
       skip: shell-style patterns of parameters that stay random, such as `head.*` for a head of another size.
       **overrides: fields of the network's configuration, such as `drop_rate=0.0`, `in_channels=1` or
         `global_pool="max"`.
 
     Raises:
       ConfigError: the name or a field is unknown, a value is invalid, or the weights do not fit.
+      HubUnreachable: the model hub cannot be reached.
     """
     config = model_config(name, **overrides)
     if weights is None:
         return build_model(config, num_classes=num_classes, rngs=rngs)
     abstract = _abstract(config, num_classes)
-    arrays = stored_arrays(weights, abstract, skip=skip)
+    info, stored = open_weights(weights)
+    arrays = fitting_arrays(f"weights {str(weights)!r}", info, stored, abstract, skip)
     if not skip:  # no random parameters are needed
         return _with_arrays(abstract, arrays)
     model = build_model(config, num_classes=num_classes, rngs=rngs)
@@ -80,14 +84,15 @@ def load_model(path: str | os.PathLike[str]) -> Classifier:
     """The network that a weight file holds, whatever its configuration, in evaluation mode.
 
     Args:
-      path: a `.safetensors` file that `nfnet convert` or `save_weights` wrote. `read_weights` also returns its
-        metadata, such as class names and preprocessing if they are known.
+      path: a `.safetensors` file that `nfnet convert` or `save_weights` wrote, or other weights that `open_weights`
+        takes, which also returns their description, such as class names and preprocessing if they are known.
 
     Raises:
       ConfigError: the file cannot be read, is damaged, or its arrays do not fit its own configuration.
+      HubUnreachable: the model hub cannot be reached.
     """
-    info, arrays = read_weights(path)
-    return network_of(f"weights file {str(path)!r}", info, arrays)
+    info, arrays = open_weights(path)
+    return network_of(f"weights {str(path)!r}", info, arrays)
 
 
 def network_of(source: str, info: WeightsInfo, arrays: HostArrays) -> Classifier:

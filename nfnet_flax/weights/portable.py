@@ -16,7 +16,7 @@ from nfnet_flax.weights.files import read_safetensors, write_safetensors
 
 _FORMAT = "nfnet_flax weights 1"
 # These fields change how a network is trained or computed, but not the function that its parameters define.
-_FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype")
+FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype")
 ParameterKind = Literal["raw", "ema", "unknown"]
 
 
@@ -206,7 +206,7 @@ def fitting_arrays(
     Raises:
       ConfigError: they belong to another network, or do not fit.
     """
-    if model.num_classes == 0:
+    if model.num_classes == 0 < info.num_classes:
         arrays = {name: value for name, value in arrays.items() if not name.startswith("head.")}
         info = dataclasses.replace(info, num_classes=0, class_names=None)
     channels = model.config.in_channels
@@ -216,7 +216,7 @@ def fitting_arrays(
     lines = [
         line
         for line in differences(to_json(info.model), to_json(model.config))
-        if line.split(":")[0] not in _FREE_FIELDS
+        if line.split(":")[0] not in FREE_FIELDS
     ]
     if type(info.model) is not type(model.config):
         lines = [f"family: {type(info.model).__name__} -> {type(model.config).__name__}"]

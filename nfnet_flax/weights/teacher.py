@@ -11,9 +11,10 @@ import numpy as np
 import nfnet_flax.weights
 from nfnet_flax.models.folding import fold
 from nfnet_flax.models.params import BatchStats, GraphDef, Params, merge, split
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import hub_name, local_path
 from nfnet_flax.weights.heads import for_classes
-from nfnet_flax.weights.portable import WeightsInfo, read_weights
+from nfnet_flax.weights.portable import WeightsInfo
+from nfnet_flax.weights.reference import open_weights
 
 _REMEDY = "give a teacher that was trained on the same classes"
 
@@ -35,7 +36,7 @@ def teacher_arrays(
     """The arrays that `teacher_logits` needs, for the normalization and the order of the classes of a run.
 
     Args:
-      path: path of a weight file.
+      path: path of a weight file, or other weights that `open_weights` takes.
       class_names: class names of the run, in the order of its labels.
       mean: mean of each channel, in grey levels, that is subtracted from the run's images.
       std: standard deviation of each channel, in grey levels, by which they are then divided.
@@ -72,15 +73,15 @@ def teacher_logits(path: str, images: jax.Array, arrays: dict[str, jax.Array]) -
 
 
 def _read(path: str) -> _Teacher:
-    file = local_path("objective.teacher", path)
-    stat = file.stat() if file.is_file() else None  # `read_weights` reports a missing file
+    file = None if hub_name(path) else local_path("objective.teacher", path)
+    stat = file.stat() if file is not None and file.is_file() else None  # `open_weights` reports a missing file
     return _read_once(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
 
 
 @functools.lru_cache(maxsize=1)
 def _read_once(path: str, version: tuple[int, int] | None) -> _Teacher:
     del version  # part of the cache's key, so that another file with the same name is read
-    info, arrays = read_weights(path)
+    info, arrays = open_weights(path, field="objective.teacher")
     with jax.ensure_compile_time_eval():  # the first call may be within the tracing of a step
         model = nfnet_flax.weights.network_of(f"teacher {path!r}", info, arrays)
         if model.is_foldable:
