@@ -30,14 +30,15 @@ class Haiku:
 
 @dataclasses.dataclass(frozen=True)
 class Timm:
-    """Converts a .safetensors file of timm to MODEL.safetensors."""
+    """Converts weights of timm to MODEL.safetensors."""
 
     file: tyro.conf.Positional[str]
-    """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6, or of its own networks, such as eca_nfnet_l0."""
-    model: str
-    """Name of the network, as `nfnet models` lists it."""
+    """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6, or of its own networks, such as eca_nfnet_l0; a folder
+    with config.json and model.safetensors; or a name in a model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
     out: str
     """Folder for the result."""
+    model: str | None = None
+    """Name of the network, as `nfnet models` lists it. A file needs it; a folder and a hub say it themselves."""
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
     """Which parameters the file holds: as trained, or their moving average. The result records it."""
     timm_form: bool = False
@@ -49,7 +50,7 @@ class Timm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Writes the weights of a run as weights.safetensors."""
+    """Writes the weights of a run as weights.safetensors, or as a folder for a model hub."""
 
     workdir: tyro.conf.Positional[str]
     """Folder of a run."""
@@ -59,8 +60,11 @@ class Run:
     """Which parameters to write: as trained, or their moving average."""
     checkpoint: Literal["newest", "best"] | int = "newest"
     """Which checkpoint to read: the newest or the best undamaged one, or the number of a step."""
+    to: Literal["file", "hub-folder"] = "file"
+    """What to write: weights.safetensors; or model.safetensors with timm's names, a config.json that timm reads, and
+    README.md with a description of the run."""
     overwrite: bool = False
-    """Replace an existing file."""
+    """Replace existing files."""
     code: Code = ()
 
 
@@ -102,9 +106,11 @@ def run(argv: list[str]) -> int:
             )
         case Run():
             from nfnet_flax.training.reading import export_weights
+            from nfnet_flax.training.sharing import write_hub_folder
 
             load_given_code(argv)
-            path = export_weights(
+            write = export_weights if options.to == "file" else write_hub_folder
+            path = write(
                 options.workdir,
                 options.out,
                 parameters=options.parameters,

@@ -13,7 +13,9 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet models [PATTERN]                                    list the named networks, such as 'nf_*'
   nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
+  nfnet convert timm timm/NAME --out DIR                    the same from a model hub
   nfnet convert run DIR --out DIR [--checkpoint best|STEP]  a checkpoint of a run -> weights.safetensors
+  nfnet convert run DIR --out DIR --to hub-folder           the same as a folder for a model hub and timm
   nfnet COMMAND --help                                      every option of a command
 
 exit codes: 0 done, 1 a bug (doctor: something is wrong), 2 bad input or a folder in use, 3 the loss is not finite,

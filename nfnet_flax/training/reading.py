@@ -129,6 +129,11 @@ def checked_which(value: object) -> Which:
 
 def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[WeightsInfo, HostArrays]:
     """The result of `Run.weights`, and its description for a weight file; errors as for `Run.weights`."""
+    return weights_at(run, parameters, checkpoint)[1:]
+
+
+def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int, WeightsInfo, HostArrays]:
+    """The result of `stored_weights`, and the step of the checkpoint; errors as for `Run.weights`."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
     recipe = run.recipe
@@ -144,7 +149,7 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
         class_names=run.class_names,
         preprocessing=_preprocessing(recipe.data),
     )
-    return info, arrays
+    return step, info, arrays
 
 
 def weights_of(

@@ -1,5 +1,6 @@
 """Converts weight files of other projects to our portable files; they are checked before anything is written."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -11,15 +12,17 @@ import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models import Classifier, TimmNFNetConfig, build_model, model_config
-from nfnet_flax.paths import local_path
+from nfnet_flax.models import Classifier, ModelConfig, TimmNFNetConfig, build_model, model_config
+from nfnet_flax.paths import hub_name, local_path
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.files import check_target, read_safetensors
 from nfnet_flax.weights.haiku import haiku_arrays
 from nfnet_flax.weights.pickles import load_haiku_file
 from nfnet_flax.weights.portable import ParameterKind, WeightsInfo, write_weights
+from nfnet_flax.weights.reference import open_weights
 from nfnet_flax.weights.state_dicts import unwrapped
 from nfnet_flax.weights.timm import TIMM_FORM, timm_arrays
+from nfnet_flax.weights.timm_folder import architecture_of, architectures
 
 
 def convert_haiku(
@@ -47,18 +50,19 @@ def convert_haiku(
 
 def convert_timm(
     path: str | os.PathLike[str],
-    model: str,
+    model: str | None,
     out: str | os.PathLike[str],
     *,
     parameters: ParameterKind,
     timm_form: bool,
     overwrite: bool = False,
 ) -> Path:
-    """Converts a `.safetensors` file of timm's normalizer-free networks; returns `out/MODEL.safetensors`.
+    """Converts weights of timm's normalizer-free networks; returns `out/MODEL.safetensors`.
 
     Args:
-      path: timm's file.
-      model: our name of the network.
+      path: timm's `.safetensors` file; or a folder with `config.json` and `model.safetensors`, or a name in a model
+        hub, such as `timm/eca_nfnet_l0.ra2_in1k`: class names and preprocessing are then kept.
+      model: our name of the network; None for a folder or a name in a hub, which say it.
       out: folder for the result.
       parameters: which parameters the file contains: as trained, their moving average, or unknown.
       timm_form: whether to record the exact gelu and timm's standardization, for weights of `dm_nfnet_f*` that were
@@ -68,14 +72,45 @@ def convert_timm(
     Raises:
       ConfigError: the file cannot be read or does not fit the model, the result exists already, or the form is given
         for a network that has no other.
+      HubUnreachable: the model hub cannot be reached.
     """
+    if hub_name(path) is not None or local_path("file", path).is_dir():
+        return _convert_described(path, model, out, parameters, timm_form=timm_form, overwrite=overwrite)
+    if model is None:
+        raise ConfigError(f"model: a file does not say which network it is of: give --model; file = {str(path)!r}")
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
-    if timm_form and isinstance(model_config(model), TimmNFNetConfig):
-        raise ConfigError(f"timm_form: {model} always computes what timm computes; leave it out")
+    _check_form(model_config(model), timm_form=timm_form)
     tensors = unwrapped(read_safetensors(path)[0])
     changes = TIMM_FORM if timm_form else {}
     info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), changes)
     write_weights(target, info, arrays, overwrite=overwrite)
+    return target
+
+
+def _check_form(config: ModelConfig, *, timm_form: bool) -> None:
+    if timm_form and isinstance(config, TimmNFNetConfig):
+        raise ConfigError("timm_form: this network always computes what timm computes; leave it out")
+
+
+def _convert_described(
+    reference: str | os.PathLike[str],
+    model: str | None,
+    out: str | os.PathLike[str],
+    parameters: ParameterKind,
+    *,
+    timm_form: bool,
+    overwrite: bool,
+) -> Path:
+    """`convert_timm` for weights that come with a description."""
+    info, arrays = open_weights(reference, field="file")
+    name = architectures()[architecture_of(info.model)]
+    if model not in (None, name):
+        raise ConfigError(f"model = {model!r}: {os.fspath(reference)!r} is of {name}: leave it out")
+    target = target_in(out, name, overwrite=overwrite)
+    _check_form(info.model, timm_form=timm_form)
+    config = dataclasses.replace(info.model, **TIMM_FORM) if timm_form else info.model
+    kind = info.parameters if parameters == "unknown" else parameters
+    write_weights(target, dataclasses.replace(info, model=config, parameters=kind), arrays, overwrite=overwrite)
     return target
 
 
