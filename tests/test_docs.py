@@ -34,6 +34,7 @@ from tests.runs import ROOT
 REASONS = {
     "installs packages and takes minutes",
     "needs a cluster",
+    "needs a network",
     "needs the extra tpu",
     "runs until it is stopped",
     "takes more than a minute",
