@@ -13,7 +13,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import CodeNotLoaded, from_json
 from nfnet_flax.export.description import as_metadata
 from nfnet_flax.export.options import ExportedNetwork, ExportOptions, rounded_arrays
-from nfnet_flax.export.verify import Call
+from nfnet_flax.export.verify import Call, compiled_call
 from nfnet_flax.models import Classifier, ModelConfig, build_model
 from nfnet_flax.models.folding import fold, fold_batch_norms
 from nfnet_flax.models.params import merge, split
@@ -62,16 +62,10 @@ def load_folded(path: str | os.PathLike[str]) -> Classifier:
     empty = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if 0 in shape}
     entries = [Entry(name, name, shape) for name, shape in shapes.items()]
     found = read_entries(named, abstract, entries, arrays | empty, ())
-    graphdef, params, _ = split(abstract)
-    parts = [
-        {name: jnp.asarray(value) for name, value in found.items() if (name in params) is is_param}
-        for is_param in (True, False)
-    ]
-    model: Classifier = merge(graphdef, *parts)
+    model: Classifier = merge(split(abstract)[0], {name: jnp.asarray(value) for name, value in found.items()}, {})
     return model
 
 
 def call_folded(path: Path) -> Call:
     """The network of the written file, in JAX."""
-    model = load_folded(path)
-    return lambda images: np.asarray(model(jnp.asarray(images)))
+    return compiled_call(load_folded(path))

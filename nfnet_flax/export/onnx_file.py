@@ -43,7 +43,7 @@ def write_onnx(
     model = make_onnx(exported, options, facts)
     beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > max_bytes
     path, data = folder / f"{name}.onnx", f"{name}.onnx.data"
-    onnx.save_model(model, path, save_as_external_data=beside, location=data if beside else None, size_threshold=0)
+    onnx.save_model(model, path, save_as_external_data=beside, location=data if beside else None)
     onnx.checker.check_model(path, full_check=True)
     return [path.name, data] if beside else [path.name]
 

@@ -62,8 +62,8 @@ def _stem(graph: Graph, x: Images, model: Classifier) -> Images:
             return onnx_layers.max_pool_3x3(graph, convolution(graph, x, model.stem, "stem"), "stem.pool")
         case ResNet():
             norms = [*model.stem_norms, None]
-            for position, (conv, norm) in enumerate(zip(model.stem, norms, strict=True)):
-                x = convolution(graph, x, conv, f"stem.{position}", norm=norm)
+            for position, (plain, norm) in enumerate(zip(model.stem, norms, strict=True)):
+                x = convolution(graph, x, plain, f"stem.{position}", norm=norm)
                 if norm is not None:
                     x = graph.elementwise("Relu", x, f"stem.{position}.activation")
             return onnx_layers.max_pool_3x3(graph, x, "stem.pool")

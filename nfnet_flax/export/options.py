@@ -64,18 +64,23 @@ class ExportedNetwork:
 
     @property
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the grey levels of each channel, (C,) float32.
+        """See `_channel_statistics`."""
+        return _channel_statistics(self.info)
 
-        Raises:
-          ConfigError: they are not recorded.
-        """
-        found, channels = self.info.preprocessing, self.info.model.in_channels
-        if found is None or len(found.mean) != channels:
-            raise ConfigError(
-                f"input = 'uint8': the weights record no mean and standard deviation of {channels} channels: export "
-                "for normalised images (input = 'normalised')"
-            )
-        return np.asarray(found.mean, np.float32), np.asarray(found.std, np.float32)
+
+def _channel_statistics(info: WeightsInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the grey levels of each channel, (C,) float32.
+
+    Raises:
+      ConfigError: they are not recorded.
+    """
+    found, channels = info.preprocessing, info.model.in_channels
+    if found is None or len(found.mean) != channels:
+        raise ConfigError(
+            f"input = 'uint8': the weights record no mean and standard deviation of {channels} channels: export for "
+            "normalised images (input = 'normalised')"
+        )
+    return np.asarray(found.mean, np.float32), np.asarray(found.std, np.float32)
 
 
 def network_for(source: str, info: WeightsInfo, arrays: HostArrays, options: ExportOptions) -> ExportedNetwork:
@@ -88,20 +93,19 @@ def network_for(source: str, info: WeightsInfo, arrays: HostArrays, options: Exp
       options: how it is exported.
 
     Raises:
-      ConfigError: the arrays do not fit, or the size of the images is not known.
+      ConfigError: the arrays do not fit, or the size or the normalisation of the images is needed and not known.
     """
     image_size = options.image_size
     if image_size is None:
         if info.preprocessing is None:
             raise ConfigError(f"image_size: {source} records no preprocessing: give the size{_hint(info)}")
         image_size = info.preprocessing.image_size
+    if options.input == "uint8":
+        _channel_statistics(info)
     info = dataclasses.replace(info, model=dataclasses.replace(info.model, compute_dtype="float32"))
     network = network_of(source, info, arrays)
     folded = fold(network) if network.is_foldable else fold_batch_norms(network)
-    exported = ExportedNetwork(info, network, folded, image_size)
-    if options.input == "uint8":
-        exported.channel_statistics  # noqa: B018  # raises if they are not known
-    return exported
+    return ExportedNetwork(info, network, folded, image_size)
 
 
 def _hint(info: WeightsInfo) -> str:

@@ -41,7 +41,7 @@ def write_stablehlo(
     names."""
     arrays = rounded_arrays(arrays_of(exported.folded), options.dtype)
     empty = {key: value for key, value in arrays_of(exported.folded).items() if not value.size}
-    graphdef, params, _ = split(exported.folded)
+    graphdef, _, _ = split(exported.folded)
     mean, std = exported.channel_statistics if options.input == "uint8" else (None, None)
 
     def run(weights: Params, images: jax.Array) -> jax.Array:
@@ -50,9 +50,7 @@ def write_stablehlo(
             images = (images - mean) / std
         wide = {key: value.astype(jnp.float32) for key, value in weights.items()}
         everything = wide | {key: jnp.asarray(value) for key, value in empty.items()}
-        of = [{key: value for key, value in everything.items() if (key in params) is is_param} for is_param in (True, False)]
-        network = merge(graphdef, *of)
-        result: jax.Array = network(images)
+        result: jax.Array = merge(graphdef, everything, {})(images)
         return result
 
     def for_each_platform(weights: Params, images: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.export.options import ExportedNetwork, ExportOptions
+from nfnet_flax.models import Classifier
 from nfnet_flax.models.params import merge, split
 
 Call = Callable[[np.ndarray], np.ndarray]
@@ -87,6 +88,11 @@ def normalised(images: np.ndarray, exported: ExportedNetwork, options: ExportOpt
 
 def trained(exported: ExportedNetwork) -> Call:
     """The trained network in evaluation mode, neither folded nor exported."""
-    graphdef, params, batch_stats = split(exported.network)
+    return compiled_call(exported.network)
+
+
+def compiled_call(network: Classifier) -> Call:
+    """A network in evaluation mode, in JAX."""
+    graphdef, params, batch_stats = split(network)
     compiled = jax.jit(lambda params, batch_stats, images: merge(graphdef, params, batch_stats)(images))
     return lambda images: np.asarray(compiled(params, batch_stats, jnp.asarray(images)))

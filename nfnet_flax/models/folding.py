@@ -81,6 +81,8 @@ def fold_batch_norms(model: Classifier) -> Classifier:
             module.mean, module.variance, module.count = (nnx.BatchStat(empty) for _ in range(3))
             module.is_folded = True
     for conv, norm in folded.convolutions_before_norms():
+        if not norm.gain[...].size:  # it is part of the kernel already
+            continue
         conv.kernel = nnx.Param(conv.kernel[...] * norm.gain[...])
         norm.gain = nnx.Param(jnp.ones((0,), jnp.float32))
     return folded
