@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,7 +29,7 @@ class Export:
     NAME.folded.safetensors."""
     out: str
     """Folder for the result."""
-    weights: tyro.conf.Positional[str | None] = None
+    weights: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="FILE.safetensors")]] = None
     """A .safetensors file that `nfnet convert` wrote; or give --workdir."""
     workdir: str | None = None
     """Folder of a run whose weights are exported."""

@@ -12,7 +12,6 @@ from nfnet_flax.export.options import ExportOptions, Target, check_installed, ne
 from nfnet_flax.export.verify import Comparison, compare
 from nfnet_flax.paths import local_path
 from nfnet_flax.weights.entries import HostArrays
-from nfnet_flax.weights.files import check_target
 from nfnet_flax.weights.portable import WeightsInfo
 
 _TOLERANCES: dict[tuple[Target, str], float] = {
@@ -66,7 +65,7 @@ def export_arrays(
         raise ConfigError(f"out = {os.fspath(out)!r}: is a file: give the folder for the result")
     require(name == Path(name).name and name not in ("", ".", ".."), "name", name, "give the name of a file")
     main = f"{name}{_ENDINGS[options.to]}"
-    check_target(folder / main, overwrite=overwrite)
+    _check_free(folder / main, overwrite=overwrite)
     if options.to == "onnx":
         check_installed("onnx", "onnxruntime")
     exported = network_for(source, info, arrays, options)
@@ -98,11 +97,20 @@ def export_arrays(
     return Export(files[-1], tuple(files), comparison)
 
 
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    """Raises `ConfigError` unless a file may be written at a path."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ConfigError(
+            f"{str(path)!r} exists already: give another folder or name (--name, in Python name=), or replace it "
+            "(--overwrite, in Python overwrite=True; a folder is never replaced)"
+        )
+
+
 def _publish(partial: Path, folder: Path, names: list[str], overwrite: bool) -> list[Path]:
     """Moves complete files to their place, the main one last."""
     paths = [folder / name for name in names]
     for path in paths:
-        check_target(path, overwrite=overwrite)
+        _check_free(path, overwrite=overwrite)
     for path in paths:
         with (partial / path.name).open("rb") as file:
             os.fsync(file.fileno())
