@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nfnet_flax.data.random_access import ArraySource as ArraySource
     from nfnet_flax.data.random_access import SourceConfig as SourceConfig
     from nfnet_flax.data.transforms import preprocess as preprocess
+    from nfnet_flax.export import export_model as export_model
     from nfnet_flax.models import Classifier as Classifier
     from nfnet_flax.models import ExecutionConfig as ExecutionConfig
     from nfnet_flax.models import ModelConfig as ModelConfig
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "TrainResult": "nfnet_flax.training.loop",
     "create_model": "nfnet_flax.weights",
     "evaluate": "nfnet_flax.training.reading",
+    "export_model": "nfnet_flax.export",
     "export_weights": "nfnet_flax.training.reading",
     "fold": "nfnet_flax.models.folding",
     "list_models": "nfnet_flax.models",
@@ -91,6 +93,7 @@ __all__ = [
     "create_model",
     "data",
     "evaluate",
+    "export_model",
     "export_weights",
     "fold",
     "list_models",

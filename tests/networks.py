@@ -3,16 +3,22 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nfnet_flax.models import (
+    Classifier,
     EfficientNetConfig,
     ModelConfig,
     NFRegNetConfig,
     NFResNetConfig,
     ResNetConfig,
     TimmNFNetConfig,
+    build_model,
 )
+from nfnet_flax.models.params import merge, split
+from nfnet_flax.weights.entries import shapes_of
 from tests import golden
 
 FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": 0}  # type: ignore[dict-item]
@@ -48,3 +54,29 @@ SMALL: dict[str, ModelConfig] = {
 def relative(got: jax.Array, want: np.ndarray) -> float:
     """Largest difference as a share of the largest value."""
     return float(np.max(np.abs(np.asarray(got, np.float64) - want)) / np.max(np.abs(want)))
+
+
+def lifelike(config: ModelConfig, num_classes: int) -> Classifier:
+    """A network in evaluation mode whose arrays are not uniform, and whose signal stays of the order of one."""
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for name, (shape, dtype) in shapes_of(model).items():
+        value = rng.standard_normal(shape)
+        match name.rpartition(".")[2]:
+            case "kernel":
+                value /= np.sqrt(np.prod(shape[:-1]))
+            case "gain":
+                value = 1 + 0.2 * value
+            case "skip_gain":
+                value = 0.7 + 0.2 * value
+            case "variance":
+                value = rng.uniform(0.5, 2.0, shape)
+            case "count":
+                value = np.asarray(7)
+            case _:
+                value *= 0.2
+        arrays[name] = jnp.asarray(value, dtype)
+    made: Classifier = merge(split(model)[0], arrays, {})
+    made.eval()
+    return made

@@ -45,10 +45,11 @@ ALLOWED = {
     "debug": LEAVES | BASE | {"objectives", "recipe"},
     "imagenet": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
+    "export": {"models", "weights"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
-    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor"},
+    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export"},
 }
 
 

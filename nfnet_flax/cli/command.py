@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from nfnet_flax import streams
-from nfnet_flax.cli import convert, doctor, models, plan, train
+from nfnet_flax.cli import convert, doctor, export, models, plan, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE
@@ -20,10 +20,11 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluation.run,
     "models": models.run,
     "convert": convert.run,
+    "export": export.run,
     "plan": plan.run,
     "doctor": doctor.run,
 }
-_WRITE_FILES = (["train"], ["convert"])
+_WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""
 _EXIT_NOT_READ = 128 + signal.SIGPIPE
 """Exit code that a shell reports for a command whose output is no longer read, as in `nfnet models | head`."""

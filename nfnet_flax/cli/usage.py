@@ -16,6 +16,8 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet convert timm timm/NAME --out DIR                    the same from a model hub
   nfnet convert run DIR --out DIR [--checkpoint best|STEP]  a checkpoint of a run -> weights.safetensors
   nfnet convert run DIR --out DIR --to hub-folder           the same as a folder for a model hub and timm
+  nfnet export FILE --to onnx|stablehlo --out DIR           a network for use without this package
+  nfnet export --workdir DIR --to onnx --out DIR            the same, of a run; --to safetensors: folded weights alone
   nfnet COMMAND --help                                      every option of a command
 
 exit codes: 0 done, 1 a bug (doctor: something is wrong), 2 bad input or a folder in use, 3 the loss is not finite,

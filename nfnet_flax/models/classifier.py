@@ -137,6 +137,11 @@ class Classifier(nnx.Module):
         their kernels by it."""
         return []
 
+    def convolutions_before_norms(self) -> list[tuple[layers.Conv, layers.BatchNorm]]:
+        """Convolutions whose output goes to one BatchNorm and nowhere else, each with that BatchNorm;
+        `fold_batch_norms` multiplies their kernels by its factors."""
+        return []
+
     def _stem(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
 
@@ -146,7 +151,7 @@ class Classifier(nnx.Module):
     def _begin(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Checks images and keys, and returns the output of the stem."""
         check_images(images, self.config.in_channels)
-        check_example_keys(keys, len(images))
+        check_example_keys(keys, images.shape[0])
         return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
 
     def feature_map(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:

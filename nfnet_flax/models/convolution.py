@@ -115,10 +115,10 @@ def _paddings(x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool) 
     """(low, high) padding of height and width."""
     if is_symmetric:
         return [(extent // 2, extent // 2) for extent in kernel.shape[:2]]
-    return [_same_padding(size, extent, stride) for size, extent in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
+    return [same_padding(size, extent, stride) for size, extent in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
 
 
-def _same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
+def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
     """(low, high) SAME padding of one axis, as XLA defines it."""
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2

@@ -168,6 +168,14 @@ class EfficientNet(Classifier):
             rngs=init_rngs,
         )
 
+    def convolutions_before_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        pairs = [(self.stem, self.stem_norm), (self.final_conv, self.final_norm)]
+        for stage in self.stages:
+            for block in stage:
+                pairs += [(block.depthwise, block.depthwise_norm), (block.project, block.project_norm)]
+                pairs += [(block.expand, block.expand_norm)] if block.expands else []
+        return pairs
+
     def _stem(self, x: jax.Array) -> jax.Array:
         return jax.nn.silu(self.stem_norm(self.stem(x)))
 

@@ -1,4 +1,4 @@
-"""The inference form of a normalizer-free network."""
+"""The inference forms of networks: standardization or BatchNorm is computed once, and is then part of kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models import layers
 from nfnet_flax.models.classifier import Classifier
-from nfnet_flax.models.layers import WSConv
+from nfnet_flax.models.layers import BatchNorm, WSConv
 from nfnet_flax.models.standardization import standardize
 
 
@@ -62,3 +62,27 @@ def _fold_convolution(conv: WSConv, factor: float) -> None:
     conv.bias = nnx.Param(conv.bias[...].astype(dtype))
     conv.gain = nnx.Param(jnp.ones((0,), jnp.float32))  # the kernel is already multiplied by it
     conv.is_prepared = True
+
+
+def fold_batch_norms(model: Classifier) -> Classifier:
+    """A copy for inference, in evaluation mode, whose BatchNorms are a factor and an addend for each channel.
+
+    A factor is part of the kernel where a convolution comes directly before. Logits and features equal the original's
+    up to rounding. The copy cannot be trained, and networks without BatchNorm are only copied.
+    """
+    folded: Classifier = nnx.clone(model)
+    folded.eval()
+    for _, module in nnx.iter_modules(folded):
+        if isinstance(module, BatchNorm) and not module.is_folded:
+            scale = jax.lax.rsqrt(module.variance[...] + module.epsilon) * module.gain[...]
+            module.bias = nnx.Param(module.bias[...] - module.mean[...] * scale)
+            module.gain = nnx.Param(scale)
+            empty = jnp.zeros((0,), jnp.float32)
+            module.mean, module.variance, module.count = (nnx.BatchStat(empty) for _ in range(3))
+            module.is_folded = True
+    for conv, norm in folded.convolutions_before_norms():
+        if not norm.gain[...].size:  # it is part of the kernel already
+            continue
+        conv.kernel = nnx.Param(conv.kernel[...] * norm.gain[...])
+        norm.gain = nnx.Param(jnp.ones((0,), jnp.float32))
+    return folded

@@ -177,10 +177,16 @@ class BatchNorm(nnx.Module):
         self.decay = decay
         self.epsilon = epsilon
         self.deterministic = False
+        self.is_folded = False
+        """Whether `fold_batch_norms` has put the running statistics into gain and bias, or the gain into the
+        convolution before (then it is empty)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) -> the same shape and dtype; the arithmetic is at least float32."""
         h = x.astype(statistics_dtype(x.dtype))
+        if self.is_folded:
+            scaled = h * self.gain[...] if self.gain[...].size else h
+            return (scaled + self.bias[...]).astype(x.dtype)
         if self.deterministic:
             mean, variance = self.mean[...], self.variance[...]
         else:

@@ -158,6 +158,13 @@ class ResNet(Classifier):
             rngs=init_rngs,
         )
 
+    def convolutions_before_norms(self) -> list[tuple[Conv, BatchNorm]]:
+        pairs = list(zip(list(self.stem)[:-1], self.stem_norms, strict=True))
+        for stage in self.stages:
+            for block in stage:
+                pairs += [(block.conv0, block.bn1), (block.conv1, block.bn2)]
+        return pairs
+
     def _stem(self, x: jax.Array) -> jax.Array:
         x = self.stem[0](x)
         for norm, conv in zip(self.stem_norms, list(self.stem)[1:], strict=True):

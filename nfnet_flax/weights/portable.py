@@ -143,6 +143,11 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[WeightsInfo, HostArrays]
     """
     tensors, metadata = read_safetensors(local_path("weights file", path))
     named = f"weights file {str(path)!r}"
+    if metadata.get("to") == "safetensors":
+        raise ConfigError(
+            f"{named} holds folded weights, which cannot be trained: nfnet_flax.export.load_folded makes the network, "
+            "or give the file from which `nfnet export` made it"
+        )
     if metadata.get("format") != _FORMAT:
         raise ConfigError(f"{named} was not written by nfnet_flax: convert it with `nfnet convert timm`")
     try:
