@@ -30,8 +30,8 @@ class Export:
     out: str
     """Folder for the result."""
     weights: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|timm/NAME")]] = None
-    """A .safetensors file that `nfnet convert` wrote, a folder with timm's config.json, or a name in a model hub; or give
-    --workdir."""
+    """A .safetensors file that `nfnet convert` wrote, a folder with timm's config.json, or a name in a model hub; or
+    give --workdir."""
     workdir: str | None = None
     """Folder of a run whose weights are exported."""
     checkpoint: Literal["newest", "best"] | int = "newest"
