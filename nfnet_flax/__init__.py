@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from nfnet_flax.objectives import Objective as Objective
     from nfnet_flax.optim import OptimConfig as OptimConfig
     from nfnet_flax.own_code import load_code as load_code
+    from nfnet_flax.prediction import Prediction as Prediction
+    from nfnet_flax.prediction import Predictor as Predictor
+    from nfnet_flax.prediction import load_predictor as load_predictor
     from nfnet_flax.recipe import CheckpointConfig as CheckpointConfig
     from nfnet_flax.recipe import Recipe as Recipe
     from nfnet_flax.recipe_file import load_recipe as load_recipe
@@ -56,6 +59,8 @@ _MODULE_OF = {
     "ModelConfig": "nfnet_flax.models",
     "Objective": "nfnet_flax.objectives",
     "OptimConfig": "nfnet_flax.optim",
+    "Prediction": "nfnet_flax.prediction",
+    "Predictor": "nfnet_flax.prediction",
     "Recipe": "nfnet_flax.recipe",
     "Run": "nfnet_flax.training.reading",
     "SourceConfig": "nfnet_flax.data.random_access",
@@ -67,6 +72,7 @@ _MODULE_OF = {
     "list_models": "nfnet_flax.models",
     "load_code": "nfnet_flax.own_code",
     "load_model": "nfnet_flax.weights",
+    "load_predictor": "nfnet_flax.prediction",
     "load_recipe": "nfnet_flax.recipe_file",
     "model_config": "nfnet_flax.models",
     "preprocess": "nfnet_flax.data.transforms",
@@ -84,6 +90,8 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "OptimConfig",
+    "Prediction",
+    "Predictor",
     "Recipe",
     "Run",
     "SourceConfig",
@@ -96,6 +104,7 @@ __all__ = [
     "list_models",
     "load_code",
     "load_model",
+    "load_predictor",
     "load_recipe",
     "model_config",
     "models",

@@ -46,9 +46,12 @@ ALLOWED = {
     "imagenet": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
+    "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
-    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor"},
+    "cli": LEAVES
+    | BASE
+    | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "prediction"},
 }
 
 

@@ -143,6 +143,7 @@ def stored_weights(run: Run, parameters: Parameters, checkpoint: Which) -> tuple
         parameters=parameters,
         class_names=run.class_names,
         preprocessing=_preprocessing(recipe.data),
+        activation=recipe.objective.activation,
     )
     return info, arrays
 
