@@ -30,9 +30,9 @@ class PredictOptions:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE|FOLDER|PATTERN ...")]
     """Images to predict: files of any format and size, folders with all that is in them, and patterns such as
     'photos/**/*.jpg'."""
-    workdir: str | None = None
+    workdir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the run whose network predicts; it is not changed."""
-    weights: str | None = None
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
     """Weights in place of a run: a weight file, a folder with timm's config.json and model.safetensors, or a name in a
     model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
     checkpoint: Literal["newest", "best"] | int | None = None
@@ -42,11 +42,11 @@ class PredictOptions:
     """Which parameters of the run: their moving average (without this option), or as trained."""
     top: int = 5
     """How many classes to name for each image, the most probable first."""
-    csv: str | None = None
+    csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """File for a CSV table with a row for each image; - is the standard output."""
-    json: str | None = None
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """File for JSON, one object for each image in a line of its own; - is the standard output."""
-    html: str | None = None
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """File for a web page with thumbnails, which needs no other files."""
     overwrite: bool = False
     """Replace existing files."""
@@ -111,10 +111,9 @@ def run(argv: list[str]) -> int:
     for text in images.unused:
         warn(text)
     if _asked(options):
-        made = "".join(f"{path}: " for path in targets.values())
-        total = counts.good + counts.failed
-        text = f"{made}{counts.good:,} of {total:,} images have a result"
-        print(text, file=sys.stderr if _STDOUT in _asked(options).values() else sys.stdout)
+        lines = [f"{form}: {path}" for form, path in targets.items()]
+        lines.append(f"{counts.good:,} of {counts.good + counts.failed:,} images have a result")
+        print("\n".join(lines), file=sys.stderr if _STDOUT in _asked(options).values() else sys.stdout)
     return EXIT_WRONG if counts.failed else EXIT_DONE
 
 

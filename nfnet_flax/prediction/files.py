@@ -1,11 +1,13 @@
 """The image files that a user names by files, folders and patterns."""
 
+import contextlib
 import errno
 import glob
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.decode import IMAGE_SUFFIXES, is_image_name
@@ -17,7 +19,7 @@ _HIDDEN = "hidden files or folders"
 _OTHER_NAME = f"files whose names end in none of {' '.join(IMAGE_SUFFIXES)}"
 _DANGLING = "links to files that are not there"
 _SPECIAL = "things that are neither files nor folders"
-_SEEN = "links to folders that were read before"
+_SEEN = "links to folders that were read before, or in which they lie"
 
 Found = str | Unreadable
 """The path of a file, or a place that cannot be read."""
@@ -112,7 +114,7 @@ def _check_folder(folder: str) -> None:
 
 def _walk(top: str, unused: _Counts) -> Iterator[Found]:
     """The images of a folder and its sub-folders; the files of a folder come before its sub-folders."""
-    waiting, seen = [top], set[tuple[int, int]]()
+    waiting, seen = [top], _folders_around(top)
     while waiting:
         folder = waiting.pop()
         try:
@@ -137,7 +139,7 @@ def _walk(top: str, unused: _Counts) -> Iterator[Found]:
             if entry.name.startswith("."):
                 _count(unused, _HIDDEN, entry.path)
             elif is_folder and entry.is_symlink() and (target.st_dev, target.st_ino) in seen:
-                _count(unused, _SEEN, entry.path)  # without this, a loop of links would never end
+                _count(unused, _SEEN, entry.path)  # a loop of links would never end, and one to / would read the disk
             elif is_folder:
                 inside.append(entry.path)
             elif not stat.S_ISREG(target.st_mode):
@@ -147,6 +149,16 @@ def _walk(top: str, unused: _Counts) -> Iterator[Found]:
             else:
                 yield entry.path
         waiting += reversed(inside)
+
+
+def _folders_around(folder: str) -> set[tuple[int, int]]:
+    """Device and number of the folders in which a folder lies."""
+    found = set[tuple[int, int]]()
+    for around in Path(os.path.realpath(folder)).parents:
+        with contextlib.suppress(OSError):
+            info = around.stat()
+            found.add((info.st_dev, info.st_ino))
+    return found
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

@@ -34,7 +34,7 @@ figure img { width: 100%; height: 100%; object-fit: contain; }
 article > div { flex: 1; min-width: 0; }
 h2 { font-size: .85rem; font-weight: 600; margin: 0 0 .35rem; overflow-wrap: anywhere; }
 ol { list-style: none; margin: 0; padding: 0; font-size: .85rem; }
-li { display: grid; grid-template-columns: minmax(0, 1fr) auto; column-gap: .6rem; margin-bottom: .25rem; }
+li { display: grid; grid-template-columns: minmax(0, 1fr) auto; column-gap: .6rem; margin-bottom: .4rem; }
 li span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 li b { font-weight: 400; color: var(--soft); font-variant-numeric: tabular-nums; }
 li:first-child span { font-weight: 600; }
