@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nfnet_flax import models as models
     from nfnet_flax import objectives as objectives
     from nfnet_flax import optim as optim
+    from nfnet_flax import prediction as prediction
     from nfnet_flax import recipe as recipe
     from nfnet_flax import runtime as runtime
     from nfnet_flax import weights as weights
@@ -78,7 +79,7 @@ _MODULE_OF = {
     "preprocess": "nfnet_flax.data.transforms",
     "train": "nfnet_flax.training.loop",
 }
-_MODULES = ("data", "models", "objectives", "optim", "recipe", "runtime", "weights")
+_MODULES = ("data", "models", "objectives", "optim", "prediction", "recipe", "runtime", "weights")
 __all__ = [
     "ArraySource",
     "CheckpointConfig",
@@ -110,6 +111,7 @@ __all__ = [
     "models",
     "objectives",
     "optim",
+    "prediction",
     "preprocess",
     "recipe",
     "runtime",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from nfnet_flax.prediction.results import Counts, TargetFile, Writer
 
 _STDOUT = "-"
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Exit code that a shell reports for a command that Ctrl-C ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,15 @@ def run(argv: list[str]) -> int:
         "1: some images cannot be read or decoded; the others have results.",
     )
     _check(options)
+    try:
+        return _predict(options, argv)
+    except KeyboardInterrupt:
+        print("nfnet: interrupted; no file was written", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _predict(options: PredictOptions, argv: list[str]) -> int:
+    """Predicts the images; returns the exit code."""
     from nfnet_flax.prediction import find_images
     from nfnet_flax.prediction.page import THUMBNAIL_PX, described
     from nfnet_flax.prediction.results import TargetFile, check_target

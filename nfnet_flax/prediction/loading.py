@@ -62,6 +62,8 @@ def load_predictor(
       StorageFailed: the folder of the run cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
+    if activation is not None:
+        require_one_of("activation", activation, typing.get_args(Activation))
     runtime.prepare()
     info, arrays = weights_of(weights, field=field, parameters=parameters, checkpoint=checkpoint)
     named = f"{field} {os.fspath(weights)!r}"
@@ -73,13 +75,11 @@ def load_predictor(
         "image_size": image_size,
         "crop_margin": crop_margin,
         "resampler": resampler,
-        "mean": None if mean is None else tuple(mean),
-        "std": None if std is None else tuple(std),
+        "mean": _floats("mean", mean),
+        "std": _floats("std", std),
         "keeps_aspect": keeps_aspect,
     }
     preprocessing = _preprocessing(named, info, {name: value for name, value in given.items() if value is not None})
-    if activation is not None:
-        require_one_of("activation", activation, typing.get_args(Activation))
     network = network_of(named, info, arrays)
     return Predictor(
         fold(network) if network.is_foldable else network,
@@ -97,6 +97,13 @@ def output_names(info: WeightsInfo) -> tuple[str, ...]:
     if known is None:
         return tuple(map(str, range(info.num_classes)))
     return (*known, *(f"output {index} (no name)" for index in range(len(known), info.num_classes)))
+
+
+def _floats(field: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    try:
+        return None if values is None else tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field} = {values!r}: give three numbers, one for each channel") from error
 
 
 def _preprocessing(named: str, info: WeightsInfo, given: dict[str, Any]) -> Preprocessing:

@@ -83,6 +83,8 @@ class Predictor:
         Raises:
           ConfigError: the batch size is not positive, or too large.
         """
+        is_integer = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        require(is_integer, "batch_size", batch_size, "give an integer")
         require_count("batch_size", batch_size, most=_MAX_BATCH_SIZE)
         self.network, self.names, self.preprocessing = network, names, preprocessing
         self.activation, self.source, self.batch_size = activation, source, batch_size
