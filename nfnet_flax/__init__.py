@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nfnet_flax import models as models
     from nfnet_flax import objectives as objectives
     from nfnet_flax import optim as optim
+    from nfnet_flax import prediction as prediction
     from nfnet_flax import recipe as recipe
     from nfnet_flax import runtime as runtime
     from nfnet_flax import weights as weights
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from nfnet_flax.objectives import Objective as Objective
     from nfnet_flax.optim import OptimConfig as OptimConfig
     from nfnet_flax.own_code import load_code as load_code
+    from nfnet_flax.prediction import Prediction as Prediction
+    from nfnet_flax.prediction import Predictor as Predictor
+    from nfnet_flax.prediction import load_predictor as load_predictor
     from nfnet_flax.recipe import CheckpointConfig as CheckpointConfig
     from nfnet_flax.recipe import Recipe as Recipe
     from nfnet_flax.recipe_file import load_recipe as load_recipe
@@ -57,6 +61,8 @@ _MODULE_OF = {
     "ModelConfig": "nfnet_flax.models",
     "Objective": "nfnet_flax.objectives",
     "OptimConfig": "nfnet_flax.optim",
+    "Prediction": "nfnet_flax.prediction",
+    "Predictor": "nfnet_flax.prediction",
     "Recipe": "nfnet_flax.recipe",
     "Run": "nfnet_flax.training.reading",
     "SourceConfig": "nfnet_flax.data.random_access",
@@ -69,12 +75,13 @@ _MODULE_OF = {
     "list_models": "nfnet_flax.models",
     "load_code": "nfnet_flax.own_code",
     "load_model": "nfnet_flax.weights",
+    "load_predictor": "nfnet_flax.prediction",
     "load_recipe": "nfnet_flax.recipe_file",
     "model_config": "nfnet_flax.models",
     "preprocess": "nfnet_flax.data.transforms",
     "train": "nfnet_flax.training.loop",
 }
-_MODULES = ("data", "models", "objectives", "optim", "recipe", "runtime", "weights")
+_MODULES = ("data", "models", "objectives", "optim", "prediction", "recipe", "runtime", "weights")
 __all__ = [
     "ArraySource",
     "CheckpointConfig",
@@ -86,6 +93,8 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "OptimConfig",
+    "Prediction",
+    "Predictor",
     "Recipe",
     "Run",
     "SourceConfig",
@@ -99,11 +108,13 @@ __all__ = [
     "list_models",
     "load_code",
     "load_model",
+    "load_predictor",
     "load_recipe",
     "model_config",
     "models",
     "objectives",
     "optim",
+    "prediction",
     "preprocess",
     "recipe",
     "runtime",

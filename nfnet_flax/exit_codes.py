@@ -5,7 +5,8 @@ EXIT_DONE = 0
 EXIT_BUG = 1
 """An unexpected error, that is, a bug; its traceback shows where."""
 EXIT_WRONG = 1
-"""`nfnet doctor` found something wrong, or `nfnet plan --compare` found different arithmetic."""
+"""`nfnet doctor` found something wrong, `nfnet plan --compare` found different arithmetic, or `nfnet predict` met an
+image that cannot be read or decoded."""
 EXIT_BAD_INPUT = 2
 """A recipe, an option or a folder is wrong; the message says what to change."""
 EXIT_DIVERGED = 3

@@ -16,6 +16,7 @@ from jax import lax
 from nfnet_flax.config import require
 from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.paths import check_path
+from nfnet_flax.weights.portable import Activation
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
 Batch: TypeAlias = dict[str, jax.Array]
@@ -53,6 +54,9 @@ class RunFacts:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(OpenConfig, abc.ABC):
     """Base class of a recipe's `objective`. Fields that name files to read are listed in `place_fields`."""
+
+    activation: ClassVar[Activation] = "softmax"
+    """Function that makes probabilities of the logits of a network that was trained with it."""
 
     def arrays(self, facts: RunFacts) -> Arrays:
         """Arrays that `train` needs besides the batch, such as a teacher's weights; by default none. They are read
@@ -153,6 +157,8 @@ def _require_one_class(batch: Batch) -> None:
 class SigmoidCrossEntropy(_Smoothed):
     """Binary cross-entropy of each class, summed over the classes; an example may have several classes."""
 
+    activation: ClassVar[Activation] = "sigmoid"
+
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
         targets = optax.smooth_labels(targets_of(batch, logits.shape[-1]), self.label_smoothing)
@@ -169,6 +175,8 @@ def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Focal(Objective):
     """Focal loss (arXiv 1708.02002, equation 4) of each class, summed over the classes."""
+
+    activation: ClassVar[Activation] = "sigmoid"
 
     gamma: float = 2.0
     """Exponent of the factor that reduces the loss of well classified examples; 0: binary cross-entropy."""

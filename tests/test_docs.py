@@ -143,6 +143,9 @@ def _prepare_for(text: str) -> None:
         save_weights("weights/nfnet_f0.safetensors", small, source="a test", parameters="unknown", overwrite=True)
     if "photo.jpg" in text:
         Path("photo.jpg").write_bytes(image_sets.image_file(0))
+    if "predict samples" in text:
+        Path("samples").mkdir()
+        Path("samples/1.jpg").write_bytes(image_sets.image_file(1))
     if "recipes/photos.py" in text:
         image_sets.make_folder(Path("photos"))
 

@@ -288,7 +288,7 @@ def test_batch_norms_are_folded_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "what to export: give either a weight file, or --workdir DIR"),
+        ((), "what to export: give either weights, or --workdir DIR"),
         (("{file}", "--workdir", "{out}"), "what to export: give either"),
         (("{file}", "--checkpoint", "best"), "choose weights of a run"),
         (("{out}.safetensors",), "cannot be read"),

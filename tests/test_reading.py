@@ -169,7 +169,7 @@ def test_arguments_of_another_kind_are_refused_by_name(made: Made, tmp_path: Pat
         (lambda: nfnet_flax.train(wrong, tmp_path), "recipe = 'foo': give a Recipe; nfnet_flax.load_recipe(file)"),
         (lambda: nfnet_flax.train(made.recipe, wrong), "nfnet_flax.load_recipe(file)"),  # type: ignore[arg-type]
         (lambda: Run(None), "workdir = None: give a path"),  # type: ignore[arg-type]
-        (lambda: nfnet_flax.load_model(3), "weights file = 3: give a path"),  # type: ignore[arg-type]
+        (lambda: nfnet_flax.load_model(3), "weights = 3: give a path"),  # type: ignore[arg-type]
         (lambda: nfnet_flax.create_model(5, rngs=rngs), "model = 5: give the name"),  # type: ignore[arg-type]
         (lambda: nfnet_flax.create_model("nfnet_f0", num_classes=wrong, rngs=rngs), "num_classes = 'foo'"),
         (lambda: nfnet_flax.create_model("nfnet_f0", num_classes=True, rngs=rngs), "num_classes = True"),

@@ -47,9 +47,12 @@ ALLOWED = {
     "weights": {"models"} | BASE,
     "export": {"models", "weights"} | BASE,
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
+    "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
-    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export"},
+    "cli": LEAVES
+    | BASE
+    | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"},
 }
 
 

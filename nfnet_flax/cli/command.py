@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from nfnet_flax import streams
-from nfnet_flax.cli import convert, doctor, export, models, plan, train
+from nfnet_flax.cli import convert, doctor, export, models, plan, predict, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE
@@ -18,6 +18,7 @@ from nfnet_flax.output import OutputLost, guarded_output
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.run,
     "eval": evaluation.run,
+    "predict": predict.run,
     "models": models.run,
     "convert": convert.run,
     "export": export.run,

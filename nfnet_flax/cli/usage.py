@@ -8,6 +8,8 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet COMMAND ... --code FILE.py                          use your own networks, sources or objectives
   nfnet eval --workdir DIR [--checkpoint best|STEP]         evaluate a checkpoint of a run; by default the newest
+  nfnet predict FILE|FOLDER|PATTERN ... --workdir DIR       predict classes of images; --csv, --json or --html FILE
+  nfnet predict ... --weights FILE|FOLDER|timm/NAME         the same, by weights that are not of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              find problems of the machine, the data and the run
   nfnet models [PATTERN]                                    list the named networks, such as 'nf_*'
@@ -20,8 +22,9 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet export --workdir DIR --to onnx --out DIR            the same, of a run; --to safetensors: folded weights alone
   nfnet COMMAND --help                                      every option of a command
 
-exit codes: 0 done, 1 a bug (doctor: something is wrong), 2 bad input or a folder in use, 3 the loss is not finite,
-            4 the input failed (a worker died or hung, or a file cannot be read), 5 a process died, hung or did not
-            start, or another one took over the folder, 6 the run's folder cannot be read or written, 7 devices or
-            processes hold different copies of the state, 75 stopped and saved (run the same command again)
+exit codes: 0 done, 1 a bug (doctor: something is wrong; predict: an image has no result), 2 bad input or a folder in
+            use, 3 the loss is not finite, 4 the input failed (a worker died or hung, or a file cannot be read), 5 a
+            process died, hung or did not start, or another one took over the folder, 6 the run's folder cannot be read
+            or written, 7 devices or processes hold different copies of the state, 75 stopped and saved (run the same
+            command again)
 """

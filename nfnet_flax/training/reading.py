@@ -148,6 +148,7 @@ def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int
         parameters=parameters,
         class_names=run.class_names,
         preprocessing=_preprocessing(recipe.data),
+        activation=recipe.objective.activation,
     )
     return step, info, arrays
 

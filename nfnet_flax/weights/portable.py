@@ -18,6 +18,9 @@ _FORMAT = "nfnet_flax weights 1"
 # These fields change how a network is trained or computed, but not the function that its parameters define.
 FREE_FIELDS = ("drop_rate", "stochdepth_rate", "compute_dtype")
 ParameterKind = Literal["raw", "ema", "unknown"]
+Activation = Literal["softmax", "sigmoid"]
+"""Function that makes probabilities of logits: `softmax` if an image has one class, `sigmoid` if each class is
+independent of the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ class WeightsInfo:
     """Names of the classes of the first outputs of the head, in order; None: not known."""
     preprocessing: Preprocessing | None = None
     """Preprocessing of the images; None: not known."""
+    activation: Activation = "softmax"
+    """Function that makes probabilities of the logits. Files of earlier versions and of other projects do not say it;
+    they are taken for networks with one class per image."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -131,6 +137,8 @@ def write_weights(
         metadata["class_names"] = json.dumps(info.class_names)
     if info.preprocessing is not None:
         metadata["preprocessing"] = json.dumps(to_json(info.preprocessing))
+    if info.activation != "softmax":  # what earlier versions did not write
+        metadata["activation"] = info.activation
     write_safetensors(local_path("weights file", path), arrays, metadata, overwrite=overwrite)
 
 
@@ -175,6 +183,7 @@ def _info(metadata: dict[str, str]) -> WeightsInfo:
         preprocessing=None
         if preprocessing is None
         else from_json(Preprocessing, json.loads(preprocessing), "preprocessing"),
+        activation=metadata.get("activation", "softmax"),  # type: ignore[arg-type]
     )
 
 

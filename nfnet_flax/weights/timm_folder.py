@@ -105,6 +105,7 @@ def info_of(config: dict[str, Any], source: str) -> WeightsInfo:
             preprocessing=None
             if preprocessing is None
             else from_json(Preprocessing, preprocessing, f"{_OWN}.preprocessing"),
+            activation=own.get("activation", "softmax"),
         )
     model = model_config(
         architectures()[architecture],
@@ -199,6 +200,7 @@ def folder_files(info: WeightsInfo, arrays: HostArrays) -> tuple[dict[str, Any],
             "source": info.source,
             "parameters": info.parameters,
             "preprocessing": None if info.preprocessing is None else to_json(info.preprocessing),
+            "activation": info.activation,
         },
     }
     if info.class_names is not None:

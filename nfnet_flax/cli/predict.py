@@ -1,0 +1,213 @@
+"""`nfnet predict`."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
+from nfnet_flax.messages import warn
+from nfnet_flax.paths import run_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from nfnet_flax.prediction import Prediction, Predictor, Unreadable
+    from nfnet_flax.prediction.results import Counts, TargetFile, Writer
+
+_STDOUT = "-"
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Exit code that a shell reports for a command that Ctrl-C ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE|FOLDER|PATTERN ...")]
+    """Images to predict: files of any format and size, folders with all that is in them, and patterns such as
+    'photos/**/*.jpg'."""
+    workdir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the run whose network predicts; it is not changed."""
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
+    """Weights in place of a run: a weight file, a folder with timm's config.json and model.safetensors, or a name in a
+    model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
+    checkpoint: Literal["newest", "best"] | int | None = None
+    """Which checkpoint of the run: the newest (without this option) or the best undamaged one, or the number of a
+    step."""
+    parameters: Literal["ema", "raw"] | None = None
+    """Which parameters of the run: their moving average (without this option), or as trained."""
+    top: int = 5
+    """How many classes to name for each image, the most probable first."""
+    csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for a CSV table with a row for each image; - is the standard output."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for JSON, one object for each image in a line of its own; - is the standard output."""
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for a web page with thumbnails, which needs no other files."""
+    overwrite: bool = False
+    """Replace existing files."""
+    activation: Literal["softmax", "sigmoid"] | None = None
+    """What makes probabilities: softmax if an image has one class, sigmoid if classes are independent of each other.
+    Without this option as in training; softmax for weights that do not say it."""
+    image_size: int | None = None
+    """Height and width of the network's images, in pixels. Without this option, and those that follow, as stored with
+    the weights."""
+    crop_margin: int | None = None
+    """Total number of pixels that are cut off on each axis after resizing."""
+    resampler: Literal["area_cubic", "pillow_bicubic", "pillow_bilinear"] | None = None
+    """Method that resizes the images."""
+    mean: tuple[float, float, float] | None = None
+    """Mean that is subtracted from the grey levels (0 to 255) of each channel."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation by which the grey levels of each channel are then divided."""
+    keeps_aspect: bool | None = None
+    """Whether the shorter side is resized and the other one in proportion, or both to the same length."""
+    batch_size: int = 32
+    """Number of images that are computed at a time."""
+    code: Code = ()
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = tyro.cli(
+        PredictOptions,
+        args=argv,
+        prog="nfnet predict",
+        description="Predict the classes of images. Prints a table unless --csv, --json or --html is given. Exit code "
+        "1: some images cannot be read or decoded; the others have results.",
+    )
+    _check(options)
+    try:
+        return _predict(options, argv)
+    except KeyboardInterrupt:
+        print("nfnet: interrupted; no file was written", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _predict(options: PredictOptions, argv: list[str]) -> int:
+    """Predicts the images; returns the exit code."""
+    from nfnet_flax.prediction import find_images
+    from nfnet_flax.prediction.page import THUMBNAIL_PX, described
+    from nfnet_flax.prediction.results import TargetFile, check_target
+
+    targets: dict[str, Path] = {}
+    for form, value in _asked(options).items():
+        if value != _STDOUT:
+            targets[form] = check_target(form, value, overwrite=options.overwrite)
+    if len(set(targets.values())) < len(targets):
+        raise ConfigError("csv, json and html: two of them are the same file: give each its own")
+    images = find_images(options.images)
+    load_given_code(argv)
+    predictor = _predictor(options)
+    # Pillow's notes on odd files that it can read; whatever matters ends in an error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    with contextlib.ExitStack() as stack:
+        files = {form: TargetFile(form, path) for form, path in targets.items()}
+        for file in files.values():
+            stack.callback(file.drop)
+        if not _asked(options):
+            print("\n".join(described(predictor)))
+        writers = _writers(options, predictor, files)
+        counts = _write_all(
+            predictor.stream(images, thumbnail_px=THUMBNAIL_PX if options.html is not None else None), writers
+        )
+        for file in files.values():
+            file.keep()
+    for text in images.unused:
+        warn(text)
+    if _asked(options):
+        lines = [f"{form}: {path}" for form, path in targets.items()]
+        lines.append(f"{counts.good:,} of {counts.good + counts.failed:,} images have a result")
+        print("\n".join(lines), file=sys.stderr if _STDOUT in _asked(options).values() else sys.stdout)
+    return EXIT_WRONG if counts.failed else EXIT_DONE
+
+
+def _check(options: PredictOptions) -> None:
+    """Raises `ConfigError` for options that do not fit together."""
+    require(bool(options.images), "images", options.images, "give files, folders or patterns")
+    if (options.workdir is None) == (options.weights is None):
+        given = "neither is" if options.workdir is None else "both are"
+        raise ConfigError(f"--workdir and --weights: {given} given: give the folder of a run, or weights")
+    for name in ("checkpoint", "parameters"):
+        value = dataclasses.asdict(options)[name]
+        if options.weights is not None and value is not None:
+            raise ConfigError(
+                f"{name} = {value!r}: is for a run: give --workdir in place of --weights, or leave it out"
+            )
+    require(options.top >= 1, "top", options.top, "must be at least 1")
+    if list(_asked(options).values()).count(_STDOUT) > 1:
+        raise ConfigError("csv, json and html: only one of them can be the standard output (-)")
+
+
+def _asked(options: PredictOptions) -> dict[str, str]:
+    """Forms of the results that are asked for -> name of the file, or `-`."""
+    named = {"csv": options.csv, "json": options.json, "html": options.html}
+    return {form: value for form, value in named.items() if value is not None}
+
+
+def _predictor(options: PredictOptions) -> "Predictor":
+    from nfnet_flax.prediction import load_predictor
+    from nfnet_flax.training.reading import Run
+
+    if options.workdir is not None:
+        weights: str | os.PathLike[str] = Run(run_folder("workdir", options.workdir)).workdir
+    else:
+        weights = options.weights or ""
+    return load_predictor(
+        weights,
+        field="weights" if options.workdir is None else "workdir",
+        parameters=options.parameters or "ema",
+        checkpoint="newest" if options.checkpoint is None else options.checkpoint,
+        batch_size=options.batch_size,
+        activation=options.activation,
+        image_size=options.image_size,
+        crop_margin=options.crop_margin,
+        resampler=options.resampler,
+        mean=options.mean,
+        std=options.std,
+        keeps_aspect=options.keeps_aspect,
+    )
+
+
+def _writers(options: PredictOptions, predictor: "Predictor", files: "dict[str, TargetFile]") -> "list[Writer]":
+    from nfnet_flax.prediction.page import Page
+    from nfnet_flax.prediction.results import Csv, JsonLines, Table
+
+    top = min(options.top, len(predictor.names))
+    writers: list[Writer] = []
+    for form in _asked(options):
+        out = files.get(form, sys.stdout)
+        match form:
+            case "csv":
+                writers.append(Csv(out, top))
+            case "json":
+                writers.append(JsonLines(out, top))
+            case "html":
+                writers.append(Page(out, top, predictor))
+    return writers or [Table(sys.stdout, sys.stderr, top, predictor.names)]
+
+
+def _write_all(results: "Generator[Prediction | Unreadable, None, None]", writers: "list[Writer]") -> "Counts":
+    from nfnet_flax.prediction import Prediction
+    from nfnet_flax.prediction.results import Counts
+
+    counts = Counts()
+    with contextlib.closing(results):
+        for result in results:
+            for writer in writers:
+                writer.write(result)
+            sys.stdout.flush()  # whoever reads it gets each result at once
+            if isinstance(result, Prediction):
+                counts.good += 1
+            else:
+                counts.failed += 1
+    for writer in writers:
+        writer.finish(counts)
+    return counts
