@@ -203,7 +203,7 @@ def _weights_given(reference: str, argv: list[str]) -> tuple[_Weights, DataConfi
     is_named = any(word.partition("=")[0] == "--data.source" for word in argv)
     if not roots and not is_named:
         raise ConfigError(
-            "--weights: give the images, too: --data.source.root DIR, or another set by --data.source NAME"
+            "--weights: give the images: --data.source.root DIR, or another set by --data.source NAME"
         )
     source = FolderSource(root=roots[-1]) if roots else DigitsSource()
     info, arrays = opened_weights(reference)

@@ -143,8 +143,8 @@ class RunEvaluation:
     def _weights(self, checkpoint: Which) -> tuple[int, dict[str, Weights]]:
         shapes = shapes_of_run(self.run.recipe)
         step, found = read_checkpoint(self.run.workdir, shapes, ("raw", "ema"), checked_which(checkpoint))
-        placed: dict[str, Weights] = jax.device_put(found, replicated(self._mesh))
-        return step, placed
+        placed = jax.device_put(found, replicated(self._mesh))
+        return step, {"raw": placed["raw"], "ema": placed["ema"]}  # JAX sorts the names
 
 
 def own_names(data: DataConfig) -> tuple[str, ...]:

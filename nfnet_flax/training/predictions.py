@@ -136,7 +136,8 @@ def predict(
     found = [np.asarray(each, np.float64) for each in logits]
     probabilities = np.mean([_softmax(each[:, chosen]) for each in found], axis=0)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :_NUM_BEST]
-    loss = np.log(len(found)) - np.logaddexp.reduce([_log_right(each, chosen, right) for each in found])
+    with np.errstate(invalid="ignore"):  # logits that are not finite
+        loss = np.log(len(found)) - np.logaddexp.reduce([_log_right(each, chosen, right) for each in found])
     return Predictions(
         index=np.asarray(index, np.int64),
         right=tuple(right),
