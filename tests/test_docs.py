@@ -142,6 +142,11 @@ def _prepare_for(text: str) -> None:
         save_weights("weights/nfnet_f0.safetensors", small, source="a test", parameters="unknown", overwrite=True)
     if "photo.jpg" in text:
         Path("photo.jpg").write_bytes(image_sets.image_file(0))
+    if "digit_images" in text:
+        for number in range(10):
+            folder = Path("digit_images", str(number))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "image.jpg").write_bytes(image_sets.image_file(number))
     if "recipes/photos.py" in text:
         image_sets.make_folder(Path("photos"))
 

@@ -315,7 +315,13 @@ def test_settings_are_those_of_the_weights_and_can_be_changed(
     assert "do not say how images are prepared: give --data.eval-image-size" in fails(
         capsys, command(unprepared, images)
     )
-    options = ("--data.eval-image-size", 24, "--data.eval-crop-margin", 5, "--data.eval-keeps-aspect")
+    options: tuple[object, ...] = (
+        "--data.eval-image-size",
+        24,
+        "--data.eval-crop-margin",
+        5,
+        "--data.eval-keeps-aspect",
+    )
     options += ("--data.resampler", "pillow_bicubic", "--data.mean", 100, 110, 120, "--data.std", 50, 55, 60)
     assert measured(unprepared, images, *options) == measured(weights, images)
     assert "does not say how images are prepared; used are eval_image_size 24" in capsys.readouterr().err

@@ -202,9 +202,7 @@ def _weights_given(reference: str, argv: list[str]) -> tuple[_Weights, DataConfi
     roots = list(values_of("--data.source.root", argv))
     is_named = any(word.partition("=")[0] == "--data.source" for word in argv)
     if not roots and not is_named:
-        raise ConfigError(
-            "--weights: give the images: --data.source.root DIR, or another set by --data.source NAME"
-        )
+        raise ConfigError("--weights: give the images: --data.source.root DIR, or another set by --data.source NAME")
     source = FolderSource(root=roots[-1]) if roots else DigitsSource()
     info, arrays = opened_weights(reference)
     data = data_for(info, source)
