@@ -356,6 +356,8 @@ def test_bad_input_is_named(weights: Path, images: Path, tmp_path: Path, capsys:
         (command(weights, damaged), f"{broken} (example "),
         (command(weights, tmp_path / "folder"), "has no class folder"),
         (command(weights, images, "--all"), "all = True: goes with --workdir"),
+        (command(weights, images, "--checkpoint", "best"), "checkpoint = 'best': goes with --workdir"),
+        (command(weights, images, "--parameters", "raw"), "parameters = 'raw': goes with --workdir"),
         (command(weights, images, "--json", tmp_path / "folder"), "is a folder"),
         (command(weights, images, "--json", tmp_path / "file" / "a.json"), "cannot be written"),
         (command(weights, images, "--json", "a", "--per-class-csv", "./a"), "is also given as json"),

@@ -73,7 +73,10 @@ def run(argv: list[str]) -> int:
     if label_set.labels is not None and files.shows_confusion:
         raise ConfigError(f"{files.shows_confusion[0]}: images have several right labels with --labels: leave one out")
     if weights is not None:
-        require(not options.all_checkpoints, "all", True, "goes with --workdir: weights have no checkpoints")
+        remedy = "goes with --workdir: weights have no checkpoints, and one set of parameters: leave it out"
+        require(not options.all_checkpoints, "all", True, remedy)
+        require(options.checkpoint == "newest", "checkpoint", options.checkpoint, remedy)
+        require(options.parameters == "ema", "parameters", options.parameters, remedy)
         _evaluate_weights(weights, options.data, label_set, files, flip=options.flip)
         return EXIT_DONE
     assert options.workdir is not None  # `_given` refuses a command without both
