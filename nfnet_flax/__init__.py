@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nfnet_flax import weights as weights
     from nfnet_flax.config import ConfigError as ConfigError
     from nfnet_flax.data.config import DataConfig as DataConfig
+    from nfnet_flax.data.label_sets import LabelSet as LabelSet
     from nfnet_flax.data.random_access import ArraySource as ArraySource
     from nfnet_flax.data.random_access import SourceConfig as SourceConfig
     from nfnet_flax.data.transforms import preprocess as preprocess
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from nfnet_flax.recipe import CheckpointConfig as CheckpointConfig
     from nfnet_flax.recipe import Recipe as Recipe
     from nfnet_flax.recipe_file import load_recipe as load_recipe
+    from nfnet_flax.training.evaluating import evaluate as evaluate
+    from nfnet_flax.training.evaluating import evaluate_weights as evaluate_weights
     from nfnet_flax.training.loop import TrainResult as TrainResult
     from nfnet_flax.training.loop import train as train
     from nfnet_flax.training.reading import Run as Run
-    from nfnet_flax.training.reading import evaluate as evaluate
     from nfnet_flax.training.reading import export_weights as export_weights
     from nfnet_flax.weights import create_model as create_model
     from nfnet_flax.weights import load_model as load_model
@@ -57,6 +59,7 @@ _MODULE_OF = {
     "ConfigError": "nfnet_flax.config",
     "DataConfig": "nfnet_flax.data.config",
     "ExecutionConfig": "nfnet_flax.models",
+    "LabelSet": "nfnet_flax.data.label_sets",
     "Metric": "nfnet_flax.objectives",
     "ModelConfig": "nfnet_flax.models",
     "Objective": "nfnet_flax.objectives",
@@ -68,7 +71,8 @@ _MODULE_OF = {
     "SourceConfig": "nfnet_flax.data.random_access",
     "TrainResult": "nfnet_flax.training.loop",
     "create_model": "nfnet_flax.weights",
-    "evaluate": "nfnet_flax.training.reading",
+    "evaluate": "nfnet_flax.training.evaluating",
+    "evaluate_weights": "nfnet_flax.training.evaluating",
     "export_model": "nfnet_flax.export",
     "export_weights": "nfnet_flax.training.reading",
     "fold": "nfnet_flax.models.folding",
@@ -89,6 +93,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "ExecutionConfig",
+    "LabelSet",
     "Metric",
     "ModelConfig",
     "Objective",
@@ -102,6 +107,7 @@ __all__ = [
     "create_model",
     "data",
     "evaluate",
+    "evaluate_weights",
     "export_model",
     "export_weights",
     "fold",

@@ -35,8 +35,10 @@ def shown(names: Sequence[str]) -> str:
 
 _RATES = {"top1": "top-1", "top5": "top-5"}
 """Metrics that are shown as percentages, with their headings."""
+_HEADINGS = {"ece": "ECE"}
+"""Headings of other metrics, if they are not their names."""
 
 
 def metric_text(name: str, value: float) -> tuple[str, str]:
     """Heading and value of a metric of an evaluation, such as `top-1` and `98.06%`."""
-    return (_RATES[name], f"{value:.2%}") if name in _RATES else (name, f"{value:.4f}")
+    return (_RATES[name], f"{value:.2%}") if name in _RATES else (_HEADINGS.get(name, name), f"{value:.4f}")

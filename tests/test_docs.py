@@ -146,6 +146,11 @@ def _prepare_for(text: str) -> None:
     if "predict samples" in text:
         Path("samples").mkdir()
         Path("samples/1.jpg").write_bytes(image_sets.image_file(1))
+    if "digit_images" in text:
+        for number in range(10):
+            folder = Path("digit_images", str(number))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "image.jpg").write_bytes(image_sets.image_file(number))
     if "recipes/photos.py" in text:
         image_sets.make_folder(Path("photos"))
 

@@ -22,8 +22,9 @@ from nfnet_flax.data.transforms import preprocess
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
+from nfnet_flax.training.evaluating import evaluate
 from nfnet_flax.training.initial import initial_weights
-from nfnet_flax.training.reading import Run, evaluate, export_weights, stored_weights
+from nfnet_flax.training.reading import Run, export_weights, stored_weights
 from nfnet_flax.weights.entries import HostArrays, shapes_of, skipped
 from tests.image_sets import CLASSES, make_folder
 from tests.runs import claimed, damage, finish, saved_arrays, start, start_all

@@ -14,7 +14,7 @@ import pytest
 from nfnet_flax import cli, exit_codes
 from nfnet_flax.config import ConfigError
 from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.training.reading import evaluate
+from nfnet_flax.training.evaluating import evaluate
 from tests import runs
 
 STEP = """

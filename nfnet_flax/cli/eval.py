@@ -1,53 +1,220 @@
 """`nfnet eval`."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from nfnet_flax.cli.accuracy import print_accuracy
+from nfnet_flax.cli.accuracy import print_rows
 from nfnet_flax.cli.ahead import Code, load_given_code, values_of
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.label_sets import LabelSet
+from nfnet_flax.data.source_config import DigitsSource, FolderSource
 from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.messages import warn
 from nfnet_flax.paths import run_folder
+from nfnet_flax.training.evaluation_files import STDOUT, EvaluationFiles, json_text
+from nfnet_flax.training.measuring import Measurement
+from nfnet_flax.training.reading import NoCheckpoint, Parameters, Run, Which
+from nfnet_flax.weights.entries import HostArrays
+from nfnet_flax.weights.portable import WeightsInfo
+
+_IMAGE_SIZE = "--data.eval-image-size"
 
 
 @dataclasses.dataclass(frozen=True)
 class Changeable:
-    """The part of a run's recipe that an evaluation may change: where the images are, and which they are."""
+    """The part of the settings that an evaluation may change: where the images are, which they are, and how they are
+    prepared."""
 
     data: DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Weights that `--weights` names."""
+
+    info: WeightsInfo
+    arrays: HostArrays
 
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     from nfnet_flax.cli import recipe_options
-    from nfnet_flax.training.reading import evaluate
 
     load_given_code(argv)
-    given = recipe_options.read_changes("nfnet eval", argv, Changeable(data=_data_of_run(argv)))
+    weights, data = _given(argv)
+    given = recipe_options.read_changes("nfnet eval", argv, Changeable(data=data))
 
     @dataclasses.dataclass(frozen=True)
     class EvalOptions:
-        workdir: str
-        """Folder of the run."""
+        workdir: str | None = None
+        """Folder of the run to evaluate, by default on its own held-out images."""
+        weights: str | None = None
+        """Weights to evaluate in place of a run: a weight file, a folder with timm's config.json, or a name in a model
+        hub. The images are those of --data.source.root DIR, or of another --data.source."""
         checkpoint: Literal["newest", "best"] | int = "newest"
-        """Which checkpoint to evaluate: the newest or the best undamaged one, or the number of a step."""
+        """Which checkpoint of the run to evaluate: the newest or the best undamaged one, or the number of a step."""
+        all_checkpoints: Annotated[bool, tyro.conf.arg(name="all")] = False
+        """Evaluate all checkpoints of the run, a row for each."""
+        parameters: Literal["ema", "raw"] = "ema"
+        """Which parameters of the run the files show, except the JSON file, which has both."""
+        flip: bool = False
+        """Average the probabilities for each image and its mirror image."""
+        labels: Annotated[LabelSet, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LabelSet)
+        files: Annotated[EvaluationFiles, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationFiles)
         code: Code = ()
         data: Annotated[tyro.conf.AvoidSubcommands[DataConfig], tyro.conf.arg(name="data")] = given.config.data
 
-    options = recipe_options.parse(EvalOptions, given, "Evaluate a checkpoint of a run on its held-out set.")
-    metrics = evaluate(run_folder("workdir", options.workdir), checkpoint=options.checkpoint, data=options.data)
-    print(f"step {metrics['step']:.0f}")
-    print_accuracy(metrics)
+    options = recipe_options.parse(EvalOptions, given, "Evaluate checkpoints of a run, or weights, on labelled images.")
+    files, label_set = options.files, options.labels
+    files.check()
+    if label_set.labels is not None and files.shows_confusion:
+        raise ConfigError(f"{files.shows_confusion[0]}: images have several right labels with --labels: leave one out")
+    if weights is not None:
+        remedy = "goes with --workdir: weights have no checkpoints, and one set of parameters: leave it out"
+        require(not options.all_checkpoints, "all", True, remedy)
+        require(options.checkpoint == "newest", "checkpoint", options.checkpoint, remedy)
+        require(options.parameters == "ema", "parameters", options.parameters, remedy)
+        _evaluate_weights(weights, options.data, label_set, files, flip=options.flip)
+        return EXIT_DONE
+    assert options.workdir is not None  # `_given` refuses a command without both
+    if options.all_checkpoints:
+        remedy = f"goes with one checkpoint: leave --all out, or {', '.join(files.of_one_row)}"
+        require(not files.of_one_row, "all", True, remedy)
+        require(options.checkpoint == "newest", "checkpoint", options.checkpoint, "leave it out with --all")
+    _evaluate_run(
+        options.workdir,
+        options.data,
+        label_set,
+        files,
+        flip=options.flip,
+        checkpoint=None if options.all_checkpoints else options.checkpoint,
+        parameters=options.parameters,
+    )
     return EXIT_DONE
 
 
-def _data_of_run(argv: list[str]) -> DataConfig:
-    """The data settings of the run, which the options change; the defaults if no folder is given, as for help."""
-    from nfnet_flax.cli import recipe_options
-    from nfnet_flax.training.reading import Run
+def _evaluate_weights(
+    weights: _Weights, data: DataConfig, label_set: LabelSet, files: EvaluationFiles, *, flip: bool
+) -> None:
+    from nfnet_flax.training.evaluating import measure_weights, own_names
 
-    for workdir in values_of("--workdir", argv):
-        return Run(workdir).recipe.data
-    return recipe_options.example().data
+    if files.confusion_png is not None:
+        files.check_picture(len(own_names(data)))
+    info = weights.info
+    if info.preprocessing is None:
+        warn(
+            f"{info.source}: does not say how images are prepared; used are eval_image_size {data.eval_image_size}, "
+            f"eval_crop_margin {data.eval_crop_margin}, eval_keeps_aspect {data.eval_keeps_aspect}, resampler "
+            f"{data.resampler}, mean {data.mean}, std {data.std} of data"
+        )
+    found = measure_weights(info, weights.arrays, data, label_set=label_set, flip=flip)
+    files.write(found)
+    row = {"weights": found.weights, "parameters": info.parameters, "metrics": found.metrics}
+    _show([row], files, f"weights: {found.weights}")
+
+
+def _evaluate_run(
+    workdir: str,
+    data: DataConfig,
+    label_set: LabelSet,
+    files: EvaluationFiles,
+    *,
+    flip: bool,
+    checkpoint: Which | None,
+    parameters: Parameters,
+) -> None:
+    """Evaluates a checkpoint of a run, or all of them if that is None."""
+    from nfnet_flax.training.evaluating import RunEvaluation, own_names
+
+    if files.confusion_png is not None:
+        files.check_picture(len(own_names(data)))
+    evaluation = RunEvaluation(run_folder("workdir", workdir), data, label_set=label_set, flip=flip)
+    if checkpoint is not None:
+        step, found = evaluation.measure(checkpoint)
+        files.write(found[parameters])
+        _show(_rows_of(step, found), files, f"step {step}")
+        return
+    rows = []
+    for step in sorted(evaluation.run.all_steps()):
+        try:
+            rows += _rows_of(*evaluation.measure(step))
+        except NoCheckpoint as error:  # damaged, or deleted meanwhile by the run itself
+            warn(f"step {step} is left out: {error}")
+    if not rows:
+        raise ConfigError(f"workdir {workdir!r} holds no good checkpoint")
+    _show(rows, files, None)
+
+
+def _rows_of(step: int, found: dict[str, Measurement]) -> list[dict[str, Any]]:
+    return [
+        {"weights": each.weights, "step": step, "parameters": name, "metrics": each.metrics}
+        for name, each in found.items()
+    ]
+
+
+def _show(rows: list[dict[str, Any]], files: EvaluationFiles, heading: str | None) -> None:
+    """Writes the JSON file, and prints the table or, if that is wanted, the JSON.
+
+    Args:
+      rows: the rows as they are written.
+      files: where to write.
+      heading: what is evaluated; None: several checkpoints, whose steps become a column.
+    """
+    files.write_json(rows)
+    if files.json == STDOUT:
+        print(json_text(rows), end="")
+        return
+    if heading is not None:
+        print(heading)
+    names = {"ema": "EMA"}
+    first = [[] if heading is not None else [str(row["step"])] for row in rows]
+    cells = [[*step, names.get(row["parameters"], row["parameters"])] for step, row in zip(first, rows, strict=True)]
+    headings = ["parameters"] if heading is not None else ["step", "parameters"]
+    print_rows(headings, [(cell, row["metrics"]) for cell, row in zip(cells, rows, strict=True)])
+    unlabelled = rows[0]["metrics"].get("num_unlabelled")
+    if unlabelled:
+        print(f"{unlabelled:.0f} images without a label are left out")
+
+
+def _given(argv: list[str]) -> tuple[_Weights | None, DataConfig]:
+    """The weights that the options name, if they name any, and the data settings that the options change.
+
+    Raises:
+      ConfigError: the options name neither a run nor weights, or both; or these are not there; or weights are given
+        without images.
+    """
+    from nfnet_flax.cli import recipe_options
+
+    workdirs, references = list(values_of("--workdir", argv)), list(values_of("--weights", argv))
+    if {"-h", "--help"} & set(argv):
+        return None, Run(workdirs[0]).recipe.data if workdirs else recipe_options.example().data
+    if len(workdirs) + len(references) != 1:
+        found = "both" if workdirs and references else "several" if workdirs or references else "neither"
+        raise ConfigError(f"nfnet eval: give --workdir DIR or --weights FILE; {found} of them are given")
+    if workdirs:
+        return None, Run(workdirs[0]).recipe.data
+    return _weights_given(references[0], argv)
+
+
+def _weights_given(reference: str, argv: list[str]) -> tuple[_Weights, DataConfig]:
+    from nfnet_flax.training.evaluating import data_for, opened_weights
+
+    roots = list(values_of("--data.source.root", argv))
+    is_named = any(word.partition("=")[0] == "--data.source" for word in argv)
+    if not roots and not is_named:
+        raise ConfigError("--weights: give the images: --data.source.root DIR, or another set by --data.source NAME")
+    source = FolderSource(root=roots[-1]) if roots else DigitsSource()
+    info, arrays = opened_weights(reference)
+    data = data_for(info, source)
+    if data is None:
+        if not any(word.partition("=")[0].replace("_", "-") == _IMAGE_SIZE for word in argv):
+            raise ConfigError(
+                f"weights {reference!r}: do not say how images are prepared: give {_IMAGE_SIZE} and what else differs "
+                "from the defaults that --help shows: --data.eval-crop-margin, --data.eval-keeps-aspect, "
+                "--data.resampler, --data.mean, --data.std"
+            )
+        data = DataConfig(source=source)
+    return _Weights(info, arrays), data

@@ -7,7 +7,8 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet train RECIPE.py --debug --workdir DIR               four steps on a laptop: a small network, no data needed
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet COMMAND ... --code FILE.py                          use your own networks, sources or objectives
-  nfnet eval --workdir DIR [--checkpoint best|STEP]         evaluate a checkpoint of a run; by default the newest
+  nfnet eval --workdir DIR [--checkpoint best|STEP | --all] evaluate a checkpoint of a run; by default the newest
+  nfnet eval --weights FILE|NAME --data.source.root DIR     evaluate weights on any images; --help lists the results
   nfnet predict FILE|FOLDER|PATTERN ... --workdir DIR       predict classes of images; --csv, --json or --html FILE
   nfnet predict ... --weights FILE|FOLDER|timm/NAME         the same, by weights that are not of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU

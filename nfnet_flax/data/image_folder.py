@@ -51,7 +51,7 @@ class FolderSource(SourceConfig):
     """Folder of the training split within `root`. Its class folders, sorted by name, determine the labels of both
     splits."""
     eval: str = "val"
-    """Folder of the held-out split within `root`."""
+    """Folder of the held-out split within `root`; `.` is `root` itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +64,8 @@ class FolderSource(SourceConfig):
         if split == "eval" and not folder.exists():
             raise ConfigError(
                 f"image folder {str(folder)!r} does not exist: give that of the held-out images by "
-                "--data.source.eval; a run that has not begun can hold out training images by "
-                "--data.num-held-out 1000"
+                "--data.source.eval (a single dot if the folders of the classes lie in source.root itself); a run that "
+                "has not begun can hold out training images by --data.num-held-out 1000"
             )
         return ImageFolder(folder)
 

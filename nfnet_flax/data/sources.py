@@ -28,13 +28,23 @@ def open_source(
         `class_names`; the message says how to get the set. Or a user's source does not return what a source must.
       OSError: the disk or the network failed.
     """
-    source = config.open(split, image_size)
-    _check_opened(config, source)
+    source = _opened(config, split, image_size)
     if class_names is None:
         class_names = source.class_names if split == "train" else config.training_classes(image_size)
         if len(class_names) < 2:
             raise ConfigError(f"the training split has only one class, {class_names[0]!r}: nothing can be learned")
     return with_classes(source, class_names, split, is_checked=not is_own(type(config)))
+
+
+def own_class_names(config: SourceConfig, split: Split, image_size: int) -> tuple[str, ...]:
+    """Names of the classes that a split itself has, in its own order; arguments and errors as for `open_source`."""
+    return _opened(config, split, image_size).class_names
+
+
+def _opened(config: SourceConfig, split: Split, image_size: int) -> Source:
+    source = config.open(split, image_size)
+    _check_opened(config, source)
+    return source
 
 
 def _check_opened(config: SourceConfig, source: object) -> None:

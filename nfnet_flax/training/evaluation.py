@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.random_access import Source
 from nfnet_flax.messages import warn
-from nfnet_flax.models import convolution
+from nfnet_flax.models import Classifier, convolution
 from nfnet_flax.models.layers import DTYPES
 from nfnet_flax.models.params import BatchStats, Params, cast, merge
 from nfnet_flax.models.preparation import prepare
@@ -26,8 +26,12 @@ from nfnet_flax.training.state import Structure, TrainState
 
 Weights = tuple[Params, BatchStats]
 """Parameters and running statistics of a network."""
-_MAX_BATCHES_IN_FLIGHT = 2
+MAX_BATCHES_IN_FLIGHT = 2
+"""Batches after which an evaluation waits, as each has its images in the memory of the devices."""
 EvalStep = Callable[[Weights, Batch], Arrays]
+RowValues = Callable[[Classifier, jax.Array, Batch], Arrays]
+"""Computes arrays with a first axis of N rows, by name, from a network in evaluation mode, its N normalised images, and
+the batch. It is traced by JAX."""
 
 
 def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
@@ -55,13 +59,24 @@ def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
 def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> jax.stages.Wrapped:
     """Builds `step(weights, batch)`, which returns the values of `objective.evaluate`, all of them on every device.
 
-    Rows are computed in as many parts as the training batch has, so that rounding does not depend on the number of
-    devices.
-
     Raises:
       ConfigError: as for `evaluated_names`.
     """
     evaluated_names(objective, structure.num_classes)
+    return make_row_step(structure, lambda model, images, batch: objective.evaluate(model(images), batch), mesh)
+
+
+def make_row_step(structure: Structure, values: RowValues, mesh: Mesh) -> jax.stages.Wrapped:
+    """Builds `step(weights, batch)`, which returns values of each row and `mask`, all of them on every device.
+
+    Rows are computed in as many parts as the training batch has, so that rounding does not depend on the number of
+    devices.
+
+    Args:
+      structure: structure of the network, and how it is computed.
+      values: computes the values of the rows of one part.
+      mesh: mesh over whose devices the batch is divided.
+    """
     config, execution = structure.config, structure.execution
     mean, std = structure.normalization.mean, structure.normalization.std
     platform = mesh.devices.flat[0].platform
@@ -72,7 +87,7 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> ja
         model = merge(structure.prepared, prepared, batch_stats)
         model.eval()
         with convolution.for_platform(platform):
-            return objective.evaluate(model(normalise(batch["image"], mean, std)), batch)
+            return values(model, normalise(batch["image"], mean, std), batch)
 
     axes = structure.sharded_axes(mesh)
 
@@ -88,7 +103,8 @@ def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> ja
             return part(own_weights, batch_stats, rows)
 
         found = stack_of_turns(turn, num_turns, batch["mask"][0])
-        return {name: lax.all_gather(jnp.ravel(value), BATCH_AXES, tiled=True) for name, value in found.items()}
+        rows_of = {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}  # of all turns
+        return {name: lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in rows_of.items()}
 
     if structure.num_parts is not None:
         local = separately_rounded(local, lambda params, batch_stats, batch: batch["mask"][0], platform)
@@ -156,21 +172,21 @@ def run_evaluation(
             return None
         batch = to_global(rows, mesh)
         found.append({prefix: eval_step(weights, batch) for prefix, weights in weights_of.items()})
-        if len(found) > _MAX_BATCHES_IN_FLIGHT:  # limits the images that wait on the devices
-            jax.block_until_ready(found[-1 - _MAX_BATCHES_IN_FLIGHT])
+        if len(found) > MAX_BATCHES_IN_FLIGHT:  # limits the images that wait on the devices
+            jax.block_until_ready(found[-1 - MAX_BATCHES_IN_FLIGHT])
     batches_of: list[dict[str, dict[str, np.ndarray]]] = jax.device_get(found)
     metrics = {
         name: value
         for prefix in weights_of
-        for name, value in _metrics_of(prefix, [batch[prefix] for batch in batches_of]).items()
+        for name, value in metrics_of(prefix, [batch[prefix] for batch in batches_of]).items()
     }
     if counted_in is not None:
         masks = [next(iter(batch.values()))["mask"] for batch in batches_of]
-        metrics["eval/num_corrupt"] = float(_say_left_out(counted_in, np.concatenate(masks)))
+        metrics["eval/num_corrupt"] = float(say_left_out(counted_in, np.concatenate(masks)))
     return metrics
 
 
-def _say_left_out(source: Source, mask: np.ndarray) -> int:
+def say_left_out(source: Source, mask: np.ndarray) -> int:
     """Number of examples that are left out; prints a warning if there are any. The end of the mask is padding."""
     left_out = np.flatnonzero(mask[: len(source)] == 0)
     if left_out.size and jax.process_index() == 0:
@@ -181,14 +197,19 @@ def _say_left_out(source: Source, mask: np.ndarray) -> int:
     return left_out.size
 
 
-def _metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Means of the values of an objective's `evaluate`, and `eval/num_examples`; see `run_evaluation`.
+
+    Args:
+      prefix: prefix of the metrics.
+      batches: values by name and `mask` of each batch.
+
+    Raises:
+      ConfigError: there was no example to evaluate.
+    """
     # Padding and images that could not be decoded must not count, even if their loss is not finite.
     counted = np.concatenate([batch["mask"] for batch in batches] or [np.zeros(0)]) > 0
-    if not np.any(counted):
-        raise ConfigError(
-            "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
-            "--data.on-corrupt raise names the first that is"
-        )
+    check_any(counted)
     values = {
         name: np.concatenate([batch[name] for batch in batches])[counted] for name in batches[0] if name != "mask"
     }
@@ -198,3 +219,12 @@ def _metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, 
         for name, value in values.items()
     }
     return means | {"eval/num_examples": float(np.sum(counted))}
+
+
+def check_any(counted: np.ndarray) -> None:
+    """Raises `ConfigError` if no example counts."""
+    if not np.any(counted):
+        raise ConfigError(
+            "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
+            "--data.on-corrupt raise names the first that is"
+        )

@@ -1,7 +1,6 @@
 """Reading a run: recipe, class names, metrics and weights, on any machine. Only its folder is needed; it is not
 changed."""
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,29 +9,21 @@ from typing import Literal, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, require, require_one_of
 from nfnet_flax.config_json import CodeNotLoaded
-from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.held_out import open_held_out
-from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, say_unused
 from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
-from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
 from nfnet_flax.paths import hub_name, local_path, run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
-from nfnet_flax.training.evaluation import make_eval_step, run_evaluation
 from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.metrics import Row, read_rows
-from nfnet_flax.training.record import stored_class_names, stored_input
+from nfnet_flax.training.record import stored_class_names
 from nfnet_flax.training.restoring import read_arrays
-from nfnet_flax.training.state import Normalization, model_structure
 from nfnet_flax.weights import network_of, open_weights
 from nfnet_flax.weights.convert import target_in
 from nfnet_flax.weights.entries import HostArrays
@@ -47,6 +38,10 @@ _FIELDS: dict[Parameters, tuple[str, str]] = {
     "ema": ("ema_params", "ema_batch_stats"),
 }
 """Kind of parameters -> fields of `TrainState` with the parameters and with the running statistics."""
+
+
+class NoCheckpoint(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """A run has no such checkpoint, or it is damaged."""
 
 
 class Run:
@@ -88,6 +83,10 @@ class Run:
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first. Only names are read, so damaged checkpoints are included."""
         return steps_in(self.workdir / CHECKPOINTS)
+
+    def all_steps(self) -> list[int]:
+        """Like `steps`, with the step of the best checkpoint, which is kept longer."""
+        return sorted({*self.steps(), *steps_in(self.workdir / BEST)}, reverse=True)
 
     def metrics(self) -> list[Row]:
         """The metrics, one row for each step that has any, in order: `step`, and numbers by name (None: not finite).
@@ -138,8 +137,8 @@ def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int
     checkpoint = checked_which(checkpoint)
     recipe = run.recipe
     warn(change_of_code(run.workdir, recipe))
-    shapes = _shapes(recipe)
-    step, found = _read(run.workdir, shapes, (parameters,), checkpoint)
+    shapes = shapes_of_run(recipe)
+    step, found = read_checkpoint(run.workdir, shapes, (parameters,), checkpoint)
     arrays = {name: value for part in found[parameters] for name, value in part.items()}
     info = WeightsInfo(
         model=recipe.model,
@@ -147,7 +146,7 @@ def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int
         source=f"run {recipe.name!r}, step {step}, seed {recipe.seed}",
         parameters=parameters,
         class_names=run.class_names,
-        preprocessing=_preprocessing(recipe.data),
+        preprocessing=preprocessing_of(recipe.data),
         activation=recipe.objective.activation,
     )
     return step, info, arrays
@@ -179,7 +178,8 @@ def weights_of(
     return open_weights(reference, field=field)
 
 
-def _preprocessing(data: DataConfig) -> Preprocessing:
+def preprocessing_of(data: DataConfig) -> Preprocessing:
+    """How images are prepared for an evaluation."""
     return Preprocessing(
         image_size=data.eval_image_size,
         crop_margin=data.eval_crop_margin,
@@ -193,7 +193,7 @@ def _preprocessing(data: DataConfig) -> Preprocessing:
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
+def shapes_of_run(recipe: Recipe) -> tuple[Shapes, Shapes]:
     """Shapes and types of the network's parameters and of its running statistics."""
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
     _, *parts = split(model)
@@ -203,10 +203,21 @@ def _shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
     return params, batch_stats
 
 
-def _read(
+def read_checkpoint(
     workdir: Path, shapes: tuple[Shapes, Shapes], wanted: Sequence[Parameters], which: Which
 ) -> tuple[int, dict[Parameters, tuple[HostArrays, HostArrays]]]:
-    """Reads a checkpoint: its step, and its parameters and running statistics in the host's memory."""
+    """Reads a checkpoint: its step, and its parameters and running statistics in the host's memory.
+
+    Args:
+      workdir: folder of the run.
+      shapes: result of `shapes_of_run`.
+      wanted: which parameters to read.
+      which: which checkpoint.
+
+    Raises:
+      NoCheckpoint: there is no such checkpoint, or it is damaged.
+      StorageFailed: the folder cannot be read.
+    """
     fields = {field: part for name in wanted for field, part in zip(_FIELDS[name], shapes, strict=True)}
     num_damaged = 0
     for path in _candidates(workdir, which):
@@ -220,10 +231,12 @@ def _read(
         return int(path.name), {name: (found[_FIELDS[name][0]], found[_FIELDS[name][1]]) for name in wanted}
     there = f"checkpoints of steps {steps_in(workdir / CHECKPOINTS)}, best {steps_in(workdir / BEST)}"
     if num_damaged:
-        raise ConfigError(f"workdir {str(workdir)!r}: no good checkpoint for checkpoint = {which!r}; there are {there}")
+        raise NoCheckpoint(
+            f"workdir {str(workdir)!r}: no good checkpoint for checkpoint = {which!r}; there are {there}"
+        )
     if which == "newest":
-        raise ConfigError(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
-    raise ConfigError(f"workdir {str(workdir)!r} has nothing for checkpoint = {which!r}; there are {there}")
+        raise NoCheckpoint(f"workdir {str(workdir)!r} holds no checkpoint yet: train first")
+    raise NoCheckpoint(f"workdir {str(workdir)!r} has nothing for checkpoint = {which!r}; there are {there}")
 
 
 def _candidates(workdir: Path, which: Which) -> Iterator[Path]:
@@ -237,67 +250,6 @@ def _candidates(workdir: Path, which: Which) -> Iterator[Path]:
     while (step := next((step for step in steps_in(folder) if step not in tried), None)) is not None:
         tried.add(step)
         yield folder / str(step)
-
-
-def evaluate(
-    workdir: str | os.PathLike[str], *, checkpoint: Which = "newest", data: DataConfig | None = None
-) -> dict[str, float]:
-    """Evaluates a checkpoint of a run on its held-out set, on the devices of this process; writes nothing.
-
-    Warnings report files of the set that are not used, and images that are left out because they cannot be decoded.
-
-    Args:
-      workdir: folder of the run.
-      checkpoint: which checkpoint; see `Run.weights`.
-      data: settings that replace the recipe's `data`, such as
-        `dataclasses.replace(Run(workdir).recipe.data, source=...)` if the images have moved, or for another set with
-        the same classes. Labels are matched by class names: a class that the run does not know is an error, and so is a
-        set that the run trained on (`data/held_out.py`). The training split is not opened, unless the held-out examples
-        are a part of it.
-
-    Returns:
-      The metrics of `run_evaluation` for raw (`eval`) and EMA (`eval_ema`) parameters, and the checkpoint's `step`.
-
-    Raises:
-      ConfigError: an argument is of another type, the folder holds no run or no such checkpoint, the set does not fit
-        it, or an image cannot be decoded.
-      InputFailed: the input failed for another reason.
-      StorageFailed: the run's folder cannot be read.
-    """
-    checkpoint = checked_which(checkpoint)
-    remedy = "give a DataConfig, such as dataclasses.replace(Run(workdir).recipe.data, source=...)"
-    require(data is None or isinstance(data, DataConfig), "data", data, remedy)
-    run = Run(workdir)
-    runtime.prepare(reproducible=run.recipe.execution.reproducible)
-    recipe, data = run.recipe, data or run.recipe.data
-    check_batches_fit(data, ("eval",), num_processes=1)
-    mesh = _mesh(recipe.execution.num_microbatches, data.eval_batch_size)
-    check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
-    record = stored_input(run.workdir)
-    source = open_held_out(data, run.class_names, trained=recipe.data, record=record)
-    say_unused(source)
-    warn(change_of_code(run.workdir, recipe))
-    warn(spare_outputs(recipe.num_classes, run.class_names))
-    warn(_preprocessing(recipe.data).normalisation_change(f"run {recipe.name!r}", data.mean, data.std))
-    step, found = _read(run.workdir, _shapes(recipe), ("raw", "ema"), checkpoint)
-    weights = jax.device_put({"eval": found["raw"], "eval_ema": found["ema"]}, replicated(mesh))
-    execution = dataclasses.replace(recipe.execution, fsdp=1, spatial=1)
-    normalization = Normalization(mean=data.mean, std=data.std)
-    structure = model_structure(recipe.model, recipe.num_classes, execution, normalization)
-    eval_step = make_eval_step(structure, recipe.objective, mesh)
-    with eval_batches(data, source, process_index=0, num_processes=1) as batches:
-        counted_in = source if data.on_corrupt == "skip" else None
-        metrics = run_evaluation(eval_step, weights, batches, mesh, counted_in=counted_in)
-    assert metrics is not None  # it cannot be stopped here
-    return {"step": step, **metrics}
-
-
-def _mesh(num_microbatches: int | None, batch_size: int) -> Mesh:
-    """A mesh of as many devices of this process as the parts of a batch can be divided over."""
-    devices = jax.local_devices()
-    num_parts = num_microbatches or batch_size
-    count = next(count for count in range(len(devices), 0, -1) if num_parts % count == 0)
-    return make_mesh(devices[:count])
 
 
 def export_weights(
