@@ -109,6 +109,9 @@ class Recipe:
             "give init_from, or leave this empty",
         )
         check_seed("seed", self.seed)
+        remedy = "takes one class per image, and data.source gives several: give SigmoidCrossEntropy or Focal"
+        takes_labels = self.objective.takes_several_classes or not self.data.source.is_multi_label
+        require(takes_labels, "objective", type(self.objective).__name__, remedy)
         for field, part in (("reduction", self.reduction), ("optim.method", self.optim.method)):
             keeps_promise = part is None or part.is_reproducible or not self.execution.reproducible
             remedy = "gives other bits on another number of devices: set execution.reproducible = False"

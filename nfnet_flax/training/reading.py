@@ -281,7 +281,9 @@ def evaluate(
     eval_step = make_eval_step(structure, recipe.objective, mesh)
     with eval_batches(data, source, process_index=0, num_processes=1) as batches:
         counted_in = source if data.on_corrupt == "skip" else None
-        metrics = run_evaluation(eval_step, weights, batches, mesh, counted_in=counted_in)
+        metrics = run_evaluation(
+            eval_step, weights, batches, mesh, counted_in=counted_in, summarize=recipe.objective.summarize
+        )
     assert metrics is not None  # it cannot be stopped here
     return {"step": step, **metrics}
 
