@@ -79,6 +79,9 @@ class Recipe:
     of the images. The file may be moved, but its content must not change until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
+    init_to_zero: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    """Shell-style patterns of parameters that start at zero, also if `init_from` has them, such as `head.*` for
+    fine-tuning: the first outputs are then the same for all classes."""
     seed: int = 0
     """Random seed of initialization, data order, augmentation and dropout; below 2**32."""
     platform: Platform = "any"
