@@ -13,22 +13,17 @@ zero and is trained alone at first. One part per batch is the fastest way on one
 give num_parts=8, which also gives other last bits.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
-from nfnet_flax.config import require
-from nfnet_flax.config_json import to_json
 from nfnet_flax.data.augment_config import CropAugment
-from nfnet_flax.data.config import DataConfig
-from nfnet_flax.data.source_config import CsvSource, FolderSource, SourceConfig
-from nfnet_flax.models import IMAGE_SIZES, ExecutionConfig, ImageSizes, ModelConfig
-from nfnet_flax.models.registry import VARIANTS
+from nfnet_flax.finetuning import data_config, given_images, sizes_of
+from nfnet_flax.models import ExecutionConfig
 from nfnet_flax.objectives import SigmoidCrossEntropy, SoftmaxCrossEntropy
 from nfnet_flax.optim import AGC, AdamW, OptimConfig, ParamGroup
-from nfnet_flax.paths import local_path
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 from nfnet_flax.training.reading import weights_of
-from nfnet_flax.weights.portable import FREE_FIELDS, Preprocessing, WeightsInfo
 
 
 def recipe(
@@ -62,31 +57,19 @@ def recipe(
       flip: whether training images are mirrored at random; not for digits or letters.
     """
     info, _ = weights_of(weights)
-    sizes, seen_as = _sizes(info)
-    source = _source(data, image, label, separator, split_column, eval_file)
-    class_names, num_examples, num_held_out = _count(source, seen_as.image_size)
-    num_trained = num_examples - (num_held_out or 0)
-    steps_per_epoch = math.ceil(num_trained / batch_size)
-    best = "mean_average_precision" if source.is_multi_label else "top1"
+    sizes, seen_as = sizes_of(info)
+    images = given_images(
+        data, image=image, label=label, separator=separator, split_column=split_column, eval_file=eval_file
+    )
+    settings = data_config(images, seen_as, train_size=sizes.train, batch_size=batch_size)
+    steps_per_epoch = math.ceil(images.num_train / batch_size)
+    is_multi_label = images.source.is_multi_label
+    best = "mean_average_precision" if is_multi_label else "top1"
     return Recipe(
         name=f"finetune_{Path(data).stem or 'images'}",
         model=info.model,
-        num_classes=len(class_names),
-        data=DataConfig(
-            source=source,
-            num_held_out=num_held_out,
-            image_size=sizes.train,
-            eval_image_size=seen_as.image_size,
-            eval_crop_margin=seen_as.crop_margin,
-            eval_keeps_aspect=seen_as.keeps_aspect,
-            resampler=seen_as.resampler,  # type: ignore[arg-type] # checked when it is made
-            mean=seen_as.mean,
-            std=seen_as.std,
-            batch_size=batch_size,
-            eval_batch_size=batch_size,
-            augment=CropAugment(min_area=0.35, flip=flip),
-            num_threads=4,
-        ),
+        num_classes=len(images.class_names),
+        data=dataclasses.replace(settings, augment=CropAugment(min_area=0.35, flip=flip)),
         optim=OptimConfig(
             method=AdamW(),
             clipping=AGC(ratio=0.05),
@@ -103,59 +86,6 @@ def recipe(
         init_from=weights,
         init_to_zero=("head.*",),
         num_epochs=num_epochs,
-        objective=SigmoidCrossEntropy() if source.is_multi_label else SoftmaxCrossEntropy(label_smoothing=0.1),
+        objective=SigmoidCrossEntropy() if is_multi_label else SoftmaxCrossEntropy(label_smoothing=0.1),
         eval_every_steps=steps_per_epoch,
     )
-
-
-def _sizes(info: WeightsInfo) -> tuple[ImageSizes, Preprocessing]:
-    """Sizes of the images in training and evaluation, and how those of an evaluation are prepared."""
-    name = next((name for name, config in VARIANTS.items() if _described(config) == _described(info.model)), None)
-    known, seen_as = IMAGE_SIZES.get(name or ""), info.preprocessing
-    if seen_as is None:
-        remedy = "says nothing about its images: write a weight file with a Preprocessing (save_weights)"
-        require(known is not None, "weights", info.source, remedy)
-        assert known is not None
-        plain = DataConfig()
-        seen_as = Preprocessing(
-            image_size=known.test, crop_margin=32, resampler=plain.resampler, mean=plain.mean, std=plain.std
-        )
-    # Weights that were made for images of another size than the published one are trained on that size.
-    is_as_published = known is not None and known.test == seen_as.image_size
-    return known if known and is_as_published else ImageSizes(seen_as.image_size, seen_as.image_size), seen_as
-
-
-def _described(config: ModelConfig) -> dict[str, object]:
-    """The configuration of a network without what does not change its function."""
-    return {name: value for name, value in to_json(config).items() if name not in FREE_FIELDS}
-
-
-def _source(
-    data: str, image: str, label: str, separator: str | None, split_column: str | None, eval_file: str | None
-) -> SourceConfig:
-    path = local_path("data", data)
-    if path.suffix.lower() == ".csv":
-        return CsvSource(
-            file=data,
-            image=image,
-            label=label,
-            separator=separator,
-            allow_none=separator is not None,
-            split_column=split_column,
-            eval_file=eval_file,
-        )
-    require(path.is_dir(), "data", data, "give a folder of images, or a .csv file")
-    is_split = (path / "train").is_dir()
-    names = [name for name in ("val", "eval", "test") if is_split and (path / name).is_dir()]
-    return FolderSource(root=data, train="train" if is_split else ".", eval=names[0] if names else "val")
-
-
-def _count(source: SourceConfig, image_size: int) -> tuple[tuple[str, ...], int, int | None]:
-    """Class names, number of images, and how many of them are to be held out; None: the source has a split for that."""
-    images = source.open("train", image_size)
-    if isinstance(source, CsvSource):
-        has_split = source.split_column is not None or source.eval_file is not None
-    else:
-        assert isinstance(source, FolderSource)
-        has_split = source.folder("eval").is_dir() and source.train != "."
-    return images.class_names, len(images), None if has_split else max(1, len(images) // 10)

@@ -46,10 +46,14 @@ ALLOWED = {
     "debug": LEAVES | BASE | {"objectives", "recipe"},
     "imagenet": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
+    "finetuning": LEAVES | BASE | {"weights"},
+    "probe": LEAVES | BASE | {"finetuning", "training", "weights"},
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
-    "cli": LEAVES | BASE | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor"},
+    "cli": LEAVES
+    | BASE
+    | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "finetuning", "probe"},
 }
 
 

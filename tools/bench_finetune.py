@@ -7,8 +7,8 @@ itself.
     python tools/bench_finetune.py transfer      # with these weights against random ones
 
 Each line is a setting: top-1 on the held-out digits (of the moving average) as mean, standard deviation and lowest
-value over the seeds, and how many runs diverged, that is, had a loss or a gradient that is not finite. A seed determines the
-network that is fine-tuned, the order of the images and their augmentation.
+value over the seeds, and how many runs diverged, that is, had a loss or a gradient that is not finite. A seed
+determines the network that is fine-tuned, the order of the images and their augmentation.
 """
 
 import dataclasses
