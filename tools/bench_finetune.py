@@ -68,7 +68,7 @@ class Options:
     """Number of training images of each class; None: all, about 144."""
     batch_sizes: tuple[int, ...] = (32, 64, 256)
     """Batch sizes of the table `optimizers`."""
-    rates: tuple[float, ...] = (1.0, 10.0)
+    rates: tuple[float, ...] = (1.0,)
     """Factors on the learning rates of the table `optimizers`."""
     image_size: int = 16
     """Height and width of the images."""
