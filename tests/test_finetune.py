@@ -123,7 +123,7 @@ def test_a_folder_is_fine_tuned_and_evaluated_and_converted(given: Path, capsys:
     assert rows[-1]["eval/num_examples"] == 2
     assert Run(run).class_names == CLASSES
     stored, weights = read_weights(given / "w.safetensors")[1], Run(run).weights("raw")
-    moved = [name for name, value in weights.items() if not np.array_equal(value, stored.get(name))]
+    moved = [name for name, value in stored.items() if name not in weights or not np.array_equal(value, weights[name])]
     assert (
         "stem.0.kernel" in moved
     )  # 19 images in batches of 16: the second epoch and a half begins with the third step

@@ -1,6 +1,7 @@
 """Parameters that are trained only from a later epoch on: frozen before, then as if their optimizer had just begun."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +33,10 @@ from nfnet_flax.optim import (
     make_optimizer,
 )
 from nfnet_flax.parallel.mesh import make_mesh, to_global
-from nfnet_flax.training.state import create_state, model_structure
+from nfnet_flax.training import checkpoint
+from nfnet_flax.training.restoring import restore_newest
+from nfnet_flax.training.saving import make_notes
+from nfnet_flax.training.state import abstract_state, create_state, model_structure
 from nfnet_flax.training.step import make_train_step
 
 BODY, HEAD, LAST = "stages.0.0.conv0.kernel", "head.kernel", "stages.1.0.conv0.kernel"
@@ -96,7 +100,7 @@ def batch(number: int) -> dict[str, Any]:
     return to_global(rows, MESH)
 
 
-def test_a_network_keeps_its_bits_until_then(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_keeps_its_bits_until_then_and_resumes(tmp_path: Path) -> None:
     config = OptimConfig(clipping=GlobalNorm(max_norm=0.5), ema_decay=0.9, trained_from_epoch=GROUPS)
     tx = make_optimizer(config, lambda step: jnp.asarray(0.1), STRUCTURE.shapes, steps_per_epoch=1.0)
     state = create_state(STRUCTURE, 0, tx, MESH)
@@ -106,6 +110,8 @@ def test_a_network_keeps_its_bits_until_then(capsys: pytest.CaptureFixture[str])
     body = [name for name in before if not name.startswith("head.")]
     step = make_train_step(STRUCTURE, tx, SoftmaxCrossEntropy(), MESH, seed=0)
     for number in range(2):
+        if number == 1:
+            held = jax.tree.map(jnp.copy, state)  # the step is given the state itself
         state, metrics = step(state, batch(number))
         head = [np.asarray(state.params[name]) != before[name] for name in ("head.kernel", "head.bias")]
         assert all(np.any(moved) for moved in head)
@@ -118,6 +124,15 @@ def test_a_network_keeps_its_bits_until_then(capsys: pytest.CaptureFixture[str])
     moved = [name for name in body if not np.array_equal(state.params[name], before[name])]
     assert len(moved) > len(body) / 2
     assert np.array_equal(state.ema_params[body[0]], before[body[0]]) == (body[0] not in moved)
+    with checkpoint.open_manager(tmp_path, "checkpoints", keep=1) as manager:
+        checkpoint.save(manager, held, 1, make_notes(evaluated=True, metrics={}))
+    restored = restore_newest(tmp_path, abstract_state(STRUCTURE, tx, MESH), is_owner=False)
+    assert restored is not None
+    again, _ = restored
+    for number in (1, 1):
+        again, _ = step(again, batch(number))
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
     assert float(metrics["train/grad_norm"]) != first
 
 
