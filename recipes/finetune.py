@@ -1,7 +1,7 @@
 """Fine-tunes a network, whose weights are given, on images of your own: a folder, or a CSV file that lists them.
 
-Paper: Brock et al. 2021, arXiv 2102.06171 (AGC; section 6 fine-tunes NFNets); Clark et al. 2020, arXiv 2003.10555 (a
-  learning rate that decreases from the head to the stem).
+Paper: Brock et al. 2021, arXiv 2102.06171 (AGC; section 6 fine-tunes NFNets); Clark et al. 2020, arXiv 2003.10555 (the
+  argument layer_decay: a learning rate that decreases from the head to the stem).
 Data: a folder with one folder of images per class, or with `train/` and `val/` of these; or a `.csv` file, see
   `CsvSource`. Without a held-out split, a tenth of the images is held out.
 Command: nfnet train recipes/finetune.py:weights=weights.safetensors,data=photos --workdir runs/photos
@@ -37,6 +37,7 @@ def recipe(
     batch_size: int = 64,
     num_epochs: float = 20.0,
     head_epochs: float = 2.0,
+    layer_decay: float = 1.0,
     num_parts: int = 1,
     flip: bool = True,
 ) -> Recipe:
@@ -53,6 +54,7 @@ def recipe(
       batch_size: number of images of one update.
       num_epochs: length of the run, in epochs.
       head_epochs: number of epochs in which only the head is trained.
+      layer_decay: factor on the learning rate for each block between a layer and the head, such as 0.9.
       num_parts: number of parts of a batch, a power of two: the largest number of devices.
       flip: whether training images are mirrored at random; not for digits or letters.
     """
@@ -77,7 +79,7 @@ def recipe(
             learning_rate_per_256=0.4,
             weight_decay=2e-5,
             warmup_epochs=min(1.0, num_epochs / 10),
-            layer_decay=0.75,
+            layer_decay=layer_decay,
             trained_from_epoch=(ParamGroup("head.*", 0.0), ParamGroup("*", min(head_epochs, num_epochs / 4))),
             ema_decay=0.99,
         ),

@@ -68,7 +68,7 @@ class Options:
     """Number of training images of each class; None: all, about 144."""
     batch_sizes: tuple[int, ...] = (32, 64, 256)
     """Batch sizes of the table `optimizers`."""
-    rates: tuple[float, ...] = (1.0,)
+    rates: tuple[float, ...] = (1.0, 5.0)
     """Factors on the learning rates of the table `optimizers`."""
     image_size: int = 16
     """Height and width of the images."""
@@ -215,14 +215,22 @@ def _finetune(options: Options, weights: list[Path], folder: Path, batch_size: i
 
 def _transfer(options: Options, weights: list[Path], folder: Path) -> None:
     tuned = _finetune(options, weights, folder, _BATCH)
-    whole = dataclasses.replace(tuned.optim, layer_decay=1.0, trained_from_epoch=())
-    random = dataclasses.replace(tuned, init_from=None, init_to_zero=(), optim=whole)
-    published = dataclasses.replace(_pretraining(options, folder).optim, warmup_epochs=1.0)
+    at_once = dataclasses.replace(tuned.optim, trained_from_epoch=())
+    random = dataclasses.replace(tuned, init_from=None, init_to_zero=(), optim=at_once)
+    decayed = {
+        decay: dataclasses.replace(tuned, optim=dataclasses.replace(tuned.optim, layer_decay=decay))
+        for decay in (0.9, 0.75)
+    }
     print("| start | steps | top-1 | deviation | lowest | diverged | s |")
     print("|---|---|---|---|---|---|---|")
-    _compare("fine-tuned, as the recipe does", tuned, weights)
-    _compare("random, with the recipe's optimizer for all layers", random, weights)
-    _compare("random, SGD + AGC as in recipes/digits.py", dataclasses.replace(random, optim=published), weights)
+    for heading, recipe in (
+        ("fine-tuned, as the recipe does", tuned),
+        ("fine-tuned, all layers from the start", dataclasses.replace(tuned, optim=at_once)),
+        ("fine-tuned, layer decay 0.9", decayed[0.9]),
+        ("fine-tuned, layer decay 0.75", decayed[0.75]),
+        ("random parameters, all layers from the start", random),
+    ):
+        _compare(heading, recipe, weights)
 
 
 def main() -> None:
