@@ -29,6 +29,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
                 num_train_examples=4 * _BATCH_SIZE,
                 num_eval_examples=_NUM_EVAL_EXAMPLES,
                 num_classes=recipe.num_classes,
+                several_classes=data.source.is_multi_label,
             ),
             num_held_out=None,
             image_size=_TRAIN_PX,

@@ -10,19 +10,21 @@ from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from nfnet_flax.config import require
+from nfnet_flax.multi_label_metrics import multi_label_metrics
 from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.paths import check_path
 from nfnet_flax.weights.portable import Activation
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
 Batch: TypeAlias = dict[str, jax.Array]
-"""`image` (N, H, W, 3), as the network gets it; `label` (N,) int32, or (N, num_classes) of zeros and ones if an example
-may have several classes; optionally `mix_label`, like `label`, and `label_weight` (N,) float32, the share of `label` in
-the target."""
+"""`image` (N, H, W, 3), as the network gets it; `label` (N,) int32, or (N, num_classes) uint8 of zeros and ones if an
+example may have several classes; optionally `mix_label`, like `label`, and `label_weight` (N,) float32, the share of
+`label` in the target."""
 Arrays: TypeAlias = dict[str, jax.Array]
 _NUM_CANDIDATES = 5
 
@@ -58,6 +60,12 @@ class Objective(OpenConfig, abc.ABC):
     activation: ClassVar[Activation] = "softmax"
     """Function that makes probabilities of the logits of a network that was trained with it."""
 
+    @property
+    def takes_several_classes(self) -> bool:
+        """Whether `label` may be rows of zeros and ones, for examples with several classes or none; by default True. If
+        not, a recipe with such images is refused when it is made."""
+        return True
+
     def arrays(self, facts: RunFacts) -> Arrays:
         """Arrays that `train` needs besides the batch, such as a teacher's weights; by default none. They are read
         once, at the start, and must be the same whenever the run continues."""
@@ -70,7 +78,19 @@ class Objective(OpenConfig, abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
-        """Values of each example, (N,) float32, by name; `loss` must be one of them. Their means are reported."""
+        """Values of each example by name: (N,) float32, whose means are reported, `loss` among them; or arrays with
+        further axes, such as logits, of which `summarize` makes metrics of the whole held-out set."""
+
+    def summarize(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        """Metrics of the whole held-out set that are no means over examples, by name; by default none. Called on the
+        host, once for each set of weights.
+
+        Args:
+          rows: those values of `evaluate` that have further axes, (number of held-out examples, ...), in the order of
+            the examples. The names of the result must depend on nothing but the names of the rows.
+        """
+        del rows
+        return {}
 
     def small(self) -> "Objective":
         """The objective for `nfnet train --debug`, which has only images of noise and no files; by default the same."""
@@ -131,6 +151,10 @@ class SoftmaxCrossEntropy(_Smoothed):
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes in training; an evaluation does not smooth."""
 
+    @property
+    def takes_several_classes(self) -> bool:
+        return False
+
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
         _require_one_class(batch)
@@ -154,7 +178,21 @@ def _require_one_class(batch: Batch) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SigmoidCrossEntropy(_Smoothed):
+class _OfEachClass(Objective):
+    """An objective that treats each class independently. For examples with several classes, an evaluation also measures
+    `mean_average_precision` and `f1` (`multi_label_metrics.py`)."""
+
+    def summarize(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        return multi_label_metrics(rows["logits"], rows["labels"]) if rows else {}
+
+
+def _rows_of(logits: jax.Array, batch: Batch) -> Arrays:
+    """Logits and labels for the metrics of the whole set, if examples may have several classes."""
+    return {"logits": logits, "labels": batch["label"]} if jnp.ndim(batch["label"]) == 2 else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmoidCrossEntropy(_Smoothed, _OfEachClass):
     """Binary cross-entropy of each class, summed over the classes; an example may have several classes."""
 
     activation: ClassVar[Activation] = "sigmoid"
@@ -165,7 +203,8 @@ class SigmoidCrossEntropy(_Smoothed):
         return _sigmoid_cross_entropy(logits, targets), _top1(logits, batch)
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
-        return {"loss": _sigmoid_cross_entropy(logits, targets_of(batch, logits.shape[-1])), **hits_of(logits, batch)}
+        loss = _sigmoid_cross_entropy(logits, targets_of(batch, logits.shape[-1]))
+        return {"loss": loss, **hits_of(logits, batch), **_rows_of(logits, batch)}
 
 
 def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -173,7 +212,7 @@ def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Focal(Objective):
+class Focal(_OfEachClass):
     """Focal loss (arXiv 1708.02002, equation 4) of each class, summed over the classes."""
 
     activation: ClassVar[Activation] = "sigmoid"
@@ -190,7 +229,7 @@ class Focal(Objective):
         return self._loss(logits, batch), _top1(logits, batch)
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
-        return {"loss": self._loss(logits, batch), **hits_of(logits, batch)}
+        return {"loss": self._loss(logits, batch), **hits_of(logits, batch), **_rows_of(logits, batch)}
 
     def _loss(self, logits: jax.Array, batch: Batch) -> jax.Array:
         targets = targets_of(batch, logits.shape[-1])
@@ -221,6 +260,10 @@ class Distillation(_Smoothed):
         check_path("objective.teacher", self.teacher)
         require(self.temperature > 0, "objective.temperature", self.temperature, "must be positive")
         require(0 <= self.teacher_share <= 1, "objective.teacher_share", self.teacher_share, "must lie in [0, 1]")
+
+    @property
+    def takes_several_classes(self) -> bool:
+        return False
 
     def arrays(self, facts: RunFacts) -> Arrays:
         return teacher_arrays(self.teacher, facts.class_names, facts.mean, facts.std)

@@ -79,6 +79,9 @@ class Recipe:
     of the images. The file may be moved, but its content must not change until the run has a checkpoint."""
     init_from_skip: tuple[str, ...] = ()
     """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
+    init_to_zero: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    """Shell-style patterns of parameters that start at zero, also if `init_from` has them, such as `head.*` for
+    fine-tuning: the first outputs are then the same for all classes."""
     seed: int = 0
     """Random seed of initialization, data order, augmentation and dropout; below 2**32."""
     platform: Platform = "any"
@@ -109,6 +112,9 @@ class Recipe:
             "give init_from, or leave this empty",
         )
         check_seed("seed", self.seed)
+        remedy = "takes one class per image, and data.source gives several: give SigmoidCrossEntropy or Focal"
+        takes_labels = self.objective.takes_several_classes or not self.data.source.is_multi_label
+        require(takes_labels, "objective", type(self.objective).__name__, remedy)
         for field, part in (("reduction", self.reduction), ("optim.method", self.optim.method)):
             keeps_promise = part is None or part.is_reproducible or not self.execution.reproducible
             remedy = "gives other bits on another number of devices: set execution.reproducible = False"

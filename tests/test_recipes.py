@@ -55,7 +55,11 @@ def load(family: str, variant: str) -> Recipe:
 
 
 def test_there_is_a_row_here_for_every_recipe() -> None:
-    assert {path.stem for path in RECIPES.glob("*.py")} == {"digits", *(f"{family}_imagenet" for family in PUBLISHED)}
+    assert {path.stem for path in RECIPES.glob("*.py")} == {
+        "digits",
+        "finetune",
+        *(f"{family}_imagenet" for family in PUBLISHED),
+    }
 
 
 @pytest.mark.parametrize(("family", "variant"), ALL)

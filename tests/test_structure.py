@@ -39,20 +39,24 @@ ALLOWED = {
     "streams": set[str](),
     "units": set[str](),
     **dict.fromkeys(LEAVES, BASE),
-    "objectives": BASE | {"weights"},
+    "multi_label_metrics": set[str](),
+    "objectives": BASE | {"weights", "multi_label_metrics"},
     "recipe": LEAVES | BASE | {"objectives"},
     "recipe_file": BASE | {"recipe"},
     "debug": LEAVES | BASE | {"objectives", "recipe"},
     "imagenet": LEAVES | BASE | {"objectives", "recipe"},
     "weights": {"models"} | BASE,
     "export": {"models", "weights"} | BASE,
+    "finetuning": LEAVES | BASE | {"weights"},
+    "probe": LEAVES | BASE | {"finetuning", "training", "weights"},
     "training": LEAVES | BASE | {"objectives", "recipe", "weights"},
     "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
     "cli": LEAVES
     | BASE
-    | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"},
+    | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"}
+    | {"finetuning", "probe"},
 }
 
 

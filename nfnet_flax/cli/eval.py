@@ -1,7 +1,7 @@
 """`nfnet eval`."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,10 +15,12 @@ from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import run_folder
 from nfnet_flax.training.evaluation_files import STDOUT, EvaluationFiles, json_text
-from nfnet_flax.training.measuring import Measurement
 from nfnet_flax.training.reading import NoCheckpoint, Parameters, Run, Which
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import WeightsInfo
+
+if TYPE_CHECKING:
+    from nfnet_flax.training.evaluating import RunEvaluation
 
 _IMAGE_SIZE = "--data.eval-image-size"
 
@@ -131,16 +133,21 @@ def _evaluate_run(
 
     if files.confusion_png is not None:
         files.check_picture(len(own_names(data)))
+    is_plain = label_set == LabelSet() and not flip and not files.of_one_row
+    if data.source.is_multi_label and not is_plain:
+        raise ConfigError(
+            f"data.source = {type(data.source).__name__}: has images with several classes: leave out --flip, label "
+            "sets, and all files but --json"
+        )
     evaluation = RunEvaluation(run_folder("workdir", workdir), data, label_set=label_set, flip=flip)
     if checkpoint is not None:
-        step, found = evaluation.measure(checkpoint)
-        files.write(found[parameters])
-        _show(_rows_of(step, found), files, f"step {step}")
+        found = _rows_at(evaluation, checkpoint, files, parameters)
+        _show(found, files, f"step {found[0]['step']}")
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in sorted(evaluation.run.all_steps()):
         try:
-            rows += _rows_of(*evaluation.measure(step))
+            rows += _rows_at(evaluation, step, files, parameters)
         except NoCheckpoint as error:  # damaged, or deleted meanwhile by the run itself
             warn(f"step {step} is left out: {error}")
     if not rows:
@@ -148,10 +155,35 @@ def _evaluate_run(
     _show(rows, files, None)
 
 
-def _rows_of(step: int, found: dict[str, Measurement]) -> list[dict[str, Any]]:
+def _rows_at(
+    evaluation: "RunEvaluation", checkpoint: Which, files: EvaluationFiles, parameters: Parameters
+) -> list[dict[str, Any]]:
+    """Rows of the table for a checkpoint; writes the files that show one set of predictions."""
+    if evaluation.data.source.is_multi_label:
+        return _rows_of_metrics(evaluation.run, evaluation.metrics(checkpoint))
+    step, found = evaluation.measure(checkpoint)
+    if files.of_one_row:
+        files.write(found[parameters])
     return [
         {"weights": each.weights, "step": step, "parameters": name, "metrics": each.metrics}
         for name, each in found.items()
+    ]
+
+
+def _rows_of_metrics(run: Run, metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """The rows of the result of `evaluate`."""
+    step = int(metrics["step"])
+    counts = {
+        name.partition("/")[2]: metrics[name] for name in ("eval/num_examples", "eval/num_corrupt") if name in metrics
+    }
+    return [
+        {
+            "weights": f"run {run.recipe.name!r}, step {step}, seed {run.recipe.seed}, {parameters} parameters",
+            "step": step,
+            "parameters": parameters,
+            "metrics": {name.partition("/")[2]: metrics[name] for name in metrics if name.startswith(prefix)} | counts,
+        }
+        for parameters, prefix in (("raw", "eval/"), ("ema", "eval_ema/"))
     ]
 
 

@@ -86,6 +86,10 @@ class _Relabelled:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
+        if np.ndim(record["label"]) == 1:  # zeros and ones, one number for each class
+            row = np.zeros(len(self.class_names), np.uint8)
+            row[list(self.table)] = record["label"]
+            return {**record, "label": row}
         label = int(record["label"])
         remedy = f"of {self.source.describe(index)}: must be the number of a class, from 0 to {len(self.table) - 1}"
         require(0 <= label < len(self.table), "label", label, remedy)

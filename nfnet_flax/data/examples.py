@@ -10,7 +10,7 @@ from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.decode import CorruptImageError
 from nfnet_flax.data.randaugment import rand_augment
-from nfnet_flax.data.random_access import CorruptRecordError, Source
+from nfnet_flax.data.random_access import CorruptRecordError, Record, Source
 
 Rows = dict[str, np.ndarray]
 
@@ -25,8 +25,8 @@ def train_example(index: int, rng: np.random.Generator, *, config: DataConfig, s
       source: the training split.
 
     Returns:
-      `image` (size, size, 3) uint8 and `label`, a scalar int32. With `on_corrupt="skip"`, those of the first example
-      from `index` on that can be decoded, and `is_corrupt`, a scalar float32: 1 if that example is not `index`.
+      `image` (size, size, 3) uint8 and `label` (`label_of`). With `on_corrupt="skip"`, those of the first example from
+      `index` on that can be decoded, and `is_corrupt`, a scalar float32: 1 if that example is not `index`.
 
     Raises:
       CorruptImageError: the image (with "skip": every image) cannot be decoded; the message names the example.
@@ -43,7 +43,13 @@ def train_example(index: int, rng: np.random.Generator, *, config: DataConfig, s
 def _train_example(index: int, rng: np.random.Generator, config: DataConfig, source: Source) -> Rows:
     with naming(source, index):
         record = source[index]
-        return {"image": _augmented(record["image"], rng, config), "label": np.asarray(record["label"], np.int32)}
+        return {"image": _augmented(record["image"], rng, config), "label": label_of(record)}
+
+
+def label_of(record: Record) -> np.ndarray:
+    """The label of an example: a scalar int32, or a (classes,) uint8 row of zeros and ones."""
+    label = record["label"]
+    return np.asarray(label, np.int32 if np.ndim(label) == 0 else np.uint8)
 
 
 def _augmented(image: bytes | np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
@@ -67,7 +73,9 @@ def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
     size = config.eval_image_size
     nothing: Rows = {
         "image": np.zeros((size, size, 3), np.uint8),
-        "label": np.asarray(0, np.int32),
+        "label": np.zeros(len(source.class_names), np.uint8)
+        if config.source.is_multi_label
+        else np.asarray(0, np.int32),
         "mask": np.asarray(0, np.float32),
     }
     if position >= len(source):
@@ -86,7 +94,7 @@ def eval_example(position: int, *, config: DataConfig, source: Source) -> Rows:
         if config.on_corrupt == "raise":
             raise
         return nothing
-    return {"image": image, "label": np.asarray(record["label"], np.int32), "mask": np.asarray(1, np.float32)}
+    return {"image": image, "label": label_of(record), "mask": np.asarray(1, np.float32)}
 
 
 @contextlib.contextmanager

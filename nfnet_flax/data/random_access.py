@@ -22,7 +22,8 @@ from nfnet_flax.units import human_size
 
 Split = Literal["train", "eval"]
 Record = dict[str, Any]
-"""`image`: bytes of an encoded file, or a (H, W, 3) uint8 array; `label`: an np.int32 scalar."""
+"""`image`: bytes of an encoded file, or a (H, W, 3) uint8 array; `label`: an np.int32 scalar, or with
+`SourceConfig.is_multi_label` a (number of classes,) uint8 array of zeros and ones."""
 
 
 class Unused(NamedTuple):
@@ -98,6 +99,12 @@ class SourceConfig(OpenConfig, abc.ABC):
     `Source.fingerprint`. A recipe can be read on a machine without the images, so libraries that read them are best
     imported in the methods that need them.
     """
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several classes, or none. The label of an example is then a row of zeros and ones
+        with one number for each class. By default False: it is the number of the image's class."""
+        return False
 
     @abc.abstractmethod
     def open(self, split: Split, image_size: int) -> Source:

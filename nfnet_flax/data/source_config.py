@@ -1,6 +1,7 @@
 """The package's sources of labelled images, for recipes; each is defined in the file that also reads it."""
 
 from nfnet_flax.data.array_record_source import ArrayRecordSource
+from nfnet_flax.data.csv_source import CsvSource
 from nfnet_flax.data.digits import DigitsSource
 from nfnet_flax.data.image_folder import FolderSource
 from nfnet_flax.data.random_access import SourceConfig
@@ -8,6 +9,14 @@ from nfnet_flax.data.synthetic import SyntheticSource
 from nfnet_flax.data.tfds_records import TfdsSource
 from nfnet_flax.open_config import declare_kinds
 
-declare_kinds(SourceConfig, DigitsSource, SyntheticSource, FolderSource, ArrayRecordSource, TfdsSource)
+declare_kinds(SourceConfig, DigitsSource, SyntheticSource, FolderSource, CsvSource, ArrayRecordSource, TfdsSource)
 
-__all__ = ["ArrayRecordSource", "DigitsSource", "FolderSource", "SourceConfig", "SyntheticSource", "TfdsSource"]
+__all__ = [
+    "ArrayRecordSource",
+    "CsvSource",
+    "DigitsSource",
+    "FolderSource",
+    "SourceConfig",
+    "SyntheticSource",
+    "TfdsSource",
+]

@@ -1,4 +1,4 @@
-"""Opening a split of labelled images: `len(source)`, `source[i]` -> `{"image": ..., "label": int32}`."""
+"""Opening a split of labelled images: `len(source)`, `source[i]` -> `{"image": ..., "label": ...}`."""
 
 import contextlib
 from collections.abc import Sequence
@@ -61,10 +61,10 @@ def _check_opened(config: SourceConfig, source: object) -> None:
         raise ConfigError(f"{opened_by}: returned no examples")
     if is_own(type(config)):
         with contextlib.suppress(CorruptRecordError):  # reported when the example is read
-            _check_example(f"{opened_by}: example 0", source[0], len(names))
+            _check_example(f"{opened_by}: example 0", source[0], len(names), is_multi_label=config.is_multi_label)
 
 
-def _check_example(named: str, record: object, num_classes: int) -> None:
+def _check_example(named: str, record: object, num_classes: int, *, is_multi_label: bool) -> None:
     """Checks an example of a user's source; the package's own sources are known to return valid ones."""
     if not isinstance(record, dict) or not {"image", "label"} <= record.keys():
         raise ConfigError(f"{named} = {record!r}: must be a dict with image and label")
@@ -72,5 +72,11 @@ def _check_example(named: str, record: object, num_classes: int) -> None:
     is_pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     remedy = "must be the bytes of an image file, or (H, W, 3) uint8 pixels"
     require(is_pixels or isinstance(image, bytes), f"{named}: image", type(image).__name__, remedy)
+    if is_multi_label:
+        is_row = (
+            isinstance(label, np.ndarray) and label.shape == (num_classes,) and bool(np.all(label * label == label))
+        )
+        require(is_row, f"{named}: label", label, f"must be an array of {num_classes} zeros and ones")
+        return
     is_label = isinstance(label, int | np.integer) and 0 <= label < num_classes
     require(bool(is_label), f"{named}: label", label, f"must be the number of a class, from 0 to {num_classes - 1}")

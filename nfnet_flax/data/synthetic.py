@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nfnet_flax.config import MAX_COUNT, require, require_count
+from nfnet_flax.config_json import ADDED_LATER
 from nfnet_flax.data.augment_config import AffineAugment
 from nfnet_flax.data.random_access import Record, SourceConfig, Split, check_index, digest
 
@@ -22,6 +23,8 @@ class SyntheticSource(SourceConfig):
     """Number of held-out examples; by default as many as ImageNet has."""
     num_classes: int = 1000
     """Number of classes; example i has the label i modulo this number."""
+    several_classes: bool = dataclasses.field(default=False, metadata=ADDED_LATER)
+    """Whether labels are rows of zeros and ones: example i then also has the next class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,9 +33,14 @@ class SyntheticSource(SourceConfig):
         remedy = f"must be 2 to {MAX_COUNT:,}"
         require(2 <= self.num_classes <= MAX_COUNT, "source.num_classes", self.num_classes, remedy)
 
+    @property
+    def is_multi_label(self) -> bool:
+        return self.several_classes
+
     def open(self, split: Split, image_size: int) -> "SyntheticImages":
         num_examples = self.num_train_examples if split == "train" else self.num_eval_examples
-        return SyntheticImages(split, num_examples, self.num_classes, image_size)
+        kind = MultiLabelNoise if self.several_classes else SyntheticImages
+        return kind(split, num_examples, self.num_classes, image_size)
 
     def default_augment(self) -> AffineAugment:
         return AffineAugment()
@@ -64,7 +72,7 @@ class SyntheticImages:
         self._noise = np.frombuffer(hashlib.shake_128(split.encode()).digest(num_bytes), np.uint8)
 
     def __reduce__(self) -> Any:
-        return (SyntheticImages, self._arguments)  # cheaper to make anew than to send to a worker
+        return (type(self), self._arguments)  # cheaper to make anew than to send to a worker
 
     def __len__(self) -> int:
         return self._num_examples
@@ -84,3 +92,13 @@ class SyntheticImages:
 
     def describe(self, index: int) -> str:
         return f"synthetic image {check_index(index, self._num_examples)}"
+
+
+class MultiLabelNoise(SyntheticImages):
+    """The same with labels that are rows of zeros and ones: example i has class i and the next one."""
+
+    def __getitem__(self, index: int) -> Record:
+        record = super().__getitem__(index)
+        row = np.zeros(len(self.class_names), np.uint8)
+        row[[record["label"], (record["label"] + 1) % len(row)]] = 1
+        return {**record, "label": row}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from nfnet_flax.optim.optimizer import OptimConfig, learning_rate_factors
+from nfnet_flax.optim.optimizer import OptimConfig, first_epochs, learning_rate_factors
 from nfnet_flax.optim.param_groups import assign
 
 _HEADINGS = ("learning rate", "weight decay", "clipped", "arrays", "parameters", "such as")
@@ -20,13 +20,16 @@ class _Treatment:
     """Factor on the learning rate; 0: frozen."""
     weight_decay: float
     is_clipped: bool
+    from_epoch: float = 0.0
+    """Epoch from which it is trained."""
 
     @property
     def words(self) -> tuple[str, str, str]:
         """Learning rate, weight decay and clipping as the table shows them."""
         if self.learning_rate == 0:
             return "frozen", "-", "-"
-        return f"x {self.learning_rate:.3g}", f"{self.weight_decay:.3g}", "yes" if self.is_clipped else "no"
+        later = f" from epoch {self.from_epoch:g}" if self.from_epoch else ""
+        return f"x {self.learning_rate:.3g}{later}", f"{self.weight_decay:.3g}", "yes" if self.is_clipped else "no"
 
 
 _FROZEN = _Treatment(0.0, 0.0, is_clipped=False)
@@ -44,11 +47,12 @@ def groups_table(config: OptimConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
     """
     names = list(shapes)
     factors = learning_rate_factors(config, names)
+    epochs = first_epochs(config, names)
     decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
     clipped = frozenset() if config.clipping is None else config.clipping.clipped(names)
     members: dict[_Treatment, list[str]] = {}
     for name in names:
-        treatment = _Treatment(factors[name], config.weight_decay * decay[name], name in clipped)
+        treatment = _Treatment(factors[name], config.weight_decay * decay[name], name in clipped, epochs[name])
         members.setdefault(treatment if factors[name] else _FROZEN, []).append(name)
 
     def count(group: list[str]) -> int:

@@ -4,7 +4,7 @@ The defaults are those published for NFNets: AGC, weight decay, Nesterov momentu
 """
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from nfnet_flax.config import MAX_COUNT, ConfigError, check_types, require
+from nfnet_flax.config_json import ADDED_LATER
 from nfnet_flax.optim.clipping import AGC, Clipping
+from nfnet_flax.optim.later import in_turn, start_steps
 from nfnet_flax.optim.methods import SGD, Method
 from nfnet_flax.optim.param_groups import ParamGroup, assign, layer_decay
 from nfnet_flax.optim.sam import SAMConfig
@@ -42,6 +44,10 @@ class OptimConfig:
     learning_rate_groups: tuple[ParamGroup, ...] = (ParamGroup("*", 1.0),)
     """Patterns of parameter names, each with a factor on the learning rate; the first pattern that matches a name
     counts. The factor 0 freezes a parameter: it does not change, and has no weight decay, gradient or momentum."""
+    trained_from_epoch: tuple[ParamGroup, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    """Patterns of parameter names, each with the epoch from which its parameters are trained; the first pattern that
+    matches a name counts, and names of no pattern are trained from the start. Until then a parameter is frozen. With
+    `head.*` at 0 and `*` at 2, the head is trained alone for two epochs."""
     layer_decay: float = 1.0
     """Further factor on the learning rate for each block between a parameter and the head, such as 0.75 for fine-tuning
     (`nfnet_flax.optim.layer_decay`)."""
@@ -89,6 +95,10 @@ class OptimConfig:
         require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must lie in (0, 1]")
         for group in self.learning_rate_groups:
             require(group.value >= 0, "optim.learning_rate_groups", group, "must not be negative; 0 freezes")
+        for group in self.trained_from_epoch:
+            require(group.value >= 0, "optim.trained_from_epoch", group, "must not be negative")
+        remedy = "needs all parameters from the start: leave it out, or leave optim.trained_from_epoch empty"
+        require(self.sam is None or not self.trained_from_epoch, "optim.sam", self.sam, remedy)
 
     @property
     def is_divisible(self) -> bool:
@@ -141,6 +151,9 @@ class Optimizer:
     """Sharpness-aware minimization; None: off."""
     frozen: frozenset[str]
     """Names of the parameters that are not trained."""
+    starts: Mapping[str, int]
+    """Name -> first step, counted from 0, at which it is trained; those that are not named are trained from the start.
+    If there are any, `update` needs the keyword argument `step`."""
     is_divisible: bool
     """Whether a device can update a share of each kernel by itself, see `Method.is_divisible`."""
     metrics: Callable[[optax.OptState], dict[str, jax.Array]]
@@ -163,7 +176,27 @@ def learning_rate_factors(config: OptimConfig, names: Iterable[str]) -> dict[str
     return factors
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterable[str]) -> Optimizer:
+def first_epochs(config: OptimConfig, names: Iterable[str]) -> dict[str, float]:
+    """Name of each parameter -> epoch from which it is trained.
+
+    Raises:
+      ConfigError: a pattern matches no parameter, or no parameter is trained from the start.
+    """
+    names = list(names)
+    groups = config.trained_from_epoch
+    if not groups:
+        return dict.fromkeys(names, 0.0)
+    last = () if any(group.pattern == "*" for group in groups) else (ParamGroup("*", 0.0),)
+    epochs = assign("optim.trained_from_epoch", (*groups, *last), names)
+    factors = learning_rate_factors(config, names)
+    begins = any(factors[name] and epochs[name] == 0 for name in names)
+    require(begins, "optim.trained_from_epoch", groups, "leaves nothing to train at first: give some parameters 0")
+    return epochs
+
+
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, names: Iterable[str], *, steps_per_epoch: float | None = None
+) -> Optimizer:
     """The optimizer: clipping, then the method, which includes weight decay and learning rate, then the groups'
     factors.
 
@@ -171,12 +204,19 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterabl
       config: optimizer configuration.
       schedule: learning rate as a function of the step counted from 0.
       names: names of the network's parameters.
+      steps_per_epoch: length of an epoch in steps, which `config.trained_from_epoch` needs.
 
     Raises:
       ConfigError: a pattern matches no parameter, no pattern matches a parameter, or all parameters are frozen.
     """
     names = list(names)
     factors = learning_rate_factors(config, names)
+    frozen = frozenset(name for name, factor in factors.items() if factor == 0)
+    epochs = first_epochs(config, names)
+    remedy = "needs the length of an epoch: give make_optimizer(..., steps_per_epoch=...)"
+    is_known = steps_per_epoch is not None or not any(epochs.values())
+    require(is_known, "optim.trained_from_epoch", config.trained_from_epoch, remedy)
+    starts = start_steps(epochs, steps_per_epoch or 1.0, frozen)
     decay = assign("optim.weight_decay_groups", config.weight_decay_groups, names)
 
     def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
@@ -190,8 +230,13 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterabl
         return {name: update * factors[name] if factors[name] != 1 else update for name, update in updates.items()}
 
     clip = optax.identity() if config.clipping is None else config.clipping.transformation(names)
-    move = config.method.transformation(schedule, optax.stateless(add_decay), names)
-    whole = optax.with_extra_args_support(optax.chain(clip, move, optax.stateless(scale_by_group)))
+
+    def move(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        moved = config.method.transformation(learning_rate, optax.stateless(add_decay), names)
+        return optax.chain(moved, optax.stateless(scale_by_group)) if starts else moved
+
+    parts = (in_turn(move, schedule, starts),) if starts else (move(schedule), optax.stateless(scale_by_group))
+    whole = optax.with_extra_args_support(optax.chain(clip, *parts))
 
     def trained(values: dict[str, Value]) -> dict[str, Value]:
         return {name: value for name, value in values.items() if factors[name]}
@@ -213,7 +258,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, names: Iterabl
         schedule=schedule,
         ema_decay=config.ema_decay,
         sam=config.sam,
-        frozen=frozenset(name for name, factor in factors.items() if factor == 0),
+        frozen=frozen,
+        starts=starts,
         is_divisible=config.is_divisible,
         metrics=metrics,
     )
@@ -225,11 +271,13 @@ def update_ema(
     step: jax.Array,
     decay: float,
     frozen: Container[str] = (),
+    starts: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Moving average after the update at `step` (counted from 0), with the published warm-up of its decay rate.
 
-    Integers (BatchNorm's counts) are copied. The average of a frozen parameter is not changed: it was equal to the
-    parameter at the start, and a weighted mean of equal numbers may differ by a rounding error.
+    Integers (BatchNorm's counts) are copied. The average of a frozen parameter is not changed, nor that of one before
+    the first step at which it is trained (`starts`): it was equal to the parameter at the start, and a weighted mean of
+    equal numbers may differ by a rounding error.
     """
     count = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
@@ -237,6 +285,7 @@ def update_ema(
     def moved(name: str, value: jax.Array) -> jax.Array:
         if name in frozen:
             return ema[name]
-        return rate * ema[name] + (1.0 - rate) * value if jnp.issubdtype(value.dtype, jnp.floating) else value
+        average = rate * ema[name] + (1.0 - rate) * value if jnp.issubdtype(value.dtype, jnp.floating) else value
+        return jnp.where(step >= starts[name], average, ema[name]) if name in starts else average
 
     return {name: moved(name, value) for name, value in params.items()}

@@ -145,6 +145,9 @@ def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lo
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=batch_sharding(mesh, 4)),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
     }
+    if recipe.data.source.is_multi_label:
+        rows = (batch_size, recipe.num_classes)
+        batch |= {"label": jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=batch_sharding(mesh, 2))}
     facts = RunFacts(class_names=(), mean=recipe.data.mean, std=recipe.data.std)
     arrays = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(mesh))

@@ -37,10 +37,11 @@ def build_optimizer(recipe: Recipe, structure: Structure, num_examples: int) -> 
     Raises:
       ConfigError: parameter groups do not fit the network, or there are more steps than can be counted.
     """
+    steps_per_epoch = num_examples / recipe.data.batch_size
     schedule = make_schedule(
         recipe.optim,
         batch_size=recipe.data.batch_size,
-        steps_per_epoch=num_examples / recipe.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
         num_steps=recipe.total_steps(num_examples),
     )
-    return make_optimizer(recipe.optim, schedule, structure.shapes)
+    return make_optimizer(recipe.optim, schedule, structure.shapes, steps_per_epoch=steps_per_epoch)

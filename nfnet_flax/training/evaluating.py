@@ -112,7 +112,14 @@ class RunEvaluation:
         source = self.labelled.source
         with eval_batches(self.data, source, process_index=0, num_processes=1) as batches:
             counted_in = source if self.data.on_corrupt == "skip" else None
-            metrics = run_evaluation(eval_step, by_prefix, batches, self._mesh, counted_in=counted_in)
+            metrics = run_evaluation(
+                eval_step,
+                by_prefix,
+                batches,
+                self._mesh,
+                counted_in=counted_in,
+                summarize=self.run.recipe.objective.summarize,
+            )
         assert metrics is not None  # it cannot be stopped here
         return {"step": step, **metrics}
 
@@ -128,8 +135,9 @@ class RunEvaluation:
 
         Raises:
           NoCheckpoint: there is no such checkpoint, or it is damaged.
-          ConfigError, InputFailed, StorageFailed: as for `evaluate`.
+          ConfigError, InputFailed, StorageFailed: as for `evaluate`; or images have several classes.
         """
+        _require_one_class(self.data)
         step, weights = self._weights(checkpoint)
         recipe, skips = self.run.recipe, self.data.on_corrupt == "skip"
         text = f"run {recipe.name!r}, step {step}, seed {recipe.seed}"
@@ -145,6 +153,13 @@ class RunEvaluation:
         step, found = read_checkpoint(self.run.workdir, shapes, ("raw", "ema"), checked_which(checkpoint))
         placed = jax.device_put(found, replicated(self._mesh))
         return step, {"raw": placed["raw"], "ema": placed["ema"]}  # JAX sorts the names
+
+
+def _require_one_class(data: DataConfig) -> None:
+    remedy = (
+        "has images with several classes, of which only the metrics of a run are computed: nfnet eval --workdir DIR"
+    )
+    require(not data.source.is_multi_label, "data.source", type(data.source).__name__, remedy)
 
 
 def own_names(data: DataConfig) -> tuple[str, ...]:
@@ -269,6 +284,7 @@ def measure_weights(
     keeps_logits: bool = False,
 ) -> Measurement:
     """The result of `evaluate_weights`, for weights that are read already; arguments and errors as there."""
+    _require_one_class(data)
     require(info.num_classes > 0, "weights", info.source, "have no head, and so no classes: give weights with one")
     remedy = "take images of so many channels, and the images of a set have 3"
     require(info.model.in_channels == 3, "weights", f"{info.source}: {info.model.in_channels}", remedy)

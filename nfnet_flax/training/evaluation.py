@@ -34,26 +34,38 @@ RowValues = Callable[[Classifier, jax.Array, Batch], Arrays]
 the batch. It is traced by JAX."""
 
 
-def evaluated_names(objective: Objective, num_classes: int) -> tuple[str, ...]:
-    """Names of the values that an objective's `evaluate` returns; computes nothing.
+Summarize = Callable[[dict[str, np.ndarray]], dict[str, float]]
+"""`Objective.summarize`."""
+
+
+def evaluated_names(objective: Objective, num_classes: int, *, is_multi_label: bool = False) -> tuple[str, ...]:
+    """Names of the metrics of an evaluation with an objective; computes nothing.
+
+    Args:
+      objective: the objective.
+      num_classes: number of outputs of the network.
+      is_multi_label: whether labels are rows of zeros and ones.
 
     Raises:
-      ConfigError: `loss` is not among them, or a value is not one number for each example.
+      ConfigError: `loss` is not among them, or a value is not an array with one entry for each example.
     """
     rows = 2
+    label = jax.ShapeDtypeStruct((rows, num_classes), jnp.uint8) if is_multi_label else None
     batch = {
         "image": jax.ShapeDtypeStruct((rows, 8, 8, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "label": label or jax.ShapeDtypeStruct((rows,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
     found = jax.eval_shape(objective.evaluate, jax.ShapeDtypeStruct((rows, num_classes), jnp.float32), batch)
     called = f"{type(objective).__name__}.evaluate"
     require("loss" in found, called, sorted(found), "must also return loss: the loss of each example")
     require("mask" not in found, called, sorted(found), "mask says which examples count: choose another name")
-    remedy = "must be (N,): one number for each example"
+    remedy = "must be (N,), one number for each example, or (N, ...) for `summarize`"
     for name, value in found.items():
-        require(value.shape == (rows,), f"{called}: {name}", f"of shape {value.shape}", remedy)
-    return tuple(found)
+        is_number = name == "loss" and value.shape != (rows,)
+        require(value.shape[:1] == (rows,) and not is_number, f"{called}: {name}", f"of shape {value.shape}", remedy)
+    zeros = {name: np.zeros(value.shape, value.dtype) for name, value in found.items() if value.ndim > 1}
+    return (*(name for name in found if name not in zeros), *objective.summarize(zeros))
 
 
 def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> jax.stages.Wrapped:
@@ -145,6 +157,7 @@ def run_evaluation(
     is_stopped: Callable[[], bool] | None = None,
     *,
     counted_in: Source | None = None,
+    summarize: Summarize | None = None,
 ) -> dict[str, float] | None:
     """Metrics of several sets of weights over the same batches.
 
@@ -157,6 +170,8 @@ def run_evaluation(
         all processes.
       counted_in: the source of the batches, if images that cannot be decoded are left out: these are then counted, and
         if there are any, process 0 prints a warning.
+      summarize: makes further metrics of those values of the step that are not one number for each example; None: these
+        values are not used.
 
     Returns:
       The objective's metrics as `{prefix}/top1`, `{prefix}/loss` and so on, and `eval/num_examples`, with `counted_in`
@@ -178,7 +193,7 @@ def run_evaluation(
     metrics = {
         name: value
         for prefix in weights_of
-        for name, value in metrics_of(prefix, [batch[prefix] for batch in batches_of]).items()
+        for name, value in metrics_of(prefix, [batch[prefix] for batch in batches_of], summarize).items()
     }
     if counted_in is not None:
         masks = [next(iter(batch.values()))["mask"] for batch in batches_of]
@@ -197,12 +212,15 @@ def say_left_out(source: Source, mask: np.ndarray) -> int:
     return left_out.size
 
 
-def metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def metrics_of(
+    prefix: str, batches: list[dict[str, np.ndarray]], summarize: Summarize | None = None
+) -> dict[str, float]:
     """Means of the values of an objective's `evaluate`, and `eval/num_examples`; see `run_evaluation`.
 
     Args:
       prefix: prefix of the metrics.
       batches: values by name and `mask` of each batch.
+      summarize: makes metrics of values that are no single numbers; None: these are left out.
 
     Raises:
       ConfigError: there was no example to evaluate.
@@ -217,7 +235,11 @@ def metrics_of(prefix: str, batches: list[dict[str, np.ndarray]]) -> dict[str, f
     means = {
         f"{prefix}/{name}": float(np.mean(value if name == "loss" else np.where(is_finite, value, 0), dtype=np.float64))
         for name, value in values.items()
+        if value.ndim == 1
     }
+    rows = {name: value for name, value in values.items() if value.ndim > 1}
+    if rows and summarize is not None:
+        means |= {f"{prefix}/{name}": value for name, value in summarize(rows).items()}
     return means | {"eval/num_examples": float(np.sum(counted))}
 
 

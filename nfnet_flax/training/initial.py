@@ -1,6 +1,7 @@
 """The weights that a run starts from: those of a weight file or of another run, for the classes of its own images."""
 
 import dataclasses
+import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -8,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models import build_model
+from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.parallel.processes import Processes, check_agreement
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.reading import weights_of
-from nfnet_flax.weights.entries import HostArrays
+from nfnet_flax.weights.entries import HostArrays, shapes_of
 from nfnet_flax.weights.heads import for_classes
 from nfnet_flax.weights.portable import fitting_arrays
 
@@ -32,7 +33,7 @@ class InitialWeights:
 
 
 def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeights:
-    """Reads the weights that `init_from` names; without it, there are no arrays.
+    """Reads the weights that `init_from` names, and makes those that `init_to_zero` names.
 
     Args:
       recipe: the recipe. For another checkpoint of a run than its newest, or for raw parameters, make a file with
@@ -41,23 +42,38 @@ def initial_weights(recipe: Recipe, class_names: Sequence[str]) -> InitialWeight
         another order, its outputs are reordered.
 
     Raises:
-      ConfigError: the weights cannot be read, do not fit the network, or their head has other classes.
+      ConfigError: the weights cannot be read, do not fit the network, or their head has other classes; or a pattern
+        matches no parameter.
       StorageFailed: the folder cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
-    if recipe.init_from is None:
+    if recipe.init_from is None and not recipe.init_to_zero:
         return InitialWeights(arrays={})
-    info, stored = weights_of(recipe.init_from, field="init_from")
     model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
+    zeros = _zeros(recipe, model)
+    if recipe.init_from is None:
+        return InitialWeights(arrays=zeros)
+    info, stored = weights_of(recipe.init_from, field="init_from")
     source = f"init_from {recipe.init_from!r}"
-    arrays = fitting_arrays(source, info, stored, model, recipe.init_from_skip)
-    arrays = for_classes(source, info, arrays, class_names, _REMEDY)
+    arrays = fitting_arrays(source, info, stored, model, (*recipe.init_from_skip, *recipe.init_to_zero))
+    arrays = for_classes(source, info, arrays, class_names, _REMEDY) | zeros
     known, data = info.preprocessing, recipe.data
     return InitialWeights(
         arrays=arrays,
         record={"source": info.source, "content": content_of(arrays)},
         said=None if known is None else known.normalisation_change(source, data.mean, data.std),
     )
+
+
+def _zeros(recipe: Recipe, model: Classifier) -> HostArrays:
+    """Zeros for the parameters of `init_to_zero`."""
+    found: HostArrays = {}
+    for pattern in recipe.init_to_zero:
+        shapes = {name: shape for name, (shape, _) in shapes_of(model).items() if fnmatch.fnmatchcase(name, pattern)}
+        if not shapes:
+            raise ConfigError(f"init_to_zero: pattern {pattern!r} matches no parameter; names look like 'head.kernel'")
+        found |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return found
 
 
 def content_of(arrays: Mapping[str, np.ndarray]) -> str:

@@ -267,7 +267,15 @@ def _evaluate(
     with setup.eval_batches() as batches:
         weights = weights_to_evaluate(state)
         counted_in = setup.eval_source if setup.recipe.data.on_corrupt == "skip" else None
-        return run_evaluation(setup.eval_step, weights, batches, setup.mesh, is_stopped, counted_in=counted_in)
+        return run_evaluation(
+            setup.eval_step,
+            weights,
+            batches,
+            setup.mesh,
+            is_stopped,
+            counted_in=counted_in,
+            summarize=setup.recipe.objective.summarize,
+        )
 
 
 def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:

@@ -115,6 +115,9 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         check_distinct(source_record(train_source), None, eval_source)
     remedy = f"must be at least {len(names)}, the number of classes of the images"
     require(recipe.num_classes >= len(names), "num_classes", recipe.num_classes, remedy)
+    if data.source.is_multi_label:
+        remedy = f"must be {len(names)}, the number of classes of the images, as an image may have several"
+        require(recipe.num_classes == len(names), "num_classes", recipe.num_classes, remedy)
     _check_best_metric(recipe)
     structure = build_structure(recipe, mesh)
     optimizer = build_optimizer(recipe, structure, len(train_source))
@@ -143,7 +146,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
 
 def _check_best_metric(recipe: Recipe) -> None:
     """Raises `ConfigError` unless an evaluation computes the metric by which the best checkpoint is chosen."""
-    names = evaluated_names(recipe.objective, recipe.num_classes)
+    names = evaluated_names(recipe.objective, recipe.num_classes, is_multi_label=recipe.data.source.is_multi_label)
     known = ", ".join(f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in names)
     remedy = f"{type(recipe.objective).__name__} does not compute it: give one of {known}"
     is_known = recipe.checkpoint.best_metric.partition("/")[2] in names

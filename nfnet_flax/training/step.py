@@ -24,6 +24,7 @@ from nfnet_flax.models.preparation import (
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.objectives import Arrays, Batch, Objective
 from nfnet_flax.optim import Optimizer, SAMConfig
+from nfnet_flax.optim.later import begun
 from nfnet_flax.optim.norms import global_norm
 from nfnet_flax.optim.optimizer import update_ema
 from nfnet_flax.optim.sam import ascend
@@ -102,9 +103,17 @@ def _updated(
     If the norm is not finite, the state is unchanged.
     """
     gradient = pull_back(gradient, point, facts, units, optimizer.frozen)
-    norm = global_norm(gradient, units.norms)
-    norms = {name: units.norms.get(name) for name in gradient}
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, unit_norms=norms, global_norm=norm)
+    known = units.norms
+    if optimizer.starts:  # what is not trained yet counts neither as a part of the gradient nor as clipped
+        gradient = begun(gradient, optimizer.starts, state.step)
+        of_gradient = begun({name: pair[0] for name, pair in known.items() if pair}, optimizer.starts, state.step)
+        known = {name: pair and (of_gradient[name], pair[1]) for name, pair in known.items()}
+    norm = global_norm(gradient, known)
+    norms = {name: known.get(name) for name in gradient}
+    more = {"step": state.step} if optimizer.starts else {}
+    updates, opt_state = optimizer.update(
+        gradient, state.opt_state, state.params, unit_norms=norms, global_norm=norm, **more
+    )
     trained = {name: state.params[name] for name in gradient}
     params: Params = state.params | optax.apply_updates(trained, updates)
     updated = TrainState(
@@ -112,7 +121,9 @@ def _updated(
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
-        ema_params=update_ema(state.ema_params, params, state.step, optimizer.ema_decay, optimizer.frozen),
+        ema_params=update_ema(
+            state.ema_params, params, state.step, optimizer.ema_decay, optimizer.frozen, optimizer.starts
+        ),
         ema_batch_stats=update_ema(state.ema_batch_stats, batch_stats, state.step, optimizer.ema_decay),
     )
     # The norm is finite if all gradients are. Choosing per element takes no additional pass over memory.

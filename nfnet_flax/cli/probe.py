@@ -1,0 +1,69 @@
+"""`nfnet probe`."""
+
+import dataclasses
+
+import tyro
+
+from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.exit_codes import EXIT_DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeOptions:
+    """Is a network worth fine-tuning on these images? Logistic regression on its features says it in a minute."""
+
+    data: tyro.conf.Positional[str]
+    """Folder with one folder of images for each class, or with train/ and val/ of these, or a .csv file. If the images
+    are not split, a tenth is held out."""
+    weights: str
+    """A weight file, the folder of a run, a folder with timm's config.json, or a name in a model hub."""
+    image: str = "image"
+    """Column of the CSV file with the names of the image files."""
+    label: str = "label"
+    """Column with the class."""
+    split_column: str | None = None
+    """Column that contains train or val; None: there is none."""
+    eval_file: str | None = None
+    """CSV file of the held-out images; None: there is none."""
+    shots: tuple[int, ...] = (1, 5)
+    """Numbers of training images per class to try in addition to all images."""
+    max_train: int = 2000
+    """Largest number of training images."""
+    max_held_out: int = 1000
+    """Largest number of held-out images."""
+    code: Code = ()
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = tyro.cli(ProbeOptions, args=argv, prog="nfnet probe")
+    load_given_code(argv)
+    from nfnet_flax.finetuning import given_images
+    from nfnet_flax.probe import probe
+    from nfnet_flax.runtime import prepare
+    from nfnet_flax.training.reading import weights_of
+
+    prepare(reproducible=False)
+    images = given_images(
+        options.data,
+        image=options.image,
+        label=options.label,
+        split_column=options.split_column,
+        eval_file=options.eval_file,
+    )
+    info, arrays = weights_of(options.weights)
+    found = probe(
+        info,
+        arrays,
+        images,
+        shots=options.shots,
+        max_train=options.max_train,
+        max_held_out=options.max_held_out,
+    )
+    print(f"{info.source}: {found.num_features} features, logistic regression for {len(images.class_names)} classes")
+    print(f"{'per class':>9}{'images':>9}{'top-1':>9}   on {found.num_held_out} held-out images")
+    print(f"{'-':>9}{0:>9}{found.most_frequent:>9.2%}   always the most frequent class")
+    for row in found.rows:
+        print(f"{'all' if row.per_class is None else row.per_class:>9}{row.num_images:>9}{row.top1:>9.2%}")
+    print(f"time: features {found.features_s:.1f} s, regression {found.fitting_s:.1f} s")
+    return EXIT_DONE
