@@ -73,7 +73,7 @@ def recipe(
         num_classes=len(images.class_names),
         data=dataclasses.replace(settings, augment=CropAugment(min_area=0.35, flip=flip)),
         optim=OptimConfig(
-            # SGD + AGC was best at each batch size in the table of `tools/bench_finetune.py optimizers` (README).
+            # On the digits AdamW needs another learning rate for another batch size, and is no better (README).
             method=SGD(),
             clipping=AGC(ratio=0.05),
             learning_rate_per_256=0.4,

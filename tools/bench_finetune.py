@@ -70,6 +70,8 @@ class Options:
     """Batch sizes of the table `optimizers`."""
     rates: tuple[float, ...] = (1.0, 5.0)
     """Factors on the learning rates of the table `optimizers`."""
+    layer_decay: float = 1.0
+    """Layer decay of the table `optimizers`."""
     image_size: int = 16
     """Height and width of the images."""
 
@@ -184,7 +186,7 @@ def _optimizers(options: Options, weights: list[Path], folder: Path) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for batch_size in options.batch_sizes:
         for factor in options.rates:
-            base = _finetune(options, weights, folder, batch_size)
+            base = _finetune(options, weights, folder, batch_size, f",layer_decay={options.layer_decay}")
             sgd = dataclasses.replace(
                 base.optim,
                 method=SGD(),
@@ -207,9 +209,9 @@ def _optimizers(options: Options, weights: list[Path], folder: Path) -> None:
                 _compare(f"{name} | {batch_size} | {rate:.3g}", dataclasses.replace(base, optim=optim), weights)
 
 
-def _finetune(options: Options, weights: list[Path], folder: Path, batch_size: int) -> Recipe:
+def _finetune(options: Options, weights: list[Path], folder: Path, batch_size: int, more: str = "") -> Recipe:
     arguments = f"weights={weights[0]},data={folder / '5-9'},flip=false"
-    arguments += f",batch_size={batch_size},num_epochs={options.num_epochs}"
+    arguments += f",batch_size={batch_size},num_epochs={options.num_epochs}{more}"
     return dataclasses.replace(load_recipe(f"{_FINETUNE}:{arguments}"), tensorboard=False)
 
 
