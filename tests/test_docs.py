@@ -255,7 +255,7 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", documents.prose(document)):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
-            path = (ROOT / document).parent / file
+            path = (ROOT / document).parent / file if file else ROOT / document
             assert path.exists(), f"{document} links {target}"
             headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
             assert not anchor or anchor in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.models import Classifier, ModelConfig, TimmNFNetConfig, build_model, model_config
+from nfnet_flax.models import Classifier, TimmNFNetConfig, build_model, model_config
 from nfnet_flax.paths import hub_name, local_path
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.files import check_target, read_safetensors
@@ -79,7 +79,7 @@ def convert_timm(
     if model is None:
         raise ConfigError(f"model: a file does not say which network it is of: give --model; file = {str(path)!r}")
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
-    _check_form(model_config(model), timm_form=timm_form)
+    _check_form(model, timm_form=timm_form)
     tensors = unwrapped(read_safetensors(path)[0])
     changes = TIMM_FORM if timm_form else {}
     info, arrays = _converted(path, model, parameters, tensors, timm_arrays, tensors.get("head.fc.bias"), changes)
@@ -87,9 +87,9 @@ def convert_timm(
     return target
 
 
-def _check_form(config: ModelConfig, *, timm_form: bool) -> None:
-    if timm_form and isinstance(config, TimmNFNetConfig):
-        raise ConfigError("timm_form: this network always computes what timm computes; leave it out")
+def _check_form(name: str, *, timm_form: bool) -> None:
+    if timm_form and isinstance(model_config(name), TimmNFNetConfig):
+        raise ConfigError(f"timm_form: {name} always computes what timm computes; leave it out")
 
 
 def _convert_described(
@@ -107,7 +107,7 @@ def _convert_described(
     if model not in (None, name):
         raise ConfigError(f"model = {model!r}: {os.fspath(reference)!r} is of {name}: leave it out")
     target = target_in(out, name, overwrite=overwrite)
-    _check_form(info.model, timm_form=timm_form)
+    _check_form(name, timm_form=timm_form)
     config = dataclasses.replace(info.model, **TIMM_FORM) if timm_form else info.model
     kind = info.parameters if parameters == "unknown" else parameters
     write_weights(target, dataclasses.replace(info, model=config, parameters=kind), arrays, overwrite=overwrite)
