@@ -82,6 +82,19 @@ def local_path(field: str, value: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{field} = {os.fspath(value)!r}: {error}: give another path") from error
 
 
+def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> None:
+    """Raises `ConfigError` if a file that is to be written is an input of the same command, or lies directly in it.
+
+    Args:
+      field: name of the output in the message.
+      target: the output, as `local_path` gives it.
+      given: the input as the user gave it: a file, a folder or a name in a model hub.
+    """
+    if hub_name(given) is None and local_path(field, given) in (target, target.parent):
+        place = "is also" if local_path(field, given) == target else "lies in the folder of"
+        raise ConfigError(f"{field} = {str(target)!r}: {place} what the command reads: give another place")
+
+
 def run_folder(field: str, value: str | os.PathLike[str]) -> Path:
     """`local_path` of the folder of a run, whose arrays TensorStore writes and reads.
 

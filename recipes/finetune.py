@@ -6,7 +6,8 @@ Data: a folder with one folder of images per class, or with `train/` and `val/` 
   `CsvSource`. Without a held-out split, a tenth of the images is held out.
 Command: nfnet train recipes/finetune.py:weights=weights.safetensors,data=photos --workdir runs/photos
 Others: weights=timm/eca_nfnet_l0.ra2_in1k (a model hub), weights=runs/other (a run); data=photos.csv,label=species;
-  separator=; for several classes per image. Any option of a recipe may follow, such as --num-epochs 50.
+  'separator=;' (with quotes in a shell) for several classes per image. Any option of a recipe may follow, such as
+  --num-epochs 50.
 
 Network, image sizes and normalization are those of the weights, class names those of the data. The new head starts at
 zero and is trained alone at first. One part per batch is the fastest way on one device, and needs one: to use several,

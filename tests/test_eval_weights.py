@@ -301,6 +301,14 @@ def test_weights_without_class_names_need_them_or_say_what_they_take(
     assert "has 13 names, but the network has 12 outputs" in fails(
         capsys, command(nameless, images, "--class-names", file)
     )
+    file.write_text("\n".join(NAMES[:-1]))  # a short list would shift no name, but leave an output without one
+    assert "has 11 names, but the network has 12 outputs: give one name for each output" in fails(
+        capsys, command(weights, images, "--class-names", file)
+    )
+    file.write_text("\n".join(NAMES[::-1]))
+    capsys.readouterr()
+    measured(weights, images, "--class-names", file)
+    assert "replaces the names that the weights have" in capsys.readouterr().err
     whole = write_images(tmp_path / "whole", NAMES, 1)
     capsys.readouterr()
     in_order = measured(nameless, whole)

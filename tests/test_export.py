@@ -108,7 +108,7 @@ def test_what_is_known_of_the_network_is_inside_and_beside(tmp_path: Path) -> No
     assert facts["class_names"] == list(NAMES)
     assert facts["preprocessing"]["mean"] == list(PREPARED.mean)
     assert facts["input"]["shape"] == ["batch", 33, 33, 3]
-    assert facts["output"] == {"name": "logits", "shape": ["batch", 3], "dtype": "float32"}
+    assert facts["output"] == {"name": "logits", "shape": ["batch", 3], "dtype": "float32", "activation": "softmax"}
     assert "batches of 1 and 3, in onnxruntime" in facts["compared"]
     inside = {entry.key: entry.value for entry in onnx.load(written.path).metadata_props}
     assert {name: json.loads(inside[name]) for name in ("class_names", "preprocessing", "input", "model")} == {
@@ -154,6 +154,17 @@ def test_pools_channels_and_networks_without_a_head(pool: str, num_classes: int,
     assert onnx.load(written.path).graph.output[0].name == ("logits" if num_classes else "features")
     with pytest.raises(ConfigError, match="input = 'uint8': the weights record no mean and standard deviation of 1"):
         nfnet_flax.export_model(path, tmp_path, to="onnx", input="uint8", overwrite=True)
+
+
+def test_the_export_says_what_makes_probabilities_and_its_loader_can_be_imported(tmp_path: Path) -> None:
+    info, arrays = described(lifelike(SMALL["nfnet"], 3))
+    info = dataclasses.replace(info, activation="sigmoid")
+    options = ExportOptions(to="stablehlo", image_size=33)
+    export_arrays("a test", info, arrays, tmp_path, name="1 my-net", options=options, overwrite=False)
+    assert json.loads((tmp_path / "1 my-net.stablehlo.json").read_text())["output"]["activation"] == "sigmoid"
+    code = "from _1_my_net_stablehlo import predict; import numpy; predict(numpy.zeros((1, 33, 33, 3), 'float32'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_activation(tmp_path: Path) -> None:

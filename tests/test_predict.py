@@ -378,6 +378,18 @@ def test_bad_input_ends_with_code_2(
     ):
         assert message in fails(capsys, "predict", *words), words
     assert files_in(tmp_path) == {"there.csv": b"keep"}
+    own = tmp_path / "own.png"
+    own.write_bytes((odd / "good" / "PNG.jpg").read_bytes())
+    network = small(tmp_path / "own.safetensors", preprocessing=read_preprocessing(runs["softmax"]))
+    for given, target, message in (
+        (run, own, "is one of the images"),
+        (("--weights", str(network)), network, "is also what the command reads"),
+    ):
+        content = files_in(tmp_path)
+        assert message in fails(capsys, "predict", str(own), *given, "--csv", str(target), "--overwrite")
+        assert files_in(tmp_path) == content
+    assert cli.main(["predict", str(tmp_path), *run, "--csv", str(tmp_path / "beside.csv")]) == EXIT_DONE
+    assert "hidden" not in capsys.readouterr().err  # its own unfinished results
     assert cli.main(["predict", image, *run, "--csv", str(there), "--overwrite"]) == EXIT_DONE
     assert there.read_text().startswith("file,class_1,probability_1,")
 

@@ -71,7 +71,8 @@ def run(argv: list[str]) -> int:
 
     options = recipe_options.parse(EvalOptions, given, "Evaluate checkpoints of a run, or weights, on labelled images.")
     files, label_set = options.files, options.labels
-    files.check()
+    read = [*values_of("--weights", argv), label_set.labels, label_set.classes, label_set.class_names]
+    files.check([given for given in read if given is not None])
     if label_set.labels is not None and files.shows_confusion:
         raise ConfigError(f"{files.shows_confusion[0]}: images have several right labels with --labels: leave one out")
     if weights is not None:

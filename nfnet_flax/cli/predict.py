@@ -15,12 +15,13 @@ from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import run_folder
+from nfnet_flax.paths import check_not_input, run_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable, Iterator
 
     from nfnet_flax.prediction import Prediction, Predictor, Unreadable
+    from nfnet_flax.prediction.files import Found
     from nfnet_flax.prediction.results import Counts, TargetFile, Writer
 
 _STDOUT = "-"
@@ -101,6 +102,8 @@ def _predict(options: PredictOptions, argv: list[str]) -> int:
     for form, value in _asked(options).items():
         if value != _STDOUT:
             targets[form] = check_target(form, value, overwrite=options.overwrite)
+            if options.weights is not None:
+                check_not_input(form, targets[form], options.weights)
     if len(set(targets.values())) < len(targets):
         raise ConfigError("csv, json and html: two of them are the same file: give each its own")
     images = find_images(options.images)
@@ -116,7 +119,10 @@ def _predict(options: PredictOptions, argv: list[str]) -> int:
             print("\n".join(described(predictor)))
         writers = _writers(options, predictor, files)
         counts = _write_all(
-            predictor.stream(images, thumbnail_px=THUMBNAIL_PX if options.html is not None else None), writers
+            predictor.stream(
+                _not_targets(images, targets), thumbnail_px=THUMBNAIL_PX if options.html is not None else None
+            ),
+            writers,
         )
         for file in files.values():
             file.keep()
@@ -144,6 +150,15 @@ def _check(options: PredictOptions) -> None:
     require(options.top >= 1, "top", options.top, "must be at least 1")
     if list(_asked(options).values()).count(_STDOUT) > 1:
         raise ConfigError("csv, json and html: only one of them can be the standard output (-)")
+
+
+def _not_targets(images: "Iterable[Found]", targets: dict[str, Path]) -> "Iterator[Found]":
+    """The images; raises `ConfigError` if one of them would be replaced by the results."""
+    field_of = {str(path): form for form, path in targets.items()}
+    for image in images:
+        if isinstance(image, str) and (form := field_of.get(os.path.realpath(image))) is not None:
+            raise ConfigError(f"{form} = {image!r}: is one of the images: give another name for the results")
+        yield image
 
 
 def _asked(options: PredictOptions) -> dict[str, str]:

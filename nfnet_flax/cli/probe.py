@@ -10,7 +10,10 @@ from nfnet_flax.exit_codes import EXIT_DONE
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
-    """Is a network worth fine-tuning on these images? Logistic regression on its features says it in a minute."""
+    """Is a network worth fine-tuning on these images? Logistic regression on its features says it in a minute.
+
+    Each image has one class: the text of a CSV file's column is taken as it is.
+    """
 
     data: tyro.conf.Positional[str]
     """Folder with one folder of images for each class, or with train/ and val/ of these, or a .csv file. If the images

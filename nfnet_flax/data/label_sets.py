@@ -93,9 +93,15 @@ def open_labelled(
       InputFailed: the disk or the network failed.
     """
     if label_set.class_names is not None:
-        names = _names_in("class_names", label_set.class_names)
-        remedy = f"has {len(names)} names, but the network has {num_outputs} outputs"
-        require(len(names) <= num_outputs, "class_names", label_set.class_names, remedy)
+        given = _names_in("class_names", label_set.class_names)
+        remedy = (
+            f"has {len(given)} names, but the network has {num_outputs} outputs: give one name for each output, in "
+            "order; to leave outputs out, give --classes"
+        )
+        require(len(given) == num_outputs, "class_names", label_set.class_names, remedy)
+        if names is not None and given[: len(names)] != tuple(names):
+            warn(f"class_names: {label_set.class_names} replaces the names that the weights have: {shown(names)}")
+        names = given
     if label_set.labels is not None:
         opened = open_named(own_names())
         chosen, right = _right_of(label_set.labels, opened, num_outputs)

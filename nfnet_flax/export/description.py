@@ -1,5 +1,6 @@
 """What a user of an exported file has to know: preprocessing, names of the classes, input and output, as JSON."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def description(exported: ExportedNetwork, options: ExportOptions) -> dict[str, 
             "name": "logits" if info.num_classes > 0 else "features",
             "shape": ["batch", info.num_classes or exported.network.num_features],
             "dtype": "float32",
+            **({"activation": info.activation} if info.num_classes > 0 else {}),
         },
-        "preprocessing": None if info.preprocessing is None else to_json(info.preprocessing),
+        "preprocessing": None if info.preprocessing is None else dataclasses.asdict(info.preprocessing),
         "class_names": None if info.class_names is None else list(info.class_names),
         "model": to_json(info.model),
         "num_classes": info.num_classes,

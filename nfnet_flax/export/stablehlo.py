@@ -4,6 +4,7 @@ The weights are arguments of the program, in a file of NumPy's beside it: consta
 take long to fold them, and each platform's part of the program would be searched for them.
 """
 
+import re
 from pathlib import Path
 
 import jax
@@ -19,12 +20,12 @@ from nfnet_flax.weights.entries import arrays_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LOADER = '''\
-"""Loads {name}.stablehlo, which lies beside this file, as `predict`: images -> {output}. It needs only JAX."""
+"""Loads the program that lies beside this file, as `predict`: images -> {output}. It needs only JAX."""
 from pathlib import Path
 import jax, numpy as np
 from jax import export
 
-_path = Path(__file__).parent / "{name}.stablehlo"
+_path = Path(__file__).parent / {file!r}
 _program = export.deserialize(bytearray(_path.read_bytes()))
 _weights = jax.device_put(dict(np.load(f"{{_path}}.npz")))
 _call = jax.jit(_program.call)
@@ -71,10 +72,10 @@ def write_stablehlo(
     path.write_bytes(program.serialize())
     np.savez(folder / f"{path.name}.npz", **arrays)  # type: ignore[arg-type]
     given = facts["input"]
-    loader = folder / f"{name}_stablehlo.py"
+    loader = folder / f"{_module_name(name)}_stablehlo.py"
     loader.write_text(
         _LOADER.format(
-            name=name,
+            file=path.name,
             output=facts["output"]["name"],
             shape=str(given["shape"]).replace("'", ""),
             dtype=given["dtype"],
@@ -82,6 +83,12 @@ def write_stablehlo(
         )
     )
     return [f"{path.name}.npz", loader.name, path.name]
+
+
+def _module_name(name: str) -> str:
+    """A name that Python can import."""
+    known = re.sub(r"\W", "_", name)
+    return f"_{known}" if known[:1].isdecimal() else known
 
 
 def call_stablehlo(path: Path) -> Call:

@@ -136,6 +136,8 @@ def _walk(top: str, unused: _Counts) -> Iterator[Found]:
                     yield Unreadable(entry.path, f"cannot be read: {error.strerror}")
                 continue
             is_folder = stat.S_ISDIR(target.st_mode)
+            if entry.name.startswith(".") and entry.name.endswith(f".{os.getpid()}.partial"):
+                continue  # the results of this very command
             if entry.name.startswith("."):
                 _count(unused, _HIDDEN, entry.path)
             elif is_folder and entry.is_symlink() and (target.st_dev, target.st_ino) in seen:

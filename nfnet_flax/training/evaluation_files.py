@@ -15,7 +15,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError, check_types, require
 from nfnet_flax.json_files import write_whole
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import check_not_input, local_path
 from nfnet_flax.training.measuring import Measurement
 
 MAX_PICTURE_CLASSES = 100
@@ -63,11 +63,15 @@ class EvaluationFiles:
         """Names of the files that are given and need one right label for each image."""
         return [name for name in self._given if name.startswith("confusion")]
 
-    def check(self) -> None:
+    def check(self, inputs: Sequence[str] = ()) -> None:
         """Checks, before any work is done, that the files may be written.
 
+        Args:
+          inputs: files and folders that the command reads.
+
         Raises:
-          ConfigError: a file or folder is already there, two files have the same name, or Matplotlib is missing.
+          ConfigError: a file or folder is already there, one would replace an input, two files have the same name, or
+            Matplotlib is missing.
         """
         places: dict[Path, str] = {}
         for name, value in self._given.items():
@@ -78,6 +82,8 @@ class EvaluationFiles:
             remedy = "exists already: give another place, or replace it (--overwrite, in Python overwrite=True)"
             require(self.overwrite or not path.exists(), name, value, remedy)
             require(path not in places, name, value, f"is also given as {places.get(path)}: give another place")
+            for given in inputs:
+                check_not_input(name, path, given)
             places[path] = name
         if self.confusion_png is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(f"confusion_png = {self.confusion_png!r}: pip install 'nfnet_flax[demo]' (Matplotlib)")

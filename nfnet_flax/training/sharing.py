@@ -83,7 +83,7 @@ def _card(run: Run, step: int, info: WeightsInfo, architecture: str) -> str:
         f"| start | {recipe.init_from or 'random parameters'} |",
         f"| seed | {recipe.seed} |",
         *(f"| {name} | {text} |" for name, text in _results(run, step, info)),
-        *_note(info),
+        *_notes(info),
         "\n```python",
         'import timm\n\nmodel = timm.create_model("hf-hub:ORGANIZATION/NAME", pretrained=True)',
         "```",
@@ -107,7 +107,19 @@ def _results(run: Run, step: int, info: WeightsInfo) -> list[tuple[str, str]]:
     ]
 
 
-def _note(info: WeightsInfo) -> list[str]:
+def _notes(info: WeightsInfo) -> list[str]:
+    """How timm's results differ, in sentences."""
+    found = []
+    if info.preprocessing is not None and info.preprocessing.resampler == "area_cubic":
+        found.append(
+            "\nIn training and evaluation, images were resized by averaging over areas and bicubic interpolation "
+            "(`area_cubic`), which timm does not have: it resizes by the antialiased bicubic of Pillow, which "
+            "differs by less than a grey level on average."
+        )
+    return found + _note_on_form(info)
+
+
+def _note_on_form(info: WeightsInfo) -> list[str]:
     if not isinstance(info.model, NFNetConfig) or info.model.standardization == "timm":
         return []
     kept = {name: to_json(info.model)[name] for name in ("activation", "standardization")}
