@@ -1,9 +1,11 @@
 """What `recipes/finetune.py` and `nfnet probe` derive from given weights and images: sizes, preprocessing, splits."""
 
 import dataclasses
+from typing import cast
 
 from nfnet_flax.config import require
 from nfnet_flax.config_json import to_json
+from nfnet_flax.data.augment_config import Resampler
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import CsvSource, FolderSource, SourceConfig
 from nfnet_flax.models import IMAGE_SIZES, ImageSizes, ModelConfig
@@ -119,7 +121,7 @@ def data_config(images: GivenImages, seen_as: Preprocessing, *, train_size: int,
         eval_image_size=seen_as.image_size,
         eval_crop_margin=seen_as.crop_margin,
         eval_keeps_aspect=seen_as.keeps_aspect,
-        resampler=seen_as.resampler,  # type: ignore[arg-type] # `DataConfig` checks it
+        resampler=cast(Resampler, seen_as.resampler),  # `DataConfig` checks it
         mean=seen_as.mean,
         std=seen_as.std,
         batch_size=batch_size,

@@ -4,6 +4,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -155,7 +156,7 @@ def _few(labels: np.ndarray, per_class: int, draw: int) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def _fitted(x: np.ndarray, y: np.ndarray):  # type: ignore[no-untyped-def] # scikit-learn has no types
+def _fitted(x: np.ndarray, y: np.ndarray) -> Any:  # scikit-learn has no types
     """A logistic regression, whose penalty cross-validation chooses if each class has several examples."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -29,7 +29,7 @@ from tools.make_timm_golden import fill
 
 NUM_CLASSES = 10
 GOLDEN_IMAGES, GOLDEN_PX, GOLDEN_ROWS = 6, 260, 5
-"""Of the golden file: number of images, their largest side, and which rows of pixels it has: every fifth."""
+"""Number of images in the golden file, their largest side, and the distance between the rows of pixels it contains."""
 NUM_PX = 700
 """Largest side of the images otherwise."""
 _SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0

@@ -5,12 +5,14 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
 
 from nfnet_flax import runtime
 from nfnet_flax.config import ConfigError, require
+from nfnet_flax.data.augment_config import Resampler
 from nfnet_flax.data.classes import spare_outputs
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
@@ -220,7 +222,7 @@ def data_for(info: WeightsInfo, source: SourceConfig) -> DataConfig | None:
         eval_image_size=given.image_size,
         eval_crop_margin=given.crop_margin,
         eval_keeps_aspect=given.keeps_aspect,
-        resampler=given.resampler,  # type: ignore[arg-type]  # checked by DataConfig
+        resampler=cast(Resampler, given.resampler),  # `DataConfig` checks it
         mean=given.mean,
         std=given.std,
     )
