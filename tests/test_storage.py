@@ -1,42 +1,139 @@
-"""What a disk that fails leaves to be read."""
+"""Folders of this machine and in buckets have the same operations; faults of a store pass or are explained."""
 
-import subprocess
-import sys
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from tests import stores
 
-from tests import runs
+from nfnet_flax.config import ConfigError
+from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket, bucket_url
 
-ABANDONED = """
-import asyncio
-import sys
-import tensorstore
-from nfnet_flax.training.storage import silence_abandoned_writes
-
-if sys.argv[1] == "hushed":
-    silence_abandoned_writes()
-promise, write = tensorstore.Promise.new()
-
-async def wait():
-    await write
-
-loop = asyncio.new_event_loop()
-task = loop.create_task(wait())
-loop.run_until_complete(asyncio.sleep(0))
-loop.close()
-promise.set_result(0)
-
-class Other:
-    def __del__(self):
-        raise RuntimeError("something else")
-
-Other()
-"""
+ODD = "odd/a b%20#[v2]é?.txt"
 
 
-@pytest.mark.parametrize("hushed", [True, False])
-def test_the_end_of_a_write_that_a_failed_save_gave_up_is_not_printed(hushed: bool) -> None:
-    words = [sys.executable, "-c", ABANDONED, "hushed" if hushed else ""]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120, cwd=runs.ROOT)
-    assert ("Event loop is closed" in done.stderr) == (not hushed)
-    assert "RuntimeError: something else" in done.stderr
+@pytest.fixture(scope="module", params=["local", "gs", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+    if request.param == "local":
+        yield LocalFolder(tmp_path_factory.mktemp("place") / "run")
+        return
+    with stores.store(request.param) as url, pytest.MonkeyPatch.context() as patch:
+        _use(patch, request.param, url)
+        yield BucketFolder(BucketUrl(request.param, stores.BUCKET, "runs/run 1"))
+
+
+def _use(patch: pytest.MonkeyPatch, kind: str, url: str) -> None:
+    for name, value in stores.environment(kind, url).items():
+        patch.setenv(name, value)
+    bucket._file_system.cache_clear()
+
+
+def test_every_place_has_the_same_operations(folder: Folder, tmp_path: Path) -> None:
+    assert folder.files() == {}
+    folder.put("a/b.txt", b"1")
+    folder.put("a/b.txt", b"two")
+    folder.put(ODD, b"x")
+    assert folder.files() == {"a/b.txt": 3, ODD: 1}
+    assert folder.files("a") == {"a/b.txt": 3}
+    assert (folder.read("a/b.txt"), folder.read(ODD)) == (b"two", b"x")
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(40_000_000))
+    folder.upload(source, "c/large")
+    folder.download("c/large", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == source.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/none")
+    with pytest.raises(FileNotFoundError):
+        folder.download("a/none", tmp_path / "none")
+    folder.delete([ODD, "a/none", "c/large"])
+    assert folder.files() == {"a/b.txt": 3}
+
+
+def test_of_many_that_create_a_file_one_succeeds(folder: Folder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: folder.create("owner/1", f"{number}".encode()), range(8)))
+    assert sum(won) == 1
+    assert folder.read("owner/1") == f"{won.index(True)}".encode()
+
+
+@pytest.mark.parametrize("kind", stores.KINDS)
+def test_faults_that_pass_are_survived_and_others_say_what_to_do(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(6_000_000))
+    with stores.proxied(kind, []) as (url, set_rules):
+        _use(monkeypatch, kind, url)
+        folder = BucketFolder(BucketUrl(kind, stores.BUCKET, "run"), retry_s=20)
+        unavailable = {"do": "status", "status": 503, "times": 2}
+        for rule in (
+            unavailable,
+            {"do": "status", "status": 429, "times": 1},
+            {"do": "reset", "bytes": 1000, "times": 1, "method": "PUT|POST"},
+            {"do": "lost", "times": 1, "method": "PUT|POST"},
+            {"do": "truncate", "bytes": 100_000, "times": 1, "method": "GET", "url": "large"},
+        ):
+            set_rules([rule])
+            folder.upload(source, "large")
+            folder.download("large", tmp_path / "back")
+            assert (tmp_path / "back").read_bytes() == source.read_bytes(), rule
+        set_rules([{"do": "lost", "times": 1, "method": "PUT|POST"}])
+        assert folder.create("owner", b"me")
+        assert not folder.create("owner", b"other")
+        for status, needed in ((403, "permission is missing"), (401, "log in")):
+            set_rules([{"do": "status", "status": status, "body": "no"}])
+            with pytest.raises(StorageFailed, match=needed) as failed:
+                folder.put("x", b"1")
+            assert f"{kind}://bucket/run/x: cannot write" in str(failed.value)
+        set_rules([{"do": "status", "status": 503}])
+        started = time.monotonic()
+        with pytest.raises(StorageFailed, match=r"cannot read.*repeated for"):
+            BucketFolder(folder.url, retry_s=3).read("large")
+        assert time.monotonic() - started < 60
+        set_rules([])
+        assert folder.files() == {"large": 6_000_000, "owner": 2}
+        with pytest.raises(StorageFailed, match="there is no bucket 'absent'"):
+            BucketFolder(BucketUrl(kind, "absent", "run")).files()
+        with pytest.raises(StorageFailed, match="there is no bucket 'absent'"):
+            BucketFolder(BucketUrl(kind, "absent", "run")).put("x", b"1")
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("gs://b-1/runs/a", BucketUrl("gs", "b-1", "runs/a")),
+        ("s3://b.c/runs//a b/", BucketUrl("s3", "b.c", "runs/a b")),
+        ("GS://bucket", BucketUrl("gs", "bucket", "")),
+        ("runs/a", None),
+        ("/runs/a:b", None),
+    ],
+)
+def test_urls(text: str, url: BucketUrl | None) -> None:
+    assert bucket_url("workdir", text) == url
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("az://bucket/run", "kind that is not supported"),
+        ("http://host/run", "kind that is not supported"),
+        ("gs:/bucket/run", "one slash"),
+        ("gs://B_/run", "no name of a bucket"),
+        ("gs:///run", "no name of a bucket"),
+        ("gs://bucket/../run", "holds . or .."),
+        ("gs://bucket/a\nb", "holds '\\\\n'"),
+    ],
+)
+def test_bad_urls_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bucket_url("workdir", text)
+
+
+def test_a_url_in_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give it as text"):
+        bucket_url("workdir", Path("gs://bucket/run"))

@@ -21,6 +21,7 @@ BASE = {
     "paths",
     "run_clock",
     "runtime",
+    "storage",
     "streams",
     "units",
 }
@@ -36,6 +37,7 @@ ALLOWED = {
     "paths": {"config"},
     "run_clock": set[str](),
     "runtime": {"config", "messages"},
+    "storage": {"config", "json_files"},
     "streams": set[str](),
     "units": set[str](),
     **dict.fromkeys(LEAVES, BASE),
