@@ -57,8 +57,8 @@ def check_path(field: str, value: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{field} = {text!r}: contains a NUL character, which no path can")
     if _URL.match(text):
         raise ConfigError(
-            f"{field} = {text!r}: is a URL, and only paths of this machine's file systems are supported: mount the "
-            f"bucket, or copy it here (a folder that is really named so: ./{text})"
+            f"{field} = {text!r}: is a URL, and this takes only a path of this machine's file systems: copy it here, "
+            f"or mount the bucket (a folder that is really named so: ./{text})"
         )
 
 
@@ -80,6 +80,15 @@ def local_path(field: str, value: str | os.PathLike[str]) -> Path:
         return path
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder; before Python 3.13 also for a loop
         raise ConfigError(f"{field} = {os.fspath(value)!r}: {error}: give another path") from error
+
+
+def user_cache(kind: str) -> Path:
+    """Folder in which the package keeps files of a kind that can be made again.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfnet_flax" / kind
 
 
 def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> None:

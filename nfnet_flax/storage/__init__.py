@@ -4,11 +4,13 @@ operations.
     url.py      what a URL means
     folder.py   the operations; a folder of this machine
     bucket.py   a folder in a bucket: retries, time limits and errors of the object stores
+    objects.py  versions of objects: their checksums, and reading parts of one version
+    cache.py    copies of objects on a disk, which all processes of a host share; cache_room.py, file_locks.py
+    background.py   threads that do not keep a process from ending
 
-Objects are read, written and deleted whole. The libraries are fsspec's (`gcsfs`, `s3fs`): both can create an object only
-if it does not exist, which decides who owns a run, and both work with the emulators that the tests start. `obstore` would
-be faster at reading parts of objects, but cannot write to the emulator of Google's store, so nothing of it would be
-tested.
+The libraries are fsspec's (`gcsfs`, `s3fs`): both can create an object only if it does not exist, which decides who
+owns a run, and both work with the emulators that the tests start. `obstore` would be faster at reading parts of
+objects, but cannot write to the emulator of Google's store, so nothing of it would be tested.
 """
 
 from nfnet_flax.storage.bucket import BucketFolder
