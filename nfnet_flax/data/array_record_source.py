@@ -28,6 +28,7 @@ from nfnet_flax.data.array_records import (
 from nfnet_flax.data.buckets import Place, in_order
 from nfnet_flax.data.cached_source import CachedSource, check_place
 from nfnet_flax.data.random_access import (
+    Copies,
     CorruptRecordError,
     Record,
     SourceConfig,
@@ -131,6 +132,10 @@ class ArrayRecords:
         """See `Prepares`."""
         return self._records.begin_copying(self._place(index)[0] for index in order)
 
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return self._records.copies()
+
     def fingerprint(self) -> str:
         """Digest of the classes and of the contents of every shard, as recorded when they were written."""
         return self._fingerprint
@@ -159,6 +164,8 @@ class _Records(Protocol):
 
     def begin_copying(self, order: Iterable[int]) -> Callable[[], None]: ...
 
+    def copies(self) -> Copies | None: ...
+
 
 class _LocalRecords:
     """The records of files of this machine."""
@@ -183,6 +190,9 @@ class _LocalRecords:
     def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
         """Does nothing."""
         return lambda: None
+
+    def copies(self) -> None:
+        """None: none are needed."""
 
 
 def _opened(config: ArrayRecordSource, split: Split, found: _Found) -> _Records:

@@ -13,7 +13,7 @@ import numpy as np
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.array_records import ENDS_BYTES, Shard, decode_record
 from nfnet_flax.data.bucket_shards import BucketShards
-from nfnet_flax.data.random_access import CorruptRecordError
+from nfnet_flax.data.random_access import Copies, CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
 from nfnet_flax.data.record_index import read_index, record_of
 from nfnet_flax.storage import BucketUrl
@@ -123,6 +123,10 @@ class BucketRecords:
                 future.cancel()
 
         return end
+
+    def copies(self) -> Copies:
+        """Which copies there are."""
+        return self.shards.copies()
 
     def _opened(self, shard: int, path: Path) -> Any:
         """Random access to the records of a copy, which stays open."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.buckets import failing
+from nfnet_flax.data.random_access import Copies
 from nfnet_flax.messages import warn
 from nfnet_flax.storage.cache import ObjectCache, Outcome, Wanted
 from nfnet_flax.storage.objects import ObjectChanged, ObjectFolder
@@ -109,10 +110,6 @@ class BucketShards:
                 except ObjectChanged:
                     self._renew(shard)
 
-    def size(self, shard: str) -> int:
-        """Number of bytes of a shard."""
-        return self._wanted[shard].about.size
-
     def heal(self, shard: str) -> None:
         """Replaces the copy of a shard that turned out to be damaged, in the background."""
         wanted = self._wanted[shard]
@@ -127,13 +124,18 @@ class BucketShards:
             self._failure = message
             warn(message)
 
-    def missing(self) -> list[str]:
-        """The shards of which there is no copy."""
-        return [shard for shard in self._wanted if self.copy(shard) is None]
+    def copies(self) -> Copies:
+        """Which copies there are, and how much room for more."""
+        missing = [shard for shard in self._wanted if self.copy(shard) is None]
+        room = self.cache.room
+        size = sum(self._wanted[shard].about.size for shard in missing)
+        return Copies(room.folder, len(self), len(missing), size, room.free_bytes(), room.limit_bytes)
 
     def begin_copying(self, order: Iterable[str]) -> Callable[[], None]:
         """Begins to copy all shards in the background, those first that `order` names first; returns a function that
         ends it."""
+        if self.cache.room.limit_bytes == 0:
+            return lambda: None
         with contextlib.suppress(OSError):  # reported by the threads
             self.cache.claim(self._wanted.values())
         copying = _Copying(self, order)
@@ -143,12 +145,14 @@ class BucketShards:
 
     def say_missing(self) -> None:
         """Reports how many shards are to be copied, if any."""
-        if missing := self.missing():
-            size = human_size(sum(map(self.size, missing)))
-            warn(
-                f"{len(missing)} of {len(self._wanted)} shards ({size}) are copied from {self._places()} to "
-                f"{self.cache.folder} in the background; until then they are read from the bucket, which is slower"
-            )
+        with contextlib.suppress(OSError):  # reported when copying
+            found = self.copies()
+            if found.num_missing and found.limit_bytes != 0:
+                warn(
+                    f"{found.num_missing} of {found.num_files} shards ({human_size(found.missing_bytes)}) are copied "
+                    f"from {self._places()} to {found.folder} in the background; until then they are read from the "
+                    "bucket, which is slower"
+                )
 
     def _places(self) -> str:
         return ", ".join(dict.fromkeys(str(one.url.parent) for one in self._wanted.values()))

@@ -10,6 +10,7 @@ from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.storage.cache import DamagedObject
 from nfnet_flax.storage.objects import ObjectFolder
+from nfnet_flax.storage.url import is_url
 
 Place = Path | BucketUrl
 """A file or folder of a set of images."""
@@ -42,6 +43,23 @@ def content_of(file: BucketUrl) -> bytes:
     """
     with failing():
         return BucketFolder(file.parent).read(file.name)
+
+
+def refuse_images(field: str, value: str) -> None:
+    """Raises ConfigError for a URL where a folder or a list of single images is wanted.
+
+    Each image would be a request, and nothing known without requests would say whether it was replaced.
+    """
+    if not is_url(value):
+        return
+    command = "aws s3 cp --recursive" if value.startswith("s3:") else "gcloud storage cp --recursive"
+    raise ConfigError(
+        f"{field} = {value!r}: is a URL, and single images are read only from a disk of this machine: copy them by "
+        f"{command} {value!r} FOLDER. To read them from a bucket, make shards of that folder by python "
+        "tools/prepare_imagenet.py --folder FOLDER --no-expect-imagenet --out gs://BUCKET/SET, and give "
+        "--data.source ArrayRecordSource --data.source.train 'gs://BUCKET/SET/train-*' --data.source.eval "
+        "'gs://BUCKET/SET/eval-*'"
+    )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from nfnet_flax.config import ConfigError, require
-from nfnet_flax.data.random_access import Record, Source, Split, Unused, begin_copying, digest, read_ahead
+from nfnet_flax.data.random_access import (
+    Copies,
+    Record,
+    Source,
+    Split,
+    Unused,
+    begin_copying,
+    copies_of,
+    digest,
+    read_ahead,
+)
 from nfnet_flax.units import shown
 
 
@@ -111,3 +121,7 @@ class _Relabelled:
     def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
         """See `Prepares`."""
         return begin_copying(self.source, order)
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return copies_of(self.source)

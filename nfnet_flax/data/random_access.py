@@ -105,6 +105,26 @@ class Prepares(Protocol):
           order: indexes of the examples, in the order in which they will be asked for. It may be long.
         """
 
+    def copies(self) -> "Copies | None":
+        """Which copies there are; None if none are needed."""
+
+
+class Copies(NamedTuple):
+    """Copies of the files of a set on this machine."""
+
+    folder: Path
+    """Where they are."""
+    num_files: int
+    """Number of files of the set."""
+    num_missing: int
+    """Number of files of which there is no copy."""
+    missing_bytes: int
+    """Size of these."""
+    free_bytes: int
+    """Room that there is for more."""
+    limit_bytes: int | None
+    """Room that the user allows; None: all that the disk has."""
+
 
 def read_ahead(source: Source, indexes: Iterable[int]) -> None:
     """`Prepares.read_ahead`, if the source has it."""
@@ -115,6 +135,11 @@ def read_ahead(source: Source, indexes: Iterable[int]) -> None:
 def begin_copying(source: Source, order: Iterable[int]) -> Callable[[], None]:
     """`Prepares.begin_copying`, if the source has it."""
     return source.begin_copying(order) if isinstance(source, Prepares) else lambda: None
+
+
+def copies_of(source: Source) -> Copies | None:
+    """`Prepares.copies`, if the source has it."""
+    return source.copies() if isinstance(source, Prepares) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,6 +334,10 @@ class SourceSlice:
     def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
         """See `Prepares`."""
         return begin_copying(self.source, (self.start + index for index in order))
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return copies_of(self.source)
 
 
 def split_off(source: Source, start: int, stop: int) -> Source:
