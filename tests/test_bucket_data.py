@@ -6,9 +6,12 @@ import dataclasses
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +27,17 @@ from nfnet_flax.data.array_record_source import ArrayRecords, ArrayRecordSource
 from nfnet_flax.data.bucket_records import BucketRecords
 from nfnet_flax.data.bucket_shards import BucketShards
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.source_config import SourceConfig
 from nfnet_flax.data.sources import open_source
+from nfnet_flax.doctor.data import check_data
+from nfnet_flax.doctor.findings import Finding
 from nfnet_flax.open_config import with_absolute_places
+from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.storage import BucketFolder, BucketUrl
-from tests import image_sets, stores
+from nfnet_flax.storage.objects import ObjectFolder
+from tests import image_sets, runs, stores
+from tools import prepare_imagenet
 
 NAME = "train-00001-of-00003.array_record"
 
@@ -49,7 +58,7 @@ class Bucket(NamedTuple):
 
     def fill(self) -> None:
         """Writes the set, which a test has changed, again."""
-        for path in self.local.glob("*.*"):
+        for path in self.local.glob("[a-z]*"):
             self.folder.upload(path, path.name)
 
     def source(self, cache: Path, cache_gib: float | None = None) -> ArrayRecordSource:
@@ -87,10 +96,15 @@ def served(request: pytest.FixtureRequest, local: Path) -> Iterator[Bucket]:
 @pytest.fixture
 def bucket(served: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     stores.use(monkeypatch, served.kind, served.proxy)
+    before = contents(served)
     yield served
     served.set_rules([])
-    if served.folder.files() != {path.name: path.stat().st_size for path in served.local.glob("*.*")}:
+    if contents(served) != before:
         served.fill()
+
+
+def contents(served: Bucket) -> dict[str, str]:
+    return {name: about.checksum for name, about in ObjectFolder(served.folder.url).objects().items()}
 
 
 def records(source: object) -> list[tuple[bytes, int]]:
@@ -390,7 +404,7 @@ def test_damaged_and_old_copies_are_replaced(
     other = tmp_path / "other"
     image_sets.make_folder(other / "folder", num_train=11)
     image_sets.prepare(other / "set", f"--folder={other / 'folder'}", "--num-processes=1")
-    for found in (other / "set").glob("*.*"):
+    for found in (other / "set").glob("[a-z]*"):
         bucket.folder.upload(found, found.name)
     source = open_source(config, "train", 0)
     assert shards_of(source).local(shard).read_bytes() == (other / "set" / NAME).read_bytes()
@@ -418,3 +432,59 @@ def test_copies_are_made_in_the_order_of_the_batches(bucket: Bucket, tmp_path: P
     assert [order._next(), order._next(), order._next()] == [names[2], names[0], None]
     long = bucket_shards._Copying(shards, itertools.chain([names[1]], itertools.repeat(names[0])))
     assert [long._next(), long._next(), long._next()] == [names[1], names[0], names[2]]
+
+
+def test_the_tool_writes_into_buckets_and_verifies_there(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))  # of the tool's worker processes
+    out = f"{bucket.kind}://{stores.BUCKET}/made"
+    options = prepare_imagenet.Options(
+        out=out, folder=bucket.local.parent / "folder", expect_imagenet=False, verify=True, num_processes=1
+    )
+    options = dataclasses.replace(options, train_shards=3, eval_shards=2)
+    folder = BucketFolder(BucketUrl(bucket.kind, stores.BUCKET, "made"))
+    wanted = {path.name: path.read_bytes() for path in bucket.local.glob("[a-z]*")}
+    prepare_imagenet.run(options)
+    assert {name: folder.read(name) for name in folder.files()} == wanted
+    folder.delete([NAME, "train.json"])  # as after a kill, which leaves the plan
+    input_digest = json.loads(wanted["train.json"])["input_digest"]
+    folder.put("train.plan.json", json.dumps({"input_digest": input_digest}).encode())
+    prepare_imagenet.run(options)
+    assert "train: 36 images to 3 shards, of which 2 exist" in capsys.readouterr().out
+    assert {name: folder.read(name) for name in folder.files()} == wanted
+    folder.put(NAME, wanted[NAME][:1000] + b"x" + wanted[NAME][1001:])
+    folder.delete(["eval-00000-of-00002.array_record"])
+    with pytest.raises(ConfigError) as error:
+        prepare_imagenet.run(dataclasses.replace(options, folder=None))
+    assert re.search(rf"{out}/{NAME} record 1 is damaged", str(error.value))
+    assert f"{out}/eval-00000-of-00002.array_record is missing" in str(error.value)
+    assert not list(Path(tempfile.gettempdir()).glob("nfnet_flax-*"))
+
+
+def test_the_doctor_reads_the_bucket_and_looks_for_room(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(cache_gib: float | None = None, url: str = bucket.url) -> list[Finding]:
+        recipe = load_recipe(runs.DIGITS)
+        source = dataclasses.replace(bucket.source(tmp_path / "cache", cache_gib), train=(f"{url}/train-*",))
+        return check_data(dataclasses.replace(recipe, data=DataConfig(source=source)), None)
+
+    texts = [finding.text for finding in found() if not finding.is_wrong]
+    assert texts[0].startswith("train: 36 examples of 3 classes; the first is ")
+    assert f"copies: 0 of 5 shards are in {tmp_path}/cache; the others have 640.0 KiB" in texts
+    assert not [finding for finding in found(0.0001) if finding.is_wrong]
+    assert any(
+        finding.text.endswith("(cache_gib); what has no copy is read from the bucket, which is slower")
+        for finding in found(0.0001)
+    )
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    wrong = [finding.text for finding in found() if finding.is_wrong]
+    assert len(wrong) == 1
+    assert wrong[0].startswith(
+        f"copies: there is room for 0.0 KiB more in {tmp_path}/cache: make room, or give another"
+    )
+    with pytest.raises(InputFailed, match="there is no bucket 'absent'"):
+        found(url=f"{bucket.kind}://absent")
+    assert not (tmp_path / "cache").exists()

@@ -1,20 +1,25 @@
 """ArrayRecord files that fail: a disk that does not answer is never taken for a damaged image, nor the reverse."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[import-untyped]
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.array_records import WRITER_OPTIONS
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.decode import CorruptImageError
 from nfnet_flax.data.pipeline import open_split, train_batches
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import CorruptRecordError, Source
 from nfnet_flax.data.record_files import open_records, read_record
+from nfnet_flax.data.record_index import read_index, record_of
 from nfnet_flax.data.source_config import ArrayRecordSource
 from tests.image_sets import CLASSES, config_of, copied, make_folder, prepare
 
@@ -142,3 +147,27 @@ def test_a_folder_name_like_a_pattern_is_meant_by_its_name(sets: Path, tmp_path:
     config = DataConfig(source=ArrayRecordSource(train=(f"{place}/train-*",), eval=(f"{place}/eval-*",)))
     assert len(open_split(config, "train")) == 12
     assert open_split(config, "eval").describe(0).startswith(f"{place}/eval-00000-of-00002")
+
+
+def part(content: bytes, start: int, end: int) -> bytes:
+    return content[start:end]
+
+
+def test_records_are_found_without_the_library(tmp_path: Path) -> None:
+    for name, sizes in (("small", [5]), ("borders", [65536, 65512, 65472, 131072, 1, 65440]), ("many", [3] * 9000)):
+        path = str(tmp_path / name)
+        writer = ArrayRecordWriter(path, WRITER_OPTIONS)
+        records = [os.urandom(size) for size in sizes]
+        for record in records:
+            writer.write(record)
+        writer.close()
+        content = Path(path).read_bytes()
+        positions = read_index(functools.partial(part, content), len(content), len(records)).tolist()
+        assert [record_of(content[a:b], a) for a, b in itertools.pairwise(positions)] == records
+        for wrong in (content[:-1], content[65536:], content[:-65536] + bytes(65536), os.urandom(len(content))):
+            with pytest.raises(CorruptRecordError):
+                read_index(functools.partial(part, wrong), len(wrong), len(records))
+        with pytest.raises(CorruptRecordError, match=rf"has {len(records)} records, not {len(records) + 1}"):
+            read_index(functools.partial(part, content), len(content), len(records) + 1)
+        with pytest.raises(CorruptRecordError):
+            record_of(content[positions[0] + 1 : positions[1]], positions[0] + 1)
