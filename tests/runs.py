@@ -21,6 +21,7 @@ from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.identity import claim
 from nfnet_flax.training.metrics import MetricsLog
 from nfnet_flax.training.record import fixed_class_names
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.setup import assemble
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +132,7 @@ def claimed(workdir: Path, recipe: Recipe, initial: dict[str, str] | None = None
     With `logs`, there is a metric of a step afterwards, as if the run had been killed before its first checkpoint.
     """
     setup = assemble(recipe, fixed_class_names(workdir))
-    said = claim(current(), workdir, setup.identity(initial), 60.0)
+    said = claim(current(), RunFolder(workdir), setup.identity(initial), 60.0)
     if logs:
         with contextlib.closing(MetricsLog(workdir, resume_step=0, evaluated=False, tensorboard=False)) as log:
             log.write(1, {"train/loss": 1.0})

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests import stores
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket, bucket_url
+from tests import stores
 
 ODD = "odd/a b%20#[v2]é?.txt"
 

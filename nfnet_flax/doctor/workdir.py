@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import CodeNotLoaded
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
+from nfnet_flax.storage import LocalFolder
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
 from nfnet_flax.training.storage import StorageFailed
@@ -52,7 +53,7 @@ def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> 
 def _check_owner(workdir: Path) -> list[Finding]:
     from nfnet_flax.training.lease import owner_of
 
-    found = owner_of(workdir)
+    found = owner_of(LocalFolder(workdir / layout.OWNER))
     if found is None:
         return []
     owner, alive_at = found

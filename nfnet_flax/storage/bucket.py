@@ -73,6 +73,9 @@ class BucketFolder:
     def __str__(self) -> str:
         return str(self.url)
 
+    def make(self) -> None:
+        """Does nothing: a bucket has no folders."""
+
     def fenced(self, fence: Callable[[], None]) -> "BucketFolder":
         """The same folder, with a `fence`."""
         return BucketFolder(self.url, retry_s=self._retry_s, fence=fence)

@@ -23,6 +23,9 @@ class Folder(Protocol):
 
     def __str__(self) -> str: ...
 
+    def make(self) -> None:
+        """Makes the folder, in places where that is needed."""
+
     def files(self, under: str = "") -> dict[str, int]:
         """Names of all files below the folder `under` -> size in bytes; empty if there is no such folder."""
 
@@ -62,6 +65,10 @@ class LocalFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def make(self) -> None:
+        """See `Folder`."""
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def files(self, under: str = "") -> dict[str, int]:
         """See `Folder`."""

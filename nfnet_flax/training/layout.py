@@ -55,6 +55,9 @@ NOTES = "notes"
 """Part of a checkpoint: folder of the notes, which are one file."""
 NOTES_FILE = "notes.json"
 
+COMMIT = "commit.json"
+"""In a bucket, the last object of a checkpoint (`mirror.py`)."""
+
 Notes = dict[str, Any]
 """Facts about a checkpoint besides its state, as JSON."""
 

@@ -16,14 +16,16 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
-from nfnet_flax.paths import hub_name, local_path, run_folder
+from nfnet_flax.paths import hub_name
 from nfnet_flax.recipe import Recipe, read_recipe
+from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.training import layout
 from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.metrics import Row, read_rows
 from nfnet_flax.training.record import stored_class_names
 from nfnet_flax.training.restoring import read_arrays
+from nfnet_flax.training.run_folder import place_of, reading
 from nfnet_flax.weights import network_of, open_weights
 from nfnet_flax.weights.convert import target_in
 from nfnet_flax.weights.entries import HostArrays
@@ -51,14 +53,16 @@ class Run:
         """Reads the recipe.
 
         Args:
-          workdir: folder of the run, which may still be training.
+          workdir: folder of the run, which may still be training: a path, or a URL such as `gs://BUCKET/FOLDER`, of
+            which a copy is made on this machine. `workdir` of the result is the path of the files.
 
         Raises:
           CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import the code first, or
             pass its file to `nfnet_flax.load_code`.
           ConfigError: it is not the folder of a run.
         """
-        self.workdir = run_folder("workdir", workdir)
+        self._folder = reading("workdir", workdir)
+        self.workdir = self._folder.path
         try:
             self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
         except CodeNotLoaded as error:
@@ -79,6 +83,10 @@ class Run:
                 "copy it from where the run was trained"
             )
         return names
+
+    def refresh(self) -> None:
+        """Looks again which records and checkpoints there are; only needed for a run in a bucket."""
+        self._folder.pull()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first. Only names are read, so damaged checkpoints are included."""
@@ -135,6 +143,7 @@ def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int
     """The result of `stored_weights`, and the step of the checkpoint; errors as for `Run.weights`."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
+    run.refresh()
     recipe = run.recipe
     warn(change_of_code(run.workdir, recipe))
     shapes = shapes_of_run(recipe)
@@ -173,9 +182,16 @@ def weights_of(
       StorageFailed: the folder of the run cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
-    if hub_name(reference) is None and (path := local_path(field, reference)).is_dir() and not is_folder(path):
-        return stored_weights(Run(run_folder(field, reference)), parameters, checkpoint)
+    if hub_name(reference) is None and _is_run(field, reference):
+        return stored_weights(Run(reference), parameters, checkpoint)
     return open_weights(reference, field=field)
+
+
+def _is_run(field: str, reference: str | os.PathLike[str]) -> bool:
+    place = place_of(field, reference)
+    if isinstance(place, BucketUrl):
+        return layout.RECIPE in BucketFolder(place).files()
+    return place.is_dir() and not is_folder(place)
 
 
 def preprocessing_of(data: DataConfig) -> Preprocessing:
