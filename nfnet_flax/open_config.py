@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 from nfnet_flax.config import ConfigError, check_types, require
 from nfnet_flax.own_code import public_name
 from nfnet_flax.paths import hub_name
+from nfnet_flax.storage.url import is_url
 
 C = TypeVar("C")
 _PACKAGE = __name__.partition(".")[0]
@@ -54,7 +55,7 @@ def _absolute(value: object) -> object:
     # Symbolic links are not resolved: a pattern is not a path, and a link may later point to another copy of the files.
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
-    if not isinstance(value, str) or hub_name(value):
+    if not isinstance(value, str) or hub_name(value) or is_url(value):
         return value
     return os.path.abspath(os.path.expanduser(value))
 

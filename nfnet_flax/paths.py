@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError, require
+from nfnet_flax.storage.url import bucket_url
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Beginning of a URL such as `gs://bucket/run`; `Path` turns this one into `gs:/bucket/run`."""
@@ -60,6 +61,16 @@ def check_path(field: str, value: str | os.PathLike[str]) -> None:
             f"{field} = {text!r}: is a URL, and only paths of this machine's file systems are supported: mount the "
             f"bucket, or copy it here (a folder that is really named so: ./{text})"
         )
+
+
+def check_place(field: str, value: str | os.PathLike[str]) -> None:
+    """Refuses a value that can neither be a path of this machine nor a URL of a bucket; accesses neither.
+
+    Raises:
+      ConfigError: as for `check_path`, or a URL of a kind that is not supported.
+    """
+    if bucket_url(field, value) is None:
+        check_path(field, value)
 
 
 def local_path(field: str, value: str | os.PathLike[str]) -> Path:

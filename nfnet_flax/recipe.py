@@ -17,6 +17,7 @@ from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.parallel.reduce import Reduction
 from nfnet_flax.paths import hub_name, local_path
+from nfnet_flax.storage import bucket_url
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,5 +241,5 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """
     init_from = recipe.init_from
     if init_from is not None and hub_name(init_from) is None:
-        init_from = str(local_path("init_from", init_from))
+        init_from = str(bucket_url("init_from", init_from) or local_path("init_from", init_from))
     return dataclasses.replace(with_absolute_places(recipe), init_from=init_from)

@@ -187,7 +187,7 @@ def test_a_start_that_trained_nothing_ties_the_folder_to_no_recipe(first: Path, 
         (images / split / CLASSES[0]).rename(images / split / "z_last")
     right = dataclasses.replace(recipe, num_classes=3)
     data = problems(check_data(right, workdir))
-    assert data == problems(check_workdir(workdir, right, until_s=0)) == []
+    assert data == problems(check_workdir(RunFolder(workdir), right, until_s=0)) == []
     (said,) = runs.claimed(workdir, right)
     assert said.startswith(
         "another run than at the last start, which trained nothing here: num_classes: 4 -> 3; source."

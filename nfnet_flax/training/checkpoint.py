@@ -45,11 +45,12 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int, is_alone: bool = False
         max_to_keep=keep,
         enable_async_checkpointing=True,
         multiprocessing_options=processes,
-        create=False,
+        create=not is_alone,  # it would wait for the other processes
     )
     path = (workdir / kind).absolute()
     with storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        if is_alone:
+            path.mkdir(parents=True, exist_ok=True)
         manager = ocp.CheckpointManager(path, options=options, item_handlers=_handlers(processes))
     try:
         yield manager

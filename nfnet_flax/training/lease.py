@@ -191,8 +191,9 @@ def _wait_until_free(folder: Folder, number: int) -> None:
         return
     if owner is not None and owner.is_of_this_host():
         raise _in_use(folder, owner, beat)
+    alive_at = beat.get("at", "(none yet)")
     warn(
-        f"{_run_of(folder)} belongs to {_describe(owner)}, whose last sign of life is of {beat.get('at', '(none yet)')}: "
+        f"{_run_of(folder)} belongs to {_describe(owner)}, whose last sign of life is of {alive_at}: "
         f"waiting for up to {ELSEWHERE_TIMEOUT_S:g} s for another one"
     )
     deadline = time.monotonic() + ELSEWHERE_TIMEOUT_S

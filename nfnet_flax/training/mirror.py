@@ -2,9 +2,9 @@
 
 Objects have the names of the files (`layout.py`), and are written whole. In addition:
 
-    checkpoints/STEP/commit.json    written after all other objects of the checkpoint: without it, there is no checkpoint.
-                                    It lists them with their sizes and digests
-    checkpoints/STEP/damaged.json   marks a checkpoint that was found damaged, and says why; its objects stay as they are
+    checkpoints/STEP/commit.json    written after all other objects of the checkpoint, which it lists with sizes and
+                                    digests: without it, there is no checkpoint
+    checkpoints/STEP/damaged.json   marks a checkpoint that was found damaged, and says why; its objects are kept
 
 The same for `best/STEP`. Records (everything but checkpoints and `owner/`) are put before the checkpoint that relies on
 them. Only the owner of the run writes; before each attempt it makes sure that it still is.
@@ -13,6 +13,7 @@ them. Only the owner of the run writes; before each attempt it makes sure that i
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -23,7 +24,7 @@ from typing import Any
 
 from nfnet_flax.json_files import write_json
 from nfnet_flax.messages import warn
-from nfnet_flax.storage import BucketFolder, BucketUrl
+from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.training.layout import CHECKPOINT_KINDS, COMMIT, NOTES, NOTES_FILE, OWNER, SET_ASIDE, Damaged, steps_in
 from nfnet_flax.training.storage import StorageFailed
 
@@ -162,16 +163,14 @@ def fetch_state(checkpoint: Path) -> None:
     """Copies the arrays of a checkpoint from its bucket, if they are not here yet; does nothing for other checkpoints.
 
     Raises:
-      Damaged: an object is missing or differs from what was saved; or the checkpoint was deleted meanwhile: then there is
-        no folder any more.
+      Damaged: an object is missing or differs from what was saved; or the checkpoint was deleted meanwhile: then there
+        is no folder any more.
       StorageFailed: the bucket cannot be read.
     """
     path = checkpoint / COMMIT
     if not path.exists():
         return
     commit = json.loads(path.read_bytes().decode())
-    from nfnet_flax.storage import bucket_url
-
     url = bucket_url("checkpoint", commit["url"])
     assert url is not None
     bucket = BucketFolder(url)
@@ -205,8 +204,12 @@ def _is_record(name: str) -> bool:
 
 
 def _records_of(path: Path) -> list[str]:
-    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return [name for name in names if _is_record(name)]
+    found = []
+    for folder, folders, files in os.walk(path):
+        if Path(folder) == path:  # other threads make and delete files in the folders of checkpoints
+            folders[:] = [name for name in folders if _is_record(f"{name}/")]
+        found += [Path(folder, name).relative_to(path).as_posix() for name in files]
+    return [name for name in found if _is_record(name)]
 
 
 def _state_of(path: Path) -> tuple[int, int]:

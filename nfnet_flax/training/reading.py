@@ -182,16 +182,17 @@ def weights_of(
       StorageFailed: the folder of the run cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
-    if hub_name(reference) is None and _is_run(field, reference):
+    if hub_name(reference) is None and is_run(field, reference):
         return stored_weights(Run(reference), parameters, checkpoint)
     return open_weights(reference, field=field)
 
 
-def _is_run(field: str, reference: str | os.PathLike[str]) -> bool:
+def is_run(field: str, reference: str | os.PathLike[str]) -> bool:
+    """Whether a path or URL is the folder of a run, and not of weights."""
     place = place_of(field, reference)
     if isinstance(place, BucketUrl):
         return layout.RECIPE in BucketFolder(place).files()
-    return place.is_dir() and not is_folder(place)
+    return (place / layout.RECIPE).is_file() or (place.is_dir() and not is_folder(place))
 
 
 def preprocessing_of(data: DataConfig) -> Preprocessing:

@@ -1,8 +1,8 @@
 """The folder of a run, on this machine or in a bucket, as one type that is made once from what the user gave.
 
-All code of a run reads and writes files of this machine, in `path`. For a run in a bucket that is a temporary folder, and
-a `Mirror` (`mirror.py`) copies: records and checkpoints come from the bucket at a start, and each checkpoint goes there
-when Orbax has completed it.
+All code of a run reads and writes files of this machine, in `path`. For a run in a bucket that is a temporary folder,
+and a `Mirror` (`mirror.py`) copies: records and checkpoints come from the bucket at a start, and each checkpoint goes
+there when Orbax has completed it.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from pathlib import Path
 from nfnet_flax.messages import renamed
 from nfnet_flax.paths import run_folder
 from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket_url
+from nfnet_flax.storage.scratch import scratch_folder
 from nfnet_flax.training.layout import OWNER
 from nfnet_flax.training.mirror import Mirror
-from nfnet_flax.training.scratch import scratch_folder
 
 
 class RunFolder:
