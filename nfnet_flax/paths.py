@@ -58,8 +58,8 @@ def check_path(field: str, value: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{field} = {text!r}: contains a NUL character, which no path can")
     if _URL.match(text):
         raise ConfigError(
-            f"{field} = {text!r}: is a URL, and only paths of this machine's file systems are supported: mount the "
-            f"bucket, or copy it here (a folder that is really named so: ./{text})"
+            f"{field} = {text!r}: is a URL, and this must be a path of this machine: copy the files here, or mount the "
+            f"bucket (a folder that is really named so: ./{text})"
         )
 
 

@@ -92,9 +92,9 @@ def test_a_recipe_that_is_missing_is_said(capsys: pytest.CaptureFixture[str]) ->
 def test_an_empty_path_or_a_url_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", str(DIGITS), "--workdir"], ["eval", "--workdir"], ["doctor", "--workdir"]):
         assert "workdir = ''" in fails(capsys, *words, "")
-        assert "is a URL" in fails(capsys, *words, "gs://bucket/run")
+        assert "is a URL of a kind that is not supported" in fails(capsys, *words, "az://bucket/run")
         assert "holds a backslash" in fails(capsys, *words, "tr\\ain")
-    assert "is a URL" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
+    assert "has one slash" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
     assert "holds a backslash" in fails(capsys, "convert", "run", "tr\\ain", "--out", "weights")
 
 

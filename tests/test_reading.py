@@ -128,8 +128,8 @@ def test_a_checkpoint_that_is_not_there(made: Made, tmp_path: Path) -> None:
         Run(made.workdir).weights(checkpoint=3)
     with pytest.raises(ConfigError, match=r"recipe\.json does not exist: .*the folder of a run"):
         Run(tmp_path)
-    with pytest.raises(ConfigError, match="workdir = 'gs://bucket/run': is a URL"):
-        Run("gs://bucket/run")
+    with pytest.raises(ConfigError, match="workdir = 'az://bucket/run': is a URL"):
+        Run("az://bucket/run")
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(made.workdir / "recipe.json", bare)

@@ -1,7 +1,6 @@
 """Checkpoints, written by Orbax: the newest ones, and the best one in another folder, so that both are kept."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +39,16 @@ def open_manager(workdir: Path, kind: Kind, *, keep: int, is_alone: bool = False
     processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=kind)
     if is_alone:
         index = jax.process_index()
-        processes = dataclasses.replace(processes, primary_host=index, active_processes={index})
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{kind}_{index}"
+        )
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         enable_async_checkpointing=True,
         multiprocessing_options=processes,
-        create=not is_alone,  # it would wait for the other processes
+        # Otherwise it would wait for the other processes.
+        create=not is_alone,
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not is_alone),
     )
     path = (workdir / kind).absolute()
     with storage_errors(path):
@@ -112,6 +115,16 @@ def check_written(manager: ocp.CheckpointManager) -> None:
     if not manager.is_saving_in_progress():
         with storage_errors(manager.directory):
             manager.wait_until_finished()  # does not wait here, but only this call raises the error of the write
+
+
+def wait_written(manager: ocp.CheckpointManager) -> None:
+    """Waits until nothing is being written.
+
+    Raises:
+      StorageFailed: the last checkpoint could not be written.
+    """
+    with storage_errors(manager.directory):
+        manager.wait_until_finished()
 
 
 def latest_step(workdir: Path) -> int | None:

@@ -135,7 +135,10 @@ class Saver:
             self._lease.check()
         log.flush()
         if self._publisher is not None:
-            self._publisher.wait()  # Orbax may delete the checkpoint that is being sent
+            # What failed to be written is never sent; and Orbax may delete what is still being sent.
+            checkpoint.wait_written(self._newest)
+            checkpoint.wait_written(self._best)
+            self._publisher.wait()
         checkpoint.save(manager, state, step, notes, is_alone=self._is_alone)
         if self._publisher is not None:
             self._publisher.publish(kind, step)
