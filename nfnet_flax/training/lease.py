@@ -176,7 +176,8 @@ def _take(folder: Folder) -> int:
         me = dataclasses.asdict(_this_process(folder.identity)) | {"start": secrets.token_hex(8)}
         if folder.create(_owner_name(number), json.dumps(me).encode()):
             old = [other for other in _numbers(folder) if other < number]  # only the newest owner is needed
-            folder.delete([name for other in old for name in (_owner_name(other), _beat_name(other))])
+            with contextlib.suppress(StorageFailed):  # they do no harm
+                folder.delete([name for other in old for name in (_owner_name(other), _beat_name(other))])
             return number
 
 

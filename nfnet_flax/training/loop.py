@@ -124,7 +124,7 @@ def train(
         check_deterministic()
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
-        folder = opened.enter_context(open_folder("workdir", workdir))
+        folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
         setup = assemble(recipe, fixed_class_names(folder.path))
         class_names = setup.train_source.class_names
         is_new = checkpoint.latest_step(folder.path) is None

@@ -25,7 +25,17 @@ from typing import Any
 from nfnet_flax.json_files import write_json
 from nfnet_flax.messages import warn
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
-from nfnet_flax.training.layout import CHECKPOINT_KINDS, COMMIT, NOTES, NOTES_FILE, OWNER, SET_ASIDE, Damaged, steps_in
+from nfnet_flax.training.layout import (
+    CHECKPOINT_KINDS,
+    COMMIT,
+    NOTES,
+    NOTES_FILE,
+    OWNER,
+    SET_ASIDE,
+    TENSORBOARD,
+    Damaged,
+    steps_in,
+)
 from nfnet_flax.training.storage import StorageFailed
 
 DAMAGED = "damaged.json"
@@ -40,9 +50,17 @@ class Mirror:
     Each method raises `StorageFailed` if the bucket fails.
     """
 
-    def __init__(self, url: BucketUrl, path: Path) -> None:
+    def __init__(self, url: BucketUrl, path: Path, *, with_curves: bool) -> None:
+        """Copies nothing yet.
+
+        Args:
+          url: the folder in the bucket.
+          path: the folder on this machine.
+          with_curves: whether TensorBoard's files are copied from the bucket, which only the owner of the run needs.
+        """
         self.url = url
         self.path = path
+        self._with_curves = with_curves
         self._bucket = BucketFolder(url)
         self._known: dict[str, tuple[int, int]] = {}
         """Name of a record that is equal here and in the bucket -> size and time of change of the file here."""
@@ -57,6 +75,8 @@ class Mirror:
         with self._lock:
             found = self._bucket.files()
             records = {name for name in found if _is_record(name)}
+            if not self._with_curves:
+                records = {name for name in records if not name.startswith(f"{TENSORBOARD}/")}
             steps = _steps_of(found)
             for name in set(_records_of(self.path)) - records:
                 (self.path / name).unlink(missing_ok=True)
@@ -106,9 +126,12 @@ class Mirror:
                         self._bucket.upload(self.path / name, name)
                         self._known[name] = now[name]
             gone = [name for name in self._known if name not in now]
-            self._bucket.delete(gone)
             for name in gone:
                 del self._known[name]
+            try:
+                self._bucket.delete(gone)
+            except StorageFailed as error:
+                warn(f"files that are no longer needed could not be deleted: {error}")
 
     def commit(self, kind: str, step: int) -> None:
         """Copies a complete checkpoint; it counts from the moment at which its last object is there."""
@@ -117,9 +140,9 @@ class Mirror:
         old = [name for name in self._bucket.files(f"{kind}/{step}") if name]
         # What says that the old objects are a checkpoint goes first.
         last = [f"{kind}/{step}/{name}" for name in (COMMIT, DAMAGED)]
-        self._bucket.delete(last[:1] if last[0] in old else [])
-        self._bucket.delete(name for name in old if name not in last)
-        self._bucket.delete(last[1:] if last[1] in old else [])
+        self._bucket.delete(name for name in last if name in old)
+        with contextlib.suppress(StorageFailed):  # what the new list does not name does no harm
+            self._bucket.delete(name for name in old if name not in last)
 
         def upload(name: str) -> tuple[str, list[Any]]:
             self._bucket.upload(checkpoint / name, f"{kind}/{step}/{name}")

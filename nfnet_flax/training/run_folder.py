@@ -68,8 +68,13 @@ def place_of(field: str, value: str | os.PathLike[str]) -> Path | BucketUrl:
 
 
 @contextlib.contextmanager
-def opened(field: str, value: str | os.PathLike[str]) -> Iterator[RunFolder]:
+def opened(field: str, value: str | os.PathLike[str], *, is_first: bool) -> Iterator[RunFolder]:
     """The folder of a run that is to be trained. Errors that are raised within the context name the user's place.
+
+    Args:
+      field: name of the value in messages.
+      value: what the user gave.
+      is_first: whether this process will own the run.
 
     Raises:
       ConfigError: it is no path and no URL, or the package for this kind of bucket is not installed.
@@ -80,7 +85,7 @@ def opened(field: str, value: str | os.PathLike[str]) -> Iterator[RunFolder]:
         yield RunFolder(place)
         return
     with scratch_folder() as path, renamed(str(path), str(place)):
-        folder = RunFolder(path, Mirror(place, path))
+        folder = RunFolder(path, Mirror(place, path, with_curves=is_first))
         folder.pull()
         yield folder
 
@@ -95,7 +100,7 @@ def reading(field: str, value: str | os.PathLike[str]) -> RunFolder:
         return RunFolder(place)
     path = _for_process.enter_context(scratch_folder())
     _for_process.enter_context(renamed(str(path), str(place)))
-    folder = RunFolder(path, Mirror(place, path))
+    folder = RunFolder(path, Mirror(place, path, with_curves=False))
     folder.pull()
     return folder
 
