@@ -17,6 +17,7 @@ from nfnet_flax.config import ConfigError, check_types, require
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.paths import check_not_input, local_path
 from nfnet_flax.training.measuring import Measurement
+from nfnet_flax.units import as_float32
 
 MAX_PICTURE_CLASSES = 100
 """Largest number of classes in a picture of a confusion matrix; the names of more cannot be read."""
@@ -147,7 +148,7 @@ def _per_class_rows(measurement: Measurement) -> Iterable[Sequence[object]]:
     names = measurement.labelled.names
     yield ("class", "num_examples", "top1", "top5")
     for row in measurement.predictions.per_class(len(names)):
-        shares = (f"{count / row.num_examples:.6f}" for count in (row.num_top1, row.num_top5))
+        shares = (as_float32(count / row.num_examples) for count in (row.num_top1, row.num_top5))
         yield (names[row.label], row.num_examples, *shares)
 
 
@@ -169,7 +170,7 @@ def _prediction_rows(measurement: Measurement) -> Iterable[Sequence[object]]:
             labelled.source.describe(int(found.index[row])),
             ";".join(labelled.names[label] for label in found.right[row]),
             int(hits[0]),
-            *(cell for label, probability in best for cell in (labelled.names[label], f"{probability:.6f}")),
+            *(cell for label, probability in best for cell in (labelled.names[label], as_float32(probability))),
         )
 
 
