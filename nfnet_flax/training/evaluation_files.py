@@ -9,11 +9,11 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config import ConfigError, FileIfAny, Shown, check_types, require
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.paths import check_not_input, local_path
 from nfnet_flax.training.measuring import Measurement
@@ -31,16 +31,16 @@ _OTHERS = "(other classes)"
 class EvaluationFiles:
     """Where to write what; None: nowhere."""
 
-    json: str | None = None
+    json: Annotated[str | None, Shown("FILE|-")] = None
     """Metrics: a list with an object for each row of the table. `-`: they are printed in place of the table."""
-    per_class_csv: str | None = None
+    per_class_csv: FileIfAny = None
     """A row for each class of the images: class, num_examples, top1, top5."""
-    confusion_csv: str | None = None
+    confusion_csv: FileIfAny = None
     """Number of images for each class (rows) and prediction (columns), for all outputs of the network that count."""
-    confusion_png: str | None = None
+    confusion_png: FileIfAny = None
     """Picture of the confusion matrix of the classes of the images, at most 100: shares of each row. Predictions of
     other classes are one more column."""
-    predictions_csv: str | None = None
+    predictions_csv: FileIfAny = None
     """A row for each image: file, label, is_right, top1 to top5 and their probabilities. Several right labels are
     separated by `;`."""
     overwrite: bool = False
