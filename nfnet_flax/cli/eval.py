@@ -14,7 +14,6 @@ from nfnet_flax.data.label_sets import LabelSet
 from nfnet_flax.data.source_config import DigitsSource, FolderSource
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import run_folder
 from nfnet_flax.training.evaluation_files import STDOUT, EvaluationFiles, json_text
 from nfnet_flax.training.reading import NoCheckpoint, Parameters, Run, Which
 from nfnet_flax.weights.entries import HostArrays
@@ -141,7 +140,7 @@ def _evaluate_run(
             f"data.source = {type(data.source).__name__}: has images with several classes: leave out --flip, label "
             "sets, and all files but --json"
         )
-    evaluation = RunEvaluation(run_folder("workdir", workdir), data, label_set=label_set, flip=flip)
+    evaluation = RunEvaluation(workdir, data, label_set=label_set, flip=flip)
     if checkpoint is not None:
         found = _rows_at(evaluation, checkpoint, files, parameters)
         _show(found, files, f"step {found[0]['step']}")

@@ -16,7 +16,7 @@ from nfnet_flax.cli.options import CHECKPOINT, COUNT, DIR, PIXELS, WEIGHTS, pars
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import check_not_input, run_folder
+from nfnet_flax.paths import check_not_input
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -178,7 +178,7 @@ def _predictor(options: PredictOptions) -> "Predictor":
     from nfnet_flax.training.reading import Run
 
     if options.workdir is not None:
-        weights: str | os.PathLike[str] = Run(run_folder("workdir", options.workdir)).workdir
+        weights: str | os.PathLike[str] = Run(options.workdir).workdir
     else:
         weights = options.weights or ""
     return load_predictor(

@@ -16,7 +16,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
-from nfnet_flax.paths import hub_name, local_path, run_folder
+from nfnet_flax.paths import hub_name, is_missing, local_path, run_folder
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.training import layout
 from nfnet_flax.training.kept_code import change_of_code
@@ -40,6 +40,12 @@ _FIELDS: dict[Parameters, tuple[str, str]] = {
 """Kind of parameters -> fields of `TrainState` with the parameters and with the running statistics."""
 
 
+_WEIGHTS_REMEDY = (
+    "give a weight file, the folder of a run, a folder with timm's config.json and model.safetensors, or a name in a "
+    "model hub, such as timm/eca_nfnet_l0.ra2_in1k"
+)
+
+
 class NoCheckpoint(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
     """A run has no such checkpoint, or it is damaged."""
 
@@ -47,18 +53,20 @@ class NoCheckpoint(ConfigError):  # noqa: N818 - it names what happened, as Keyb
 class Run:
     """The results of a run so far. Only its folder is needed: neither images nor particular devices."""
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], *, field: str = "workdir") -> None:
         """Reads the recipe.
 
         Args:
           workdir: folder of the run, which may still be training.
+          field: name of the folder in messages.
 
         Raises:
           CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import the code first, or
             pass its file to `nfnet_flax.load_code`.
           ConfigError: it is not the folder of a run.
         """
-        self.workdir = run_folder("workdir", workdir)
+        self.workdir = run_folder(field, workdir)
+        layout.check_run(field, workdir, self.workdir)
         try:
             self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
         except CodeNotLoaded as error:
@@ -173,8 +181,14 @@ def weights_of(
       StorageFailed: the folder of the run cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
-    if hub_name(reference) is None and (path := local_path(field, reference)).is_dir() and not is_folder(path):
-        return stored_weights(Run(run_folder(field, reference)), parameters, checkpoint)
+    if hub_name(reference) is None:
+        path, named = local_path(field, reference), f"{field} = {os.fspath(reference)!r}"
+        if is_missing(path):
+            raise ConfigError(f"{named}: there is no such file or folder: {_WEIGHTS_REMEDY}")
+        if path.is_dir() and not is_folder(path):
+            if all(is_missing(path / name) for name in (layout.RECIPE, *layout.CHECKPOINT_KINDS)):
+                raise ConfigError(f"{named}: the folder holds neither a run nor weights: {_WEIGHTS_REMEDY}")
+            return stored_weights(Run(reference, field=field), parameters, checkpoint)
     return open_weights(reference, field=field)
 
 
