@@ -211,6 +211,10 @@ def test_independent_classes_get_independent_probabilities(runs: dict[Activation
         np.testing.assert_allclose(
             predictor([image])[0].probabilities, jax.nn.sigmoid(predictor.logits([image])[0]), atol=1e-6
         )
+    steep = load_predictor(runs["sigmoid"], std=(0.1, 0.1, 0.1))
+    logits = steep.logits([image])[0].astype(np.float64)
+    assert -80 < logits.min() < -40
+    np.testing.assert_allclose(steep([image])[0].probabilities, 1 / (1 + np.exp(-logits)), rtol=1e-6)
     changed = load_predictor(runs["sigmoid"], activation="softmax")
     assert changed([image])[0].probabilities.sum() == pytest.approx(1, abs=1e-5)
 
