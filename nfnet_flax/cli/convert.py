@@ -60,7 +60,7 @@ class Run:
     parameters: Literal["raw", "ema"] = "ema"
     """Which parameters to write: as trained, or their moving average."""
     checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
-    """Which checkpoint to read: the newest or the best undamaged one, or the number of a step."""
+    """Which checkpoint to read: the newest or the best one with undamaged parameters, or the number of a step."""
     to: Literal["file", "hub-folder"] = "file"
     """What to write: weights.safetensors; or model.safetensors with timm's names, a config.json that timm reads, and
     README.md with a description of the run."""

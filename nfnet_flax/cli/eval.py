@@ -57,7 +57,8 @@ def run(argv: list[str]) -> int:
         """Weights to evaluate in place of a run: a weight file, a folder with timm's config.json, or a name in a model
         hub. The images are those of --data.source.root DIR, or of another --data.source."""
         checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
-        """Which checkpoint of the run to evaluate: the newest or the best undamaged one, or the number of a step."""
+        """Which checkpoint of the run to evaluate: the newest or the best one with undamaged parameters, or the number
+        of a step."""
         all_checkpoints: Annotated[bool, tyro.conf.arg(name="all")] = False
         """Evaluate all checkpoints of the run, a row for each."""
         parameters: Literal["ema", "raw"] = "ema"

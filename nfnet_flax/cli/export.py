@@ -36,7 +36,7 @@ class Export:
     workdir: Annotated[str | None, DIR] = None
     """Folder of a run whose weights are exported."""
     checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
-    """Which checkpoint of the run: the newest or the best undamaged one, or the number of a step."""
+    """Which checkpoint of the run: the newest or the best one with undamaged parameters, or the number of a step."""
     parameters: Literal["raw", "ema"] = "ema"
     """Which parameters of the run: as trained, or their moving average."""
     name: Annotated[str | None, NAME] = None

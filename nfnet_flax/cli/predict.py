@@ -43,8 +43,8 @@ class PredictOptions:
     """Weights in place of a run: a weight file, a folder with timm's config.json and model.safetensors, or a name in a
     model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
     checkpoint: Annotated[Literal["newest", "best"] | int | None, CHECKPOINT] = None
-    """Which checkpoint of the run: the newest (without this option) or the best undamaged one, or the number of a
-    step."""
+    """Which checkpoint of the run: the newest (without this option) or the best one with undamaged parameters, or the
+    number of a step."""
     parameters: Annotated[Literal["ema", "raw"] | None, tyro.conf.arg(metavar="{ema,raw}")] = None
     """Which parameters of the run: their moving average (without this option), or as trained."""
     top: Annotated[int, COUNT] = 5

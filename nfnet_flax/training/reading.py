@@ -31,7 +31,7 @@ from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weight
 from nfnet_flax.weights.timm_folder import is_folder
 
 Which = Literal["newest", "best"] | int
-"""Which checkpoint of a run: the newest undamaged one, the best undamaged one, or the number of a step."""
+"""Which checkpoint of a run: the newest one, the best one, each with undamaged parameters, or the number of a step."""
 Parameters = Literal["ema", "raw"]
 _FIELDS: dict[Parameters, tuple[str, str]] = {
     "raw": ("params", "batch_stats"),
