@@ -266,7 +266,10 @@ def test_a_terminal_shows_each_image_in_a_line(monkeypatch: pytest.MonkeyPatch) 
             table.write(Prediction(file, names, np.array([0.75, 0.25], np.float32), None))
         table.finish(Counts(good=2))
         terminal.flush()
-        rows = screen.read(10_000).decode().splitlines()
+        printed = b""
+        while printed.count(b"\n") < 2:  # a terminal gives a part at a time
+            printed += screen.read(10_000)
+    rows = printed.decode().splitlines()
     assert rows == [
         f"...{'写' * 10}   {'猫' * 3}..  75.00%  dog       25.00%",
         f"a.png{' ' * 19}  {'猫' * 3}..  75.00%  dog       25.00%",
