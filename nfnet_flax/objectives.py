@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from nfnet_flax.config import require
+from nfnet_flax.config import File, require
 from nfnet_flax.multi_label_metrics import multi_label_metrics
 from nfnet_flax.open_config import OpenConfig, declare_kinds
 from nfnet_flax.paths import check_place
@@ -248,7 +248,7 @@ class Distillation(_Smoothed):
 
     place_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    teacher: str
+    teacher: File
     """Weight file (`nfnet convert`) of a network for the same classes; `~` is the home folder."""
     temperature: float = 1.0
     """Number by which the logits of teacher and student are divided before their softmax distributions are compared."""

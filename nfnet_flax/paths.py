@@ -93,6 +93,17 @@ def local_path(field: str, value: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{field} = {os.fspath(value)!r}: {error}: give another path") from error
 
 
+def is_missing(path: Path) -> bool:
+    """Whether there is certainly nothing at a path; false also if the system does not say it (no permission)."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> None:
     """Raises `ConfigError` if a file that is to be written is an input of the same command, or lies directly in it.
 

@@ -74,7 +74,7 @@ def recipe(
         num_classes=len(images.class_names),
         data=dataclasses.replace(settings, augment=CropAugment(min_area=0.35, flip=flip)),
         optim=OptimConfig(
-            # On the digits AdamW needs another learning rate for another batch size, and is no better (README).
+            # On the digits AdamW is no better at this batch size (README).
             method=SGD(),
             clipping=AGC(ratio=0.05),
             learning_rate_per_256=0.4,

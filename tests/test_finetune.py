@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_weights
 from nfnet_flax.weights import Preprocessing, WeightsInfo, read_weights, save_weights
 from tests.image_sets import CLASSES, make_folder
-from tests.runs import ROOT
+from tests.runs import ROOT, finish, signal_at, start
 
 FINETUNE = ROOT / "recipes" / "finetune.py"
 MODEL = TimmNFNetConfig(
@@ -134,6 +136,36 @@ def test_a_folder_is_fine_tuned_and_evaluated_and_converted(given: Path, capsys:
     # The result is weights again, for a run or a probe.
     again = load_recipe(f"{FINETUNE}:weights={run},data={given / 'split'}")
     assert again.model == MODEL
+
+
+def test_images_with_several_classes_go_through_all_commands(
+    given: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(given)
+    recipe = f"{FINETUNE}:weights=w.safetensors,data=set.csv,image=file,label=kinds,separator=|,batch_size=8"
+    stopped = start(given / "several", "--num-steps=5000", recipe=Path(recipe))
+    printed = signal_at(stopped, 2, signal.SIGTERM)
+    assert stopped.returncode == exit_codes.EXIT_STOPPED, printed
+    last_step = Run(given / "several").steps()[0] + 2
+    resumed = start(given / "several", f"--num-steps={last_step}", recipe=Path(recipe))
+    printed = finish(resumed)
+    assert resumed.returncode == exit_codes.EXIT_DONE, printed
+    assert f"continuing from step {last_step - 2}" in printed
+    evaluated = rf"step {last_step}: top-1 .*; mean_average_precision [\d.]+ raw, [\d.]+ EMA on 2 held-out examples"
+    assert re.search(evaluated, printed), printed
+    run = ["--workdir", "several"]
+    assert cli.main(["eval", *run, "--json", "-"]) == exit_codes.EXIT_DONE
+    raw, _ = json.loads(capsys.readouterr().out)
+    last = json.loads((given / "several" / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "top1", "mean_average_precision", "f1"):
+        assert raw["metrics"][name] == last[f"eval/{name}"]
+    assert cli.main(["predict", "plain", *run, "--json", "-"]) == exit_codes.EXIT_DONE
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 21
+    assert any(abs(sum(best["probability"] for best in row["top"]) - 1) > 0.1 for row in rows)  # no softmax
+    assert cli.main(["export", *run, "--to", "safetensors", "--out", "served"]) == exit_codes.EXIT_DONE
+    described = json.loads((given / "served" / "weights.folded.safetensors.json").read_text())
+    assert '"activation": "sigmoid"' in json.dumps(described)
 
 
 @pytest.mark.parametrize(

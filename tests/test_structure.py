@@ -10,6 +10,7 @@ import nfnet_flax
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
 BASE = {
+    "columns",
     "config",
     "config_json",
     "exit_codes",
@@ -26,6 +27,7 @@ BASE = {
     "units",
 }
 ALLOWED = {
+    "columns": set[str](),
     "config": set[str](),
     "config_json": {"config", "open_config"},
     "exit_codes": set[str](),

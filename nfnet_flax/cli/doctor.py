@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import DIR, SECONDS, parsed
 from nfnet_flax.config import require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 
@@ -31,20 +33,15 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class DoctorOptions:
-        workdir: str | None = None
+        workdir: Annotated[str | None, DIR] = None
         """Folder of a run, or its URL in a bucket; the run need not have begun."""
-        recipe: str | None = None
+        recipe: Annotated[str | None, tyro.conf.arg(metavar="RECIPE.py")] = None
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
-        timeout_s: float = 60.0
+        timeout_s: Annotated[float, SECONDS] = 60.0
         """Longest time to wait for a disk or a device that does not answer, in seconds."""
         code: Code = ()
 
-    options = tyro.cli(
-        DoctorOptions,
-        args=argv,
-        prog="nfnet doctor",
-        description=_DESCRIPTION,
-    )
+    options = parsed(DoctorOptions, argv, "nfnet doctor", _DESCRIPTION)
     remedy = f"must be positive and at most {_MAX_TIMEOUT_S:,}"
     require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
     load_given_code(argv)

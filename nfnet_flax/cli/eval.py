@@ -7,6 +7,7 @@ import tyro
 
 from nfnet_flax.cli.accuracy import print_rows
 from nfnet_flax.cli.ahead import Code, load_given_code, values_of
+from nfnet_flax.cli.options import CHECKPOINT, DIR, WEIGHTS
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.label_sets import LabelSet
@@ -50,13 +51,14 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class EvalOptions:
-        workdir: str | None = None
+        workdir: Annotated[str | None, DIR] = None
         """Folder of the run to evaluate, by default on its own held-out images."""
-        weights: str | None = None
+        weights: Annotated[str | None, WEIGHTS] = None
         """Weights to evaluate in place of a run: a weight file, a folder with timm's config.json, or a name in a model
         hub. The images are those of --data.source.root DIR, or of another --data.source."""
-        checkpoint: Literal["newest", "best"] | int = "newest"
-        """Which checkpoint of the run to evaluate: the newest or the best undamaged one, or the number of a step."""
+        checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
+        """Which checkpoint of the run to evaluate: the newest or the best one with undamaged parameters, or the number
+        of a step."""
         all_checkpoints: Annotated[bool, tyro.conf.arg(name="all")] = False
         """Evaluate all checkpoints of the run, a row for each."""
         parameters: Literal["ema", "raw"] = "ema"

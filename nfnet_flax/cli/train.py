@@ -11,6 +11,7 @@ from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.cli.ahead import Code
 from nfnet_flax.cli.errors import explain
+from nfnet_flax.cli.options import DIR
 from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
-        workdir: str
+        workdir: Annotated[str, DIR]
         """Folder of the run: a path, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A new folder is created; a run that
         is in it already is continued."""
         debug: bool = "--debug" in argv

@@ -193,7 +193,7 @@ def _run(
                 if found is not None:
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
-                    _report_evaluation(progress, step, found)
+                    _report_evaluation(progress, step, found, recipe.checkpoint.best_metric)
                     saver.save_if_best(state, step, found, log)
                 progress.restart_clock(step)
             # 2. Save.
@@ -284,10 +284,11 @@ def _evaluate(
         )
 
 
-def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
+def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float], best_metric: str) -> None:
     found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
+    best = best_metric.partition("/")[2]
     shown = []
-    for name in ["top1"] if "top1" in found else found:
+    for name in dict.fromkeys(["top1", best]) if "top1" in found else found:
         (heading, raw), (_, ema) = (metric_text(name, metrics[f"{prefix}/{name}"]) for prefix in ("eval", "eval_ema"))
         shown.append(f"{heading} {raw} raw, {ema} EMA")
     progress.say(f"step {step}: {'; '.join(shown)} on {metrics['eval/num_examples']:.0f} held-out examples")

@@ -39,7 +39,7 @@ def open_weights(reference: str | os.PathLike[str], *, field: str = "weights") -
         if not is_folder(path):
             raise ConfigError(
                 f"{field} = {os.fspath(reference)!r}: the folder holds no {CONFIG} with {WEIGHTS}: give a weight file, "
-                "or such a folder"
+                "or such a folder (of the folder of a run, `nfnet convert run` makes a weight file)"
             )
         return read_folder(path)
     if path.name == WEIGHTS and is_folder(path.parent):
