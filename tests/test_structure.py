@@ -35,7 +35,7 @@ ALLOWED = {
     "own_code": {"config", "paths"},
     "paths": {"config"},
     "run_clock": set[str](),
-    "runtime": {"config", "messages"},
+    "runtime": {"config", "messages", "paths"},
     "streams": set[str](),
     "units": set[str](),
     **dict.fromkeys(LEAVES, BASE),

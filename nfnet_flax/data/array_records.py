@@ -30,7 +30,7 @@ from nfnet_flax.config import ConfigError, check_types
 from nfnet_flax.config_json import from_json
 from nfnet_flax.data.random_access import CorruptRecordError
 from nfnet_flax.json_files import read_json
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import escaped, local_path
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT_VERSION = 2
@@ -219,19 +219,11 @@ def is_pattern(text: str) -> bool:
 def described(pattern: str, folder: Path, manifest: Manifest) -> list[str]:
     """The shards of a manifest in `folder` that a file or pattern matches, whether or not they exist."""
     where = local_path("pattern", pattern).parent
-    if where != folder and not fnmatch.fnmatchcase(str(folder), _escaped(where)):
+    if where != folder and not fnmatch.fnmatchcase(str(folder), escaped(where)):
         return []
     return fnmatch.filter([shard.file for shard in manifest.shards], Path(pattern).name)
 
 
 def _matches(pattern: str, field: str) -> list[Path]:
     """The files that match."""
-    return [Path(path) for path in glob.glob(_escaped(local_path(field, pattern)))]
-
-
-def _escaped(pattern: Path) -> str:
-    """A pattern whose folders are taken literally where a folder of exactly that name exists, such as `data [v2]`."""
-    place, *names = pattern.parts
-    while names and os.path.lexists(os.path.join(place, names[0])):
-        place = os.path.join(place, names.pop(0))
-    return os.path.join(glob.escape(place), *names)
+    return [Path(path) for path in glob.glob(escaped(local_path(field, pattern)))]
