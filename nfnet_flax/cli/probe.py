@@ -16,12 +16,12 @@ class ProbeOptions:
     """
 
     data: tyro.conf.Positional[str]
-    """Folder with one folder of images for each class, or with train/ and val/ of these, or a .csv file. If the images
-    are not split, a tenth is held out."""
+    """Folder with one folder of images for each class, or with train/ and val/ of these; a .csv file; or a folder of
+    Parquet or tar files. If the images are not split, a tenth is held out."""
     weights: str
     """A weight file, the folder of a run, a folder with timm's config.json, or a name in a model hub."""
     image: str = "image"
-    """Column of the CSV file with the names of the image files."""
+    """Column of the CSV file with the names of the image files, or of Parquet files with the images."""
     label: str = "label"
     """Column with the class."""
     split_column: str | None = None

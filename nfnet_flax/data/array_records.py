@@ -84,8 +84,9 @@ def decode_record(record: bytes, *, check: bool) -> Example:
 def contradiction(example: Example, class_names: Sequence[str]) -> str | None:
     """The problem if a record's label does not agree with the class in its name; None if they agree."""
     label = example.label
-    wanted = repr(class_names[label]) if 0 <= label < len(class_names) else f"none of {len(class_names)} classes"
-    if wanted == repr(example.name.partition("/")[0]):
+    is_class = 0 <= label < len(class_names)
+    wanted = repr(class_names[label]) if is_class else f"none of {len(class_names)} classes"
+    if is_class and example.name.startswith(f"{class_names[label]}/"):
         return None
     return f"it is {example.name!r}, but its label {label} is {wanted} in the manifest: the file belongs to another set"
 

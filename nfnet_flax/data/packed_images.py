@@ -146,13 +146,9 @@ class PackedImages:
     def named_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """For each example its file name without folders, (N,) bytes, and its label, (N,) int32. An image without a
         name has the number of its row in the split."""
-        return _file_names(self._names, self._row_numbers()), self._labels
-
-    def _row_numbers(self) -> np.ndarray:
-        starts = np.zeros(len(self._shards), np.int64)
         counts = np.bincount(self._shard_of, minlength=len(self._shards))
-        starts[1:] = np.cumsum(counts)[:-1]
-        return starts[self._shard_of] + self._number
+        starts = np.cumsum(counts) - counts
+        return _file_names(self._names, starts[self._shard_of] + self._number), self._labels
 
 
 def _file_names(names: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:

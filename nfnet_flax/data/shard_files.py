@@ -64,6 +64,16 @@ def _names_in(folder: Path) -> list[str]:
         return []
 
 
+def splits_in(root: Path, kind: ShardKind) -> tuple[str, ...]:
+    """The words by which shards in a folder, in `data` there and in folders of splits say which split they are of."""
+    words = []
+    for folder in (root, root / "data"):
+        names = _names_in(folder)
+        words += [split_word(name) for name in names if name.endswith(kind.suffix) or _is_compressed_tar(name, kind)]
+        words += [name for name in names if name == split_word(f"{name}.") and shards_in(folder / name, kind)]
+    return tuple(dict.fromkeys(word for word in words if word is not None))
+
+
 def read_bytes(shard: str, offset: int, size: int) -> bytes:
     """Some bytes of a shard, or fewer if it ends earlier. The file is opened for each call: that takes 10 microseconds
     on a local disk, and no limit of open files is reached, however many shards there are.
