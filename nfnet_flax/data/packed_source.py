@@ -85,6 +85,15 @@ class PackedSource(SourceConfig, abc.ABC):
         del indexes
         return None
 
+    def remarks(self, shards: Sequence[str], indexes: Sequence[ShardIndex]) -> list[Unused]:
+        """What a user should know about the shards of a split besides what is not used; by default nothing.
+
+        Raises:
+          ConfigError: the shards do not fit together.
+        """
+        del shards, indexes
+        return []
+
     def open(self, split: Split, image_size: int) -> PackedImages:
         del image_size  # encoded files of any size
         return self._opened(split, copies=True)
@@ -166,7 +175,7 @@ class PackedSource(SourceConfig, abc.ABC):
                 f"({shown(own)}): give as many, or none"
             )
         found = [Shard(name, index, self.reader(name, index)) for name, index in zip(shards, indexes, strict=True)]
-        unused = [*self._other_files(split, shards), *_slow(indexes, copies)]
+        unused = [*self._other_files(split, shards), *_slow(indexes, copies), *self.remarks(shards, indexes)]
         return PackedImages(self.kind, found, given or own, unused, self.known_contents(indexes))
 
     def _other_files(self, split: Split, shards: Sequence[str]) -> list[Unused]:

@@ -57,7 +57,12 @@ def plain_values(
             raise NotPlain(f"a page ends at {position}, and its column chunk at {stop}")
         if header[_TYPE] == _INDEX_PAGE:
             continue
-        first, count = _first_value(file, header, body, has_levels=has_levels)
+        try:
+            first, count = _first_value(file, header, body, has_levels=has_levels)
+        except (KeyError, TypeError) as error:
+            raise NotPlain(f"the header of a page is damaged ({error!r})") from error
+        if not body <= first <= position:
+            raise NotPlain("the levels of a page end beyond it")
         _walk(file, first, position, count, offsets, sizes)
     if len(offsets) != num_values:
         raise NotPlain(f"{len(offsets)} values for {num_values} rows")

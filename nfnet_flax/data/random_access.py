@@ -27,10 +27,10 @@ Record = dict[str, Any]
 
 
 class Unused(NamedTuple):
-    """Files in a set of images that are not used, all for the same reason."""
+    """Files in a set of images, or rows or members of them, that are not used, all for the same reason."""
 
     num_files: int
-    """Number of files."""
+    """Their number; 0: the text says something else about the set that its user should know."""
     text: str
     """A sentence with the number, the reason and an example."""
 

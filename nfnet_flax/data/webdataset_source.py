@@ -1,6 +1,7 @@
 """Tar files of images and labels in the form of WebDataset, as a source of examples with random access."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -8,6 +9,7 @@ from typing import ClassVar, Literal
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.packed_images import Kind, PlainBytes, Reader
 from nfnet_flax.data.packed_source import PackedSource
+from nfnet_flax.data.random_access import Unused, digest
 from nfnet_flax.data.shard_files import TAR, ShardKind
 from nfnet_flax.data.shard_index import ShardIndex
 
@@ -36,7 +38,7 @@ class WebDatasetSource(PackedSource):
         del index
         return PlainBytes(shard)
 
-    def own_names(self, shards: Sequence[str], indexes: Sequence[ShardIndex]) -> None:
+    def remarks(self, shards: Sequence[str], indexes: Sequence[ShardIndex]) -> list[Unused]:
         first: dict[str, str] = {}
         for shard, index in zip(shards, indexes, strict=True):
             if (ending := index.facts["ending"]) is not None:
@@ -44,6 +46,31 @@ class WebDatasetSource(PackedSource):
         if len(first) > 1:
             found = ", ".join(f".{ending} in {shard!r}" for ending, shard in first.items())
             raise ConfigError(f"source.label = None: labels are {found}: choose one ending by --data.source.label")
+        seen: dict[str, str] = {}
+        for shard, index in zip(shards, indexes, strict=True):
+            same = seen.setdefault(_digest(index), shard)
+            if len(index) and same != shard:
+                raise ConfigError(
+                    f"{shard!r} has the keys, labels and sizes of {same!r}: remove one of them, if it is a copy, or "
+                    "give the images other keys"
+                )
+        return _repeated(indexes)
+
+
+def _digest(index: ShardIndex) -> str:
+    texts = (str(index.label_names), str(index.names.dtype))
+    return digest(*texts, *(part.tobytes() for part in (index.names, index.labels, index.sizes)))
+
+
+def _repeated(indexes: Sequence[ShardIndex]) -> list[Unused]:
+    """A remark if images in several files have the same key; within a file that is an error."""
+    counts = Counter(name.rpartition(b".")[0] for index in indexes for name in index.names.tolist())
+    if len(counts) == counts.total():
+        return []
+    repeated = [name for name, count in counts.items() if count > 1]
+    example = repeated[0].decode(errors="surrogateescape")
+    text = f"{len(repeated)} keys are in several tar files, such as {example!r}: all their images are used"
+    return [Unused(0, text)]
 
 
 @dataclasses.dataclass(frozen=True)
