@@ -80,7 +80,7 @@ def given_images(
         names = [name for name in ("val", "eval", "test") if is_divided and (path / name).is_dir()]
         has_split = bool(names)
         source = FolderSource(root=data, train="train" if is_divided else ".", eval=names[0] if names else "val")
-    images = source.open("train", 0)
+    images = source.without_writing().open("train", 0)  # a command that only looks at the recipe changes nothing
     require(len(images) >= 2, "data", data, "has only one training image: give at least two")
     num_held_out = None if has_split else max(1, len(images) // _HELD_OUT_SHARE)
     return GivenImages(

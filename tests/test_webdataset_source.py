@@ -123,7 +123,9 @@ def test_a_key_may_be_in_several_files(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     assert sorted(source[index]["image"] for index in range(len(source))) == [b"A", b"B"]
     assert [found.num_files for found in source.unused] == [0]
-    assert re.search(r"1 keys are in several tar files, such as 'a': all their images are used", source.unused[0].text)
+    assert re.search(
+        r"1 images are in several tar files, such as 'a\.jpg': all of them are used", source.unused[0].text
+    )
     write_tar(tmp_path / "train-1.tar", [("a.jpg", b"A"), ("a.cls", b"0")])
     with pytest.raises(ConfigError, match=r"train-1\.tar' has the keys, labels and sizes of .*train-0\.tar'"):
         source_of(tmp_path)

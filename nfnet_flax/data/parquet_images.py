@@ -100,7 +100,7 @@ def _not_null(image: bytes | None, shard: str, row: int, column: str) -> bytes:
     if image is None:
         raise ConfigError(
             f"{shard} row {row}: column {column!r} is null: the image is missing, or is a file outside: write the set "
-            "with its images inside, or remove the row"
+            "with its images inside, as push_to_hub does, or remove the row"
         )
     return image
 

@@ -1,8 +1,9 @@
 """The files (shards) of a set that is stored as Parquet files or tar files: which there are, and where they are read.
 
-A shard is named by its path. Everything that is known about shards goes through three functions: `shards_in` lists
-them, `local_shard` says which file of a local disk holds one, and `shard_stamp` changes when a shard does. A set that
-lies elsewhere, such as in a bucket, would be fetched there and nowhere else.
+A shard is named by its path. Only this file looks into the folders of shards, and all code that reads a shard asks
+`local_shard` for the file of a local disk that holds it, directly before it opens that file: shards that lie elsewhere,
+such as in a bucket, can be fetched there and nowhere else. `shard_stamp` changes when a shard does, so that what was
+derived from it is made again.
 """
 
 import glob
@@ -37,8 +38,7 @@ TAR = ShardKind(".tar", "tar file")
 
 
 def local_shard(shard: str) -> str:
-    """Path of the file on a local disk that holds a shard. All code that reads a shard calls this directly before it
-    opens the file, and keeps no file open: what must be fetched first is fetched here."""
+    """Path of the file on a local disk that holds a shard. Nobody keeps that path, or the file open."""
     return shard
 
 

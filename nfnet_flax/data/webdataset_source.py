@@ -63,13 +63,13 @@ def _digest(index: ShardIndex) -> str:
 
 
 def _repeated(indexes: Sequence[ShardIndex]) -> list[Unused]:
-    """A remark if images in several files have the same key; within a file that is an error."""
-    counts = Counter(name.rpartition(b".")[0] for index in indexes for name in index.names.tolist())
-    if len(counts) == counts.total():
+    """A remark if images in several files have the same name; within a file that is an error."""
+    names = [name for index in indexes for name in index.names.tolist()]
+    if len(set(names)) == len(names):
         return []
-    repeated = [name for name, count in counts.items() if count > 1]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     example = repeated[0].decode(errors="surrogateescape")
-    text = f"{len(repeated)} keys are in several tar files, such as {example!r}: all their images are used"
+    text = f"{len(repeated)} images are in several tar files, such as {example!r}: all of them are used"
     return [Unused(0, text)]
 
 
