@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import glob
 import os
 import re
 from pathlib import Path
@@ -102,6 +103,23 @@ def is_missing(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def escaped(pattern: Path) -> str:
+    """A pattern whose folders are taken literally where a folder of exactly that name exists, such as `data [v2]`."""
+    place, *names = pattern.parts
+    while names and os.path.lexists(os.path.join(place, names[0])):
+        place = os.path.join(place, names.pop(0))
+    return os.path.join(glob.escape(place), *names)
+
+
+def user_cache(kind: str) -> Path:
+    """Folder in which the package keeps files of a kind that can be made again.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfnet_flax" / kind
 
 
 def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> None:

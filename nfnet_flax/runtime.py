@@ -20,6 +20,7 @@ from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 import nfnet_flax
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
+from nfnet_flax.paths import user_cache
 
 _POOL_SIZE = 8
 _DETERMINISTIC_GPU = "xla_gpu_deterministic_ops"
@@ -222,7 +223,7 @@ def default_folder() -> Path:
     Raises:
       RuntimeError: the user has no home folder.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfnet_flax" / "compiled"
+    return user_cache("compiled")
 
 
 def use_compilation_cache() -> Path | None:

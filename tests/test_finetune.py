@@ -13,7 +13,7 @@ from flax import nnx
 
 from nfnet_flax import Run, cli, exit_codes
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.source_config import CsvSource, FolderSource
+from nfnet_flax.data.source_config import CsvSource, FolderSource, ParquetSource, WebDatasetSource
 from nfnet_flax.debug import debug_recipe
 from nfnet_flax.finetuning import given_images, sizes_of
 from nfnet_flax.models import ImageSizes, TimmNFNetConfig, build_model, model_config
@@ -23,6 +23,7 @@ from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_weights
 from nfnet_flax.weights import Preprocessing, WeightsInfo, read_weights, save_weights
 from tests.image_sets import CLASSES, make_folder
+from tests.packed_sets import make_parquet, make_webdataset, plain, table_of, write_tar
 from tests.runs import ROOT, finish, signal_at, start
 
 FINETUNE = ROOT / "recipes" / "finetune.py"
@@ -60,8 +61,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe_for(given: Path, data: str, *arguments: str) -> Recipe:
-    words = [f"weights={given / 'w.safetensors'}", f"data={given / data}", *arguments]
+def recipe_for(given: Path, data: str, *arguments: str, weights: Path | None = None) -> Recipe:
+    words = [f"weights={(weights or given) / 'w.safetensors'}", f"data={given / data}", *arguments]
     return load_recipe(f"{FINETUNE}:{','.join(words)}")
 
 
@@ -86,6 +87,36 @@ def test_everything_is_taken_from_weights_and_images(given: Path) -> None:
     assert several.checkpoint.best_metric == "eval_ema/mean_average_precision"
     for small in map(debug_recipe, (recipe, several)):
         assert (small.init_from, small.init_to_zero) == (None, ("head.*",))
+
+
+def test_folders_of_parquet_and_tar_files_are_recognized(given: Path, tmp_path: Path) -> None:
+    hub = make_parquet(given / "split", tmp_path / "hub")
+    recipe = recipe_for(tmp_path, "hub", weights=given)
+    assert recipe.data.source == ParquetSource(root=str(hub))
+    assert (recipe.num_classes, recipe.data.num_held_out, recipe.name) == (3, None, "finetune_hub")
+    for path in hub.glob("*/validation-*"):
+        path.rename(path.with_name(path.name.replace("validation", "test")))
+    assert recipe_for(tmp_path, "hub", weights=given).data.source == ParquetSource(root=str(hub), eval=("test",))
+    one = plain(table_of(sorted((given / "plain").glob("*/*")), None), tmp_path / "flat" / "my.parquet")
+    flat = recipe_for(tmp_path, "flat", weights=given)
+    assert (flat.data.source, flat.data.num_held_out) == (ParquetSource(root=str(one.parent), train=(".",)), 2)
+    alone = recipe_for(tmp_path, "flat/my.parquet", weights=given).data
+    assert (alone.source, alone.num_held_out) == (ParquetSource(root=str(one.parent), train=("my.parquet",)), 2)
+
+    tars = make_webdataset(given / "split", tmp_path / "tars")
+    assert recipe_for(tmp_path, "tars", weights=given).data.source == WebDatasetSource(root=str(tars))
+    with pytest.raises(ConfigError, match=r"separator = '\|': only a \.csv file has it"):
+        recipe_for(tmp_path, "tars", "separator=|", weights=given)
+    for path in tars.glob("*train*"):
+        path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"source\.train = 'train': .* has no tar file of that split.*there is tiny-val"
+    ):
+        recipe_for(tmp_path, "tars", weights=given)
+    shutil.copytree(given / "split", tmp_path / "photos")
+    write_tar(tmp_path / "photos" / "copy.tar", [])  # of the folder, beside its classes
+    source = recipe_for(tmp_path, "photos", weights=given).data.source
+    assert source == FolderSource(root=str(tmp_path / "photos"))
 
 
 def test_published_sizes_and_unknown_ones() -> None:

@@ -38,7 +38,7 @@ ALLOWED = {
     "own_code": {"config", "paths"},
     "paths": {"config", "storage"},
     "run_clock": set[str](),
-    "runtime": {"config", "messages"},
+    "runtime": {"config", "messages", "paths"},
     "storage": {"config", "json_files"},
     "streams": set[str](),
     "units": set[str](),

@@ -18,12 +18,12 @@ class ProbeOptions:
     """
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER|FILE.csv")]]
-    """Folder with one folder of images for each class, or with train/ and val/ of these, or a .csv file. If the images
-    are not split, a tenth is held out."""
+    """Folder with one folder of images for each class, or with train/ and val/ of these; a .csv file; or a folder of
+    Parquet or tar files. If the images are not split, a tenth is held out."""
     weights: Annotated[str, WEIGHTS]
     """A weight file, the folder of a run, a folder with timm's config.json, or a name in a model hub."""
     image: Annotated[str, COLUMN] = "image"
-    """Column of the CSV file with the names of the image files."""
+    """Column of the CSV file with the names of the image files, or of Parquet files with the images."""
     label: Annotated[str, COLUMN] = "label"
     """Column with the class."""
     split_column: Annotated[str | None, COLUMN] = None
