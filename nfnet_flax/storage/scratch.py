@@ -22,9 +22,11 @@ def scratch_folder() -> Iterator[Path]:
       OSError: it cannot be made.
     """
     _delete_abandoned()
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}")).resolve()
+    descriptor = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path = made.with_name(made.name.removeprefix("."))  # only now may other processes look whether it is abandoned
+    made.rename(path)
 
     def remove() -> None:
         shutil.rmtree(path, ignore_errors=True)

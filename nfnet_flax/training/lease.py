@@ -90,7 +90,7 @@ class Lease:
         with storage_errors(self._folder, OSError):
             numbers = _numbers(self._folder)
             newest = max(numbers, default=0)
-            owner, _ = _read(self._folder, newest)
+            owner = _read(self._folder, newest)[0] if newest > self._number else None
         if newest > self._number:
             raise LeaseLost(
                 f"{_run_of(self._folder)} belongs to {_describe(owner)} now: this process gave no sign of life for "

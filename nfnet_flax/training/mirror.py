@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,8 @@ from nfnet_flax.training.storage import StorageFailed
 
 DAMAGED = "damaged.json"
 _STEP = re.compile(rf"(?P<kind>{'|'.join(CHECKPOINT_KINDS)})/(?P<step>[0-9]+)/(?P<name>.+)")
+_CHECK_INTERVAL_S = 5.0
+"""Time for which it is taken for granted that this process still owns the run: less than another one would wait."""
 _NUM_THREADS = 8
 """Number of files that are copied at the same time."""
 
@@ -68,7 +71,7 @@ class Mirror:
 
     def own(self, check: Callable[[], None]) -> None:
         """Called when this process owns the run; `check` raises an error if it does not any more."""
-        self._bucket = self._bucket.fenced(check)
+        self._bucket = self._bucket.fenced(_at_most_every(_CHECK_INTERVAL_S, check))
 
     def pull(self) -> None:
         """Copies records, and the notes of complete checkpoints; what the bucket does not hold is removed here."""
@@ -123,7 +126,8 @@ class Mirror:
             for name in sorted(now):
                 if self._known.get(name) != now[name]:
                     with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-                        self._bucket.upload(self.path / name, name)
+                        # Read at once, as a file that grows while it is sent would be refused.
+                        self._bucket.put(name, (self.path / name).read_bytes())
                         self._known[name] = now[name]
             gone = [name for name in self._known if name not in now]
             for name in gone:
@@ -218,6 +222,20 @@ def fetch_state(checkpoint: Path) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
         raise
     path.unlink()
+
+
+def _at_most_every(interval_s: float, check: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `check`, unless it was called a short time ago, by each of the clocks: one of them may stop
+    while the machine sleeps."""
+    last: list[tuple[float, float]] = []
+
+    def call() -> None:
+        now = time.monotonic(), time.time()
+        if not last or any(abs(after - before) > interval_s for before, after in zip(last[0], now, strict=True)):
+            check()
+            last[:] = [now]
+
+    return call
 
 
 def _is_record(name: str) -> bool:
