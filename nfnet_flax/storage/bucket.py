@@ -136,9 +136,12 @@ class BucketFolder:
 
         self._repeated("write", name, put)
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
         """See `Folder`. Parts are read at the same time."""
-        size = self._repeated("read", name, lambda: int(_file_system(self.url.scheme).info(self._path(name))["size"]))
+        if size is None:
+            size = self._repeated(
+                "read", name, lambda: int(_file_system(self.url.scheme).info(self._path(name))["size"])
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
         try:

@@ -41,8 +41,14 @@ class Folder(Protocol):
     def upload(self, source: Path, name: str) -> None:
         """Copies a file of this machine into the folder, like `put`."""
 
-    def download(self, name: str, target: Path) -> None:
-        """Copies a file to this machine; `target` appears when it is complete."""
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
+        """Copies a file to this machine; `target` appears when it is complete.
+
+        Args:
+          name: the file.
+          target: path of the copy.
+          size: its size in bytes, if it is known from `files`: that saves a request.
+        """
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes files; those that do not exist are ignored."""
@@ -106,7 +112,7 @@ class LocalFolder:
         shutil.copyfile(source, partial)
         partial.replace(self.path / name)
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
         """See `Folder`."""
         LocalFolder(target.parent).upload(self.path / name, target.name)
 

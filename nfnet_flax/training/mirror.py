@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.json_files import write_json
+from nfnet_flax.json_files import write_json, write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.training.layout import (
@@ -97,11 +97,17 @@ class Mirror:
     def _download_all(self, names: set[str]) -> None:
         def download(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                self._bucket.download(name, self.path / name)
+                # Read whole, as the owner may replace it by a longer one meanwhile.
+                write_whole(self._made(name), self._bucket.read(name))
                 self._known[name] = _state_of(self.path / name)
 
         with ThreadPoolExecutor(_NUM_THREADS) as readers:
             list(readers.map(download, sorted(names)))
+
+    def _made(self, name: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _pull_notes(self, kind: str, step: int) -> None:
         checkpoint = self.path / kind / str(step)
@@ -114,7 +120,8 @@ class Mirror:
             notes = f"{NOTES}/{NOTES_FILE}"
             if notes in commit["files"]:
                 with contextlib.suppress(FileNotFoundError):  # then it is damaged, as its reader will find
-                    self._bucket.download(f"{kind}/{step}/{notes}", partial / notes)
+                    (partial / notes).parent.mkdir(parents=True)
+                    (partial / notes).write_bytes(self._bucket.read(f"{kind}/{step}/{notes}"))
             partial.mkdir(parents=True, exist_ok=True)
             write_json(partial / COMMIT, {**commit, "url": str(self.url / kind / str(step))})
             partial.rename(checkpoint)
@@ -205,15 +212,18 @@ def fetch_state(checkpoint: Path) -> None:
     def download(name: str) -> None:
         size, digest = commit["files"][name]
         target = checkpoint / name
+        if name not in there:
+            raise Damaged(f"{name} is missing")
+        if there[name] != size:
+            raise Damaged(f"{name} has {there[name]} bytes instead of {size}")
         try:
-            bucket.download(name, target)
+            bucket.download(name, target, size=size)
         except FileNotFoundError as error:
             raise Damaged(f"{name} is missing") from error
-        if (found := target.stat().st_size) != size:
-            raise Damaged(f"{name} has {found} bytes instead of {size}")
         if _digest(target) != digest:
             raise Damaged(f"{name} is not what was saved")
 
+    there = bucket.files()
     try:
         with ThreadPoolExecutor(_NUM_THREADS) as readers:
             list(readers.map(download, commit["files"]))
