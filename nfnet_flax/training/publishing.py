@@ -1,8 +1,10 @@
 """Sends the checkpoints of a run to its bucket, in a thread of their own, while the run trains on."""
 
+import functools
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nfnet_flax.messages import warn
@@ -52,7 +54,7 @@ class Publisher:
 
     def _run(self) -> None:
         for kind in CHECKPOINT_KINDS:
-            self._try(self._mirror.clean, kind)
+            self._try(functools.partial(self._mirror.clean, kind))
         while True:
             try:
                 item = self._work.get(timeout=_RECORDS_INTERVAL_S)
@@ -63,7 +65,7 @@ class Publisher:
                 if item is None:
                     return
                 if self._error is None:
-                    self._try(self._send, *item)
+                    self._try(functools.partial(self._send, *item))
             finally:
                 self._work.task_done()
 
@@ -82,9 +84,9 @@ class Publisher:
             self._mirror.commit(kind, step)
             self._mirror.clean(kind)
 
-    def _try(self, call: object, *arguments: object) -> None:
+    def _try(self, call: Callable[[], None]) -> None:
         try:
-            call(*arguments)  # type: ignore[operator]
+            call()
         except BaseException as error:
             self._error = error
 
