@@ -255,6 +255,10 @@ def test_splits_are_found_by_name_folder_and_pattern(images: Path, tmp_path: Pat
     assert names(str(tmp_path / "data" / "train-*.parquet")) == train
     assert names(train[1]) == train[1:]
     assert names("test") == ["data/test-00000-of-00001.parquet"]
+    message = error_of(lambda: open_source(ParquetSource(root=str(tmp_path)), "eval", 0))
+    assert re.search(
+        r"source\.eval = 'validation': .* there is test-.*hold out training images by --data\.num-h", message
+    )
     plain(table, tmp_path / "converted" / "validation" / "0000.parquet")
     assert names("converted/validation") == ["converted/validation/0000.parquet"]
     assert names("converted/validation/") == ["converted/validation/0000.parquet"]
