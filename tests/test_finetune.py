@@ -205,7 +205,7 @@ def test_images_with_several_classes_go_through_all_commands(
         ("data=photos", "missing 1 required positional argument: 'weights'"),
         ("weights=w.safetensors", "missing 1 required positional argument: 'data'"),
         ("weights=gone.safetensors,data=split", "gone.safetensors"),
-        ("weights=w.safetensors,data=gone", "give a folder of images, or a .csv file"),
+        ("weights=w.safetensors,data=gone", "give a folder of images, or of Parquet or tar files, or a .csv file"),
         ("weights=w.safetensors,data=gone.csv", "gone.csv' is no file"),
         ("weights=w.safetensors,data=set.csv", "there is no column 'image'; there are 'file', 'kind', 'kinds', 'part'"),
         ("weights=w.safetensors,data=split,batch_size=many", "takes batch_size = 'many': expected int"),
@@ -234,7 +234,10 @@ def test_a_probe_says_what_the_features_are_worth(given: Path, capsys: pytest.Ca
     assert cli.main([*table, *split, "--shots", "2"]) == exit_codes.EXIT_DONE
     assert capsys.readouterr().out.splitlines()[-2].split()[:3] == rows[-1][:3]  # the same images and features
     for wrong, message in (
-        (["probe", str(given / "gone"), *weights], "give a folder of images, or a .csv file"),
+        (
+            ["probe", str(given / "gone"), *weights],
+            "give a folder of images, or of Parquet or tar files, or a .csv file",
+        ),
         (["probe", str(given / "split"), "--weights", "gone.safetensors"], "gone.safetensors"),
         ([*table, "--shots", "0"], "shots = 0: must be at least 1"),
         ([*table, "--max-train", "1"], "max_train = 1: these images are all of one class"),

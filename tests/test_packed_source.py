@@ -255,6 +255,10 @@ def test_splits_are_found_by_name_folder_and_pattern(images: Path, tmp_path: Pat
     assert names(str(tmp_path / "data" / "train-*.parquet")) == train
     assert names(train[1]) == train[1:]
     assert names("test") == ["data/test-00000-of-00001.parquet"]
+    message = error_of(lambda: open_source(ParquetSource(root=str(tmp_path)), "eval", 0))
+    assert re.search(
+        r"source\.eval = 'validation': .* there is test-.*hold out training images by --data\.num-h", message
+    )
     plain(table, tmp_path / "converted" / "validation" / "0000.parquet")
     assert names("converted/validation") == ["converted/validation/0000.parquet"]
     assert names("converted/validation/") == ["converted/validation/0000.parquet"]
@@ -263,6 +267,10 @@ def test_splits_are_found_by_name_folder_and_pattern(images: Path, tmp_path: Pat
     unused = open_source(ParquetSource(root=str(tmp_path), eval=("one/",)), "train", 0).unused
     assert [found.num_files for found in unused] == [1]
     assert re.search(r"data: not used are 1 files of no split that is read, such as '.*test-00000", unused[0].text)
+
+    odd = plain(table, tmp_path / "odd [v2] {a}" / "train-0.parquet").parent
+    elsewhere = ParquetSource(root=str(tmp_path)).with_training_of(ParquetSource(root=str(odd)))
+    assert elsewhere.shards("train") == ParquetSource(root=str(odd), train=("*",)).shards("train")
 
     plain(table, tmp_path / "train" / "0.parquet")
     assert re.search(r"source\.train = 'train': is found in .*/train'.*/data'", error_of(lambda: names("train")))

@@ -316,10 +316,10 @@ def test_an_error_waits_for_the_pool_of_workers() -> None:
     """Otherwise the thread of the pool runs on while Python ends, which then fails with a traceback now and then."""
     code = """
 import threading
-from tools.prepare_imagenet import _workers
+from nfnet_flax.data.shards import worker_pool
 
 try:
-    with _workers(2) as pool:
+    with worker_pool(2) as pool:
         assert pool.submit(abs, -1).result() == 1
         raise RuntimeError
 except RuntimeError:

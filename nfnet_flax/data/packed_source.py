@@ -165,7 +165,13 @@ class PackedSource(SourceConfig, abc.ABC):
         return names
 
     def _opened(self, split: Split, *, copies: bool) -> PackedImages:
-        shards = self.shards(split)
+        try:
+            shards = self.shards(split)
+        except ConfigError as error:
+            if split == "train":
+                raise
+            hint = "a run that has not begun can hold out training images by --data.num-held-out 1000"
+            raise ConfigError(f"{error}; {hint}") from error
         cache = None if self.cache is None else local_path("source.cache", self.cache)
         indexes = IndexStore(cache, self.keep_index, copies).indexes(shards, self.maker())
         own, given = self.own_names(shards, indexes), self._given_names()

@@ -2,7 +2,7 @@
 
 Images that lie in the file as they are get read as ranges of bytes (`parquet_pages.py`). All others are decompressed
 with the row group that contains them: each row group once, when the images are copied, or once for each image if there
-is no copy.
+is no copy. Memory is taken for one row group at most.
 """
 
 import dataclasses

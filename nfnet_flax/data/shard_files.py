@@ -20,7 +20,7 @@ from nfnet_flax.units import shown
 
 _LFS_START = b"version https://git-lfs"
 _LFS_MAX_BYTES = 1024
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|br|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MAGIC = re.compile(r"[*?[]")
 
 
@@ -122,28 +122,39 @@ def find_shards(field: str, root: Path, entries: Sequence[str], kind: ShardKind)
 
 def _of_entry(field: str, root: Path, entry: str, kind: ShardKind) -> list[str]:
     said = f"{field} = {entry!r}"
-    patterns = expand_braces(said, entry)
     place = root / Path(entry).expanduser()
-    if not _MAGIC.search(entry) and patterns == [entry]:
-        if _is_compressed_tar(entry, kind):
-            raise _compressed(said, [entry])
-        if place.name.endswith(kind.suffix) or place.is_file():
-            return [_existing(said, place, kind)]
+    folder, slash, name = entry.rpartition("/")
+    if slash and (root / Path(folder).expanduser()).is_dir():  # it is meant as it is, whatever characters it has
+        patterns = [f"{folder}/{expanded}" for expanded in expand_braces(said, name)]
+    else:
+        patterns, name = expand_braces(said, entry), entry
+    if patterns != [entry] or _MAGIC.search(name):
+        shards = _of_patterns(said, root, patterns, kind)
+    elif _is_compressed_tar(entry, kind):
+        raise _compressed(said, [entry])
+    elif place.name.endswith(kind.suffix) or place.is_file():
+        return [_existing(said, place, kind)]
+    else:
         is_folder = Path(entry).name in ("", "..") or entry.endswith("/")
         shards = _of_folder(said, place, kind) if is_folder else _of_split(said, place, kind)
-    else:
-        shards = [shard for pattern in patterns for shard in _matching(said, root, pattern, kind)]
-        if missing := [pattern for pattern in patterns if not _matching(said, root, pattern, kind)]:
-            raise ConfigError(
-                f"{said}: {len(missing)} of {len(patterns)} files are missing in {str(root)!r}, such as "
-                f"{missing[0]!r}: copy them, or correct the pattern"
-                if len(patterns) > 1
-                else f"{said}: no file in {str(root)!r} matches{_there_is(place.parent, kind)}"
-            )
     check_one_split(said, shards)
     if patterns == [entry]:  # numbers in braces say themselves which part is wanted
         check_series(said, shards)
     return shards
+
+
+def _of_patterns(said: str, root: Path, patterns: Sequence[str], kind: ShardKind) -> list[str]:
+    found = {pattern: _matching(said, root, pattern, kind) for pattern in patterns}
+    missing = [pattern for pattern, shards in found.items() if not shards]
+    if missing and len(patterns) == 1:
+        place = root / Path(missing[0]).expanduser()
+        raise ConfigError(f"{said}: no file in {str(root)!r} matches{_there_is(place.parent, kind)}")
+    if missing:
+        raise ConfigError(
+            f"{said}: {len(missing)} of {len(patterns)} files are missing in {str(root)!r}, such as {missing[0]!r}: "
+            "copy them, or correct the pattern"
+        )
+    return [shard for shards in found.values() for shard in shards]
 
 
 def _existing(said: str, place: Path, kind: ShardKind) -> str:

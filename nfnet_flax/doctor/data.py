@@ -61,5 +61,5 @@ def _first_example(source: "Source") -> str:
         pixels = decode(image) if isinstance(image, bytes) else image
     size = f"{pixels.shape[1]} x {pixels.shape[0]} px"
     num_unused = sum(found.num_files for found in source.unused)
-    unused = f", {num_unused} files are not used" if num_unused else ""
+    unused = f", {num_unused} files, rows or members are not used" if num_unused else ""
     return f"{len(source)} examples of {len(source.class_names)} classes{unused}; the first is {size}"
