@@ -18,9 +18,9 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.storage.url import SCHEMES, BucketUrl
 
-RETRY_S = 120.0
+RETRY_S = 90.0
 """Time after which an operation that fails again and again is given up, in seconds. The libraries themselves repeat a
-request for up to half a minute, so an operation fails after at most 2.5 minutes: before the watchdog's limit."""
+request for up to half a minute, so an operation fails after at most two minutes: before the watchdog's limit."""
 REQUEST_TIMEOUT_S = 30.0
 """Longest time of one request, in seconds."""
 _PART_BYTES = 16 << 20

@@ -26,6 +26,7 @@ from typing import Any
 from nfnet_flax.json_files import write_json, write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
+from nfnet_flax.storage.bucket import RETRY_S
 from nfnet_flax.training.layout import (
     CHECKPOINT_KINDS,
     COMMIT,
@@ -240,10 +241,15 @@ def _at_most_every(interval_s: float, check: Callable[[], None]) -> Callable[[],
     last: list[tuple[float, float]] = []
 
     def call() -> None:
-        now = time.monotonic(), time.time()
-        if not last or any(abs(after - before) > interval_s for before, after in zip(last[0], now, strict=True)):
-            check()
-            last[:] = [now]
+        now = started = time.monotonic(), time.time()
+        while not last or any(abs(after - before) > interval_s for before, after in zip(last[0], now, strict=True)):
+            try:
+                check()
+                last[:] = [now]
+            except StorageFailed:
+                if time.monotonic() - started[0] > RETRY_S:
+                    raise
+            now = time.monotonic(), time.time()
 
     return call
 

@@ -17,6 +17,10 @@ from nfnet_flax.storage.scratch import scratch_folder
 from nfnet_flax.training.layout import OWNER
 from nfnet_flax.training.mirror import Mirror
 
+_LEASE_RETRY_S = 5.0
+"""Time after which a sign of life that fails is given up, in seconds: the next one follows soon, and the end of a run
+must not wait for it."""
+
 
 class RunFolder:
     """The folder of a run; made by `opened` or `reading`."""
@@ -35,7 +39,7 @@ class RunFolder:
         """The folder of the lease."""
         if self.mirror is None:
             return LocalFolder(self.path / OWNER)
-        return BucketFolder(self.mirror.url / OWNER)
+        return BucketFolder(self.mirror.url / OWNER, retry_s=_LEASE_RETRY_S)
 
     def pull(self) -> None:
         """Makes the files on this machine those of the bucket; the arrays of checkpoints come when they are read."""

@@ -131,7 +131,7 @@ class Saver:
         notes: Notes,
         log: MetricsLog | NoMetrics,
     ) -> None:
-        if self._lease is not None:
+        if self._lease is not None and self._publisher is None:  # which makes sure of it by itself
             self._lease.check()
         log.flush()
         if self._publisher is not None:
