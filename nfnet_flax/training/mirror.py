@@ -249,6 +249,7 @@ def _at_most_every(interval_s: float, check: Callable[[], None]) -> Callable[[],
             except StorageFailed:
                 if time.monotonic() - started[0] > RETRY_S:
                     raise
+                time.sleep(1.0)
             now = time.monotonic(), time.time()
 
     return call
