@@ -208,7 +208,7 @@ class BucketFolder:
             try:
                 return call()
             except FileNotFoundError as error:
-                if _names_bucket(error, self.url.bucket):
+                if action == "write" or _names_bucket(error, self.url.bucket):
                     raise StorageFailed(
                         f"{self.url}: there is no bucket {self.url.bucket!r}, or it may not be seen: make it, correct "
                         "its name, or ask for the permission"
