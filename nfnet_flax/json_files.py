@@ -51,7 +51,16 @@ def write_json(path: Path, data: Any) -> None:
       ValueError: the data hold a number that JSON does not have (NaN, infinity).
       OSError: it cannot be written; the old file is unchanged.
     """
-    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, json_content(data))
+
+
+def json_content(data: Any) -> bytes:
+    """The content of a JSON file.
+
+    Raises:
+      ValueError: the data hold a number that JSON does not have (NaN, infinity).
+    """
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -73,6 +82,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is a folder instead of a file: {remedy}") from error
     except OSError as error:
         raise StorageFailed(f"{path}: {type(error).__name__}: {error.strerror}") from error
+    return parse_json(content, path, remedy)
+
+
+def parse_json(content: bytes, path: object, remedy: str) -> dict[str, Any]:
+    """The JSON object in the content of a file.
+
+    Args:
+      content: the bytes of the file.
+      path: the file, for messages.
+      remedy: as for `read_json`.
+
+    Raises:
+      ConfigError: it is empty, cut short, not UTF-8, or contains something else than a JSON object.
+    """
     try:
         data = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # raised by decoding and by JSON

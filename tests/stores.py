@@ -13,6 +13,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from nfnet_flax.storage import bucket
+
 BUCKET = "bucket"
 KINDS = ("gs", "s3")
 
@@ -35,6 +39,13 @@ def environment(kind: str, url: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def use(patch: pytest.MonkeyPatch, kind: str, url: str) -> None:
+    """Makes the libraries of this process use a store at `url`."""
+    for name, value in environment(kind, url).items():
+        patch.setenv(name, value)
+    bucket._file_system.cache_clear()
 
 
 @contextlib.contextmanager

@@ -104,6 +104,8 @@ def test_paths_are_resolved_and_urls_refused(sets: Path, monkeypatch: pytest.Mon
     for wrong in ("gs://bucket/images", "s3:/bucket", ""):
         with pytest.raises(ConfigError, match=r"source\.root = "):
             FolderSource(root=wrong)
-    for wrong in ("gs://bucket/train-*", ""):
+    with pytest.raises(ConfigError, match=r"storage cp .*'gs://bucket/images'.* tools/prepare_imagenet\.py --folder"):
+        FolderSource(root="gs://bucket/images")
+    for wrong in ("az://bucket/train-*", "gs:/bucket/train-*", ""):
         with pytest.raises(ConfigError, match=r"source\.train = "):
             ArrayRecordSource(train=(wrong,), eval=("x",))

@@ -301,14 +301,14 @@ def test_what_is_not_used_is_said_and_what_was_replaced_is_noticed(tmp_path: Pat
 
 
 def test_only_paths_of_this_machine_are_taken(folder: Path, tmp_path: Path) -> None:
-    for out in ("gs://bucket/set", "s3:/bucket/set"):
+    for out in ("az://bucket/set", "s3:/bucket/set"):
         command = [word if not word.startswith("--out") else f"--out={out}" for word in prepare_command(tmp_path)]
         done = subprocess.run(
             [*command, f"--folder={folder}"], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
         )
         assert done.returncode == 2
         assert "--out = " in done.stderr
-        assert "is a URL" in done.stderr
+        assert "is a URL" in done.stderr or "one slash" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
-from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket, bucket_url
+from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket_url
 from tests import stores
 
 ODD = "odd/a b%20#[v2]é?.txt"
@@ -22,14 +22,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield LocalFolder(tmp_path_factory.mktemp("place") / "run")
         return
     with stores.store(request.param) as url, pytest.MonkeyPatch.context() as patch:
-        _use(patch, request.param, url)
+        stores.use(patch, request.param, url)
         yield BucketFolder(BucketUrl(request.param, stores.BUCKET, "runs/run 1"))
-
-
-def _use(patch: pytest.MonkeyPatch, kind: str, url: str) -> None:
-    for name, value in stores.environment(kind, url).items():
-        patch.setenv(name, value)
-    bucket._file_system.cache_clear()
 
 
 def test_every_place_has_the_same_operations(folder: Folder, tmp_path: Path) -> None:
@@ -68,7 +62,7 @@ def test_faults_that_pass_are_survived_and_others_say_what_to_do(
     source = tmp_path / "source"
     source.write_bytes(os.urandom(6_000_000))
     with stores.proxied(kind, []) as (url, set_rules):
-        _use(monkeypatch, kind, url)
+        stores.use(monkeypatch, kind, url)
         folder = BucketFolder(BucketUrl(kind, stores.BUCKET, "run"), retry_s=20)
         unavailable = {"do": "status", "status": 503, "times": 2}
         for rule in (

@@ -7,6 +7,9 @@ files with random access; or checks such files.
     python tools/prepare_imagenet.py --out data/beans --parquet beans --no-expect-imagenet --train-shards 4
     python tools/prepare_imagenet.py --out data/imagenet --verify
 
+--out may be a place in a bucket, such as gs://BUCKET/imagenet or s3://BUCKET/imagenet (extra gcs or s3). Files are then
+made one by one in the system's folder for temporary files (TMPDIR), and uploaded.
+
 If it was stopped or killed, the same command continues: finished shards are kept. The images are recognized by their
 names, sizes and classes: if one was replaced by another of the same size, give an empty folder. Labels are the
 positions of the sorted WordNet ids (folder names). Within a split the examples are ordered by a hash of
@@ -23,6 +26,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -34,17 +38,19 @@ import tyro
 from nfnet_flax import streams
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.config_json import to_json
-from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_path, read_manifest, shard_name
+from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_name, read_manifest, shard_name
+from nfnet_flax.data.buckets import Place
 from nfnet_flax.data.listing import Listing, list_folder, list_packed, list_tars
 from nfnet_flax.data.packed_source import PackedSource
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
 from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard, worker_pool
 from nfnet_flax.data.source_config import FolderSource, ParquetSource, WebDatasetSource
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED
-from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED, EXIT_STORAGE_FAILED
+from nfnet_flax.json_files import StorageFailed, json_content, parse_json
 from nfnet_flax.output import guarded_output
 from nfnet_flax.paths import local_path
+from nfnet_flax.storage import BucketUrl, bucket_url, folder_at
 
 IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_CLASSES = 1000
@@ -57,8 +63,8 @@ INDEX = ".nfnet_index"
 class Options:
     """Give the tar files, or a folder, or only --verify."""
 
-    out: Path
-    """Folder of the prepared set."""
+    out: str
+    """Folder of the prepared set, or its URL in a bucket (gs://, s3://)."""
     train_tar: Path | None = None
     """The file ILSVRC2012_img_train.tar."""
     val_tar: Path | None = None
@@ -106,7 +112,7 @@ class Options:
         require(self.num_processes >= 1, "--num-processes", self.num_processes, "must be at least 1")
 
     def with_resolved_paths(self) -> "Options":
-        """The same options with absolute paths, without `~` and links.
+        """The same options with absolute paths of the input, without `~` and links.
 
         Raises:
           ConfigError: one of them is a URL, or not a valid path.
@@ -118,11 +124,18 @@ class Options:
         }
         return dataclasses.replace(self, **resolved)
 
-    def packed_source(self) -> PackedSource | None:
-        """The set of Parquet files or tar files; its index is kept in the prepared set's folder meanwhile."""
+    def place(self) -> Place:
+        """Where the set is or shall be.
+
+        Raises:
+          ConfigError: it is no valid path, or a URL of a kind that is not supported.
+        """
+        return bucket_url("--out", self.out) or local_path("--out", self.out)
+
+    def packed_source(self, index: Path) -> PackedSource | None:
+        """The set of Parquet files or tar files; its index is kept in the folder `index` meanwhile."""
         names = None if self.class_names_file is None else str(self.class_names_file)
         train, held_out = ((entry,) for entry in self.split)
-        index = str(self.out / INDEX)
         if self.parquet is not None:
             return ParquetSource(
                 root=str(self.parquet),
@@ -131,7 +144,7 @@ class Options:
                 image=self.image,
                 label=self.label,
                 class_names_file=names,
-                cache=index,
+                cache=str(index),
             )
         if self.webdataset is None:
             return None
@@ -141,7 +154,7 @@ class Options:
             eval=held_out,
             json_key=self.label,
             class_names_file=names,
-            cache=index,
+            cache=str(index),
         )
 
     def num_shards(self, split: str) -> int:
@@ -185,51 +198,51 @@ def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessP
     num_shards = options.num_shards(split)
     require(num_shards <= len(listing), f"--{split}-shards", num_shards, f"{split} has only {len(listing)} images")
     input_digest = digest(listing.digest(), str(num_shards))
-    plan, manifest = options.out / f"{split}.plan.json", manifest_path(options.out, split)
-    paths = [options.out / shard_name(split, index, num_shards) for index in range(num_shards)]
-    if manifest.exists():
-        old = read_manifest(options.out, split)
+    place = options.place()
+    folder = folder_at(place if isinstance(place, BucketUrl) else str(place))
+    plan, manifest = f"{split}.plan.json", manifest_name(split)
+    names = [shard_name(split, index, num_shards) for index in range(num_shards)]
+    sizes = folder.files()
+    if manifest in sizes:
+        old = read_manifest(place, split)
         known = old.input_digest
-        sizes = {shard.file: shard.num_bytes for shard in old.shards}
-        if known == input_digest and all(path.is_file() and path.stat().st_size == sizes[path.name] for path in paths):
+        if known == input_digest and all(sizes.get(shard.file) == shard.num_bytes for shard in old.shards):
             print(
                 f"{split}: complete, {len(listing):,} images of the same names and sizes in {num_shards} shards: "
                 "nothing to do (their contents were not compared)"
             )
             return
-    elif plan.exists():
-        known = str(read_json(plan, "give an empty folder").get("input_digest"))
+    elif plan in sizes:
+        known = str(parse_json(folder.read(plan), f"{place}/{plan}", "give an empty folder").get("input_digest"))
     else:
-        known = "" if any(options.out.glob(f"{split}-*")) else input_digest
+        known = "" if any(name.startswith(f"{split}-") for name in sizes) else input_digest
     if known != input_digest:
         raise ConfigError(
-            f"{str(options.out)!r} holds {split} shards of another input or of another number of shards: give an "
-            "empty folder"
+            f"{str(place)!r} holds {split} shards of another input or of another number of shards: give an empty folder"
         )
-    if not manifest.exists():
-        write_json(plan, {"input_digest": input_digest})
+    if manifest not in sizes:
+        folder.put(plan, json_content({"input_digest": input_digest}))
     borders = [len(listing) * index // num_shards for index in range(num_shards + 1)]
     parts = [listing.part(start, stop) for start, stop in itertools.pairwise(borders)]
-    kept = sum(path.exists() for path in paths)
+    kept = sum(name in sizes for name in names)
     print(f"{split}: {len(listing):,} images to {num_shards} shards, of which {kept} exist", flush=True)
-    futures: list[Future[Shard]] = [pool.submit(make_shard, *job) for job in zip(paths, parts, strict=True)]
+    futures: list[Future[Shard]] = [pool.submit(make_shard, place, *job) for job in zip(names, parts, strict=True)]
     _show_progress(split, futures, [len(part) for part in parts])
     shards = tuple(future.result() for future in futures)
     result = Manifest(
         format_version=FORMAT_VERSION, class_names=listing.class_names, input_digest=input_digest, shards=shards
     )
-    write_json(manifest, to_json(result))
-    plan.unlink(missing_ok=True)
+    folder.put(manifest, json_content(to_json(result)))
+    folder.delete([plan])
 
 
 def verify_split(options: Options, split: str, pool: ProcessPoolExecutor) -> list[str]:
     """Checks every shard that the manifest lists; returns one line per problem."""
-    manifest = read_manifest(options.out, split)
+    place = options.place()
+    manifest = read_manifest(place, split)
     if options.expect_imagenet:
         check_counts(split, manifest.class_names, manifest.num_records)
-    futures = [
-        pool.submit(check_shard, options.out / shard.file, shard, manifest.class_names) for shard in manifest.shards
-    ]
+    futures = [pool.submit(check_shard, place, shard, manifest.class_names) for shard in manifest.shards]
     _show_progress(f"verify {split}", futures, [shard.num_records for shard in manifest.shards])
     problems = [problem for future in futures for problem in future.result()]
     if not problems:
@@ -238,8 +251,14 @@ def verify_split(options: Options, split: str, pool: ProcessPoolExecutor) -> lis
 
 
 @contextlib.contextmanager
-def _sole_owner(folder: Path) -> Iterator[None]:
-    """Prevents that a second process uses the folder, and removes incomplete files of a killed process."""
+def _sole_owner(folder: Place) -> Iterator[None]:
+    """Prevents that a second process uses the folder, and removes incomplete files of a killed process.
+
+    In a bucket neither is needed: an object appears when it is complete, and a second process writes the same bytes.
+    """
+    if isinstance(folder, BucketUrl):
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -260,11 +279,15 @@ def run(options: Options) -> None:
     """
     options = options.with_resolved_paths()
     listings: dict[str, Listing] = {}
+    place = options.place()
+    index = place / INDEX if isinstance(place, Path) else Path(tempfile.mkdtemp())
     if options.folder is not None:
-        FolderSource(root=str(options.folder)).check_outside("--out", options.out)
+        if isinstance(place, Path):
+            FolderSource(root=str(options.folder)).check_outside("--out", place)
         listings = list_folder(options.folder)
-    elif (packed := options.packed_source()) is not None:
-        packed.check_outside("--out", options.out)
+    elif (packed := options.packed_source(index)) is not None:
+        if isinstance(place, Path):
+            packed.check_outside("--out", place)
         listings = list_packed(packed)
     elif options.train_tar is not None and options.val_tar is not None:
         print(f"reading the contents of {options.train_tar} ...", flush=True)
@@ -276,10 +299,10 @@ def run(options: Options) -> None:
             check_counts(split, listing.class_names, len(listing))
     with worker_pool(options.num_processes) as pool:
         if listings:
-            with _sole_owner(options.out):
+            with _sole_owner(place):
                 for split, listing in listings.items():
                     prepare_split(options, split, listing, pool)
-                shutil.rmtree(options.out / INDEX, ignore_errors=True)
+                shutil.rmtree(index, ignore_errors=True)
         problems = (
             [problem for split in ("train", "eval") for problem in verify_split(options, split, pool)]
             if options.verify
@@ -307,6 +330,9 @@ def _main() -> int:
     except InputFailed as error:
         print(f"prepare_imagenet: the input failed: {error}", file=sys.stderr)
         return EXIT_INPUT_FAILED
+    except StorageFailed as error:
+        print(f"prepare_imagenet: the bucket failed: {error}", file=sys.stderr)
+        return EXIT_STORAGE_FAILED
     except (ConfigError, OSError) as error:
         print(f"prepare_imagenet: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -4,10 +4,10 @@ import bisect
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -21,11 +21,14 @@ from nfnet_flax.data.array_records import (
     ends_digest,
     find_shards,
     is_pattern,
-    manifest_path,
+    manifest_name,
     read_manifest,
     split_of,
 )
+from nfnet_flax.data.buckets import Place, in_order
+from nfnet_flax.data.cached_source import CachedSource, check_place
 from nfnet_flax.data.random_access import (
+    Copies,
     CorruptRecordError,
     Record,
     SourceConfig,
@@ -34,25 +37,26 @@ from nfnet_flax.data.random_access import (
     check_index,
     digest,
 )
-from nfnet_flax.paths import check_path
+from nfnet_flax.storage import BucketUrl
 
 # Reading the ends of a file means waiting for the disk or the network, so many are read at once.
 _NUM_OPEN_THREADS = 16
-_Found = list[tuple[Path, Shard]]
+_Found = list[tuple[Place, Shard]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArrayRecordSource(SourceConfig):
-    """ArrayRecord files written by `tools/prepare_imagenet.py`, with `train.json` or `eval.json` in the same folder."""
+class ArrayRecordSource(CachedSource):
+    """ArrayRecord files written by `tools/prepare_imagenet.py`, with `train.json` or `eval.json` in the same folder, on
+    a disk of this machine or in a bucket."""
 
-    place_fields: ClassVar[tuple[str, ...]] = ("train", "eval")
+    place_fields: ClassVar[tuple[str, ...]] = ("train", "eval", *CachedSource.place_fields)
 
     train: tuple[Annotated[str, Shown("FILE|PATTERN")], ...]
-    """Files of the training split, or shell-style patterns such as `data/train-*.array_record`. The files are read in
-    the order of their sorted paths. A pattern must find every shard of the set that it describes, and both splits
-    together must use all shards of that set. Files that are listed one by one may be a part of the set; a warning then
-    says which part is missing. `~` is the home folder; a folder whose name contains `[`, `]`, `*` or `?` is given as it
-    is."""
+    """Files of the training split, or shell-style patterns such as `data/train-*.array_record` or
+    `gs://BUCKET/FOLDER/train-*` (`s3://`). The files are read in the order of their sorted paths. A pattern must find
+    every shard of the set that it describes, and both splits together must use all shards of that set. Files that are
+    listed one by one may be a part of the set; a warning then says which part is missing. `~` is the home folder; a
+    folder whose name contains `[`, `]`, `*` or `?` is given as it is."""
     eval: tuple[Annotated[str, Shown("FILE|PATTERN")], ...]
     """Files or patterns of the held-out split, as for `train`."""
 
@@ -61,7 +65,7 @@ class ArrayRecordSource(SourceConfig):
         for name, value in (("train", self.train), ("eval", self.eval)):
             require(bool(value), f"source.{name}", value, "give at least one file or pattern")
             for pattern in value:
-                check_path(f"source.{name}", pattern)
+                check_place(f"source.{name}", pattern)
 
     def open(self, split: Split, image_size: int) -> "ArrayRecords":
         del image_size  # encoded files of any size
@@ -97,34 +101,40 @@ class ArrayRecords:
 
         Raises:
           ConfigError: as for `find_shards` and `read_manifest`; patterns leave out shards of a set; files differ from
-            their manifest or in their classes; or the training split contains shards of a held-out set.
-          OSError: a file cannot be read.
+            their manifest or in their classes; the training split contains shards of a held-out set; or some files are
+            in a bucket and others are not.
+          OSError: a file cannot be read, or the store failed.
         """
-        from nfnet_flax.data.record_files import open_records  # imports a library that a recipe does not need
-
         self.class_names, found = _listed(config, split)
-        self.unused = _left_out(config, split, [path for path, _ in found])
-        with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
-            list(threads.map(_check_identity, *zip(*found, strict=True)))
-        self._paths = [str(path) for path, _ in found]
+        self.unused = _left_out(config, split, [place for place, _ in found])
+        self._names = [str(place) for place, _ in found]
         self._ends = list(itertools.accumulate(shard.num_records for _, shard in found))
         self._fingerprint = digest("array_record", *self.class_names, *(shard.blake2b for _, shard in found))
-        self._records = open_records({str(path): shard.num_records for path, shard in found})
+        self._records = _opened(config, split, found)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        from nfnet_flax.data.record_files import read_record
-
-        path, _ = self._place(index)
         try:
-            example = decode_record(read_record(self._records, index, path), check=False)
+            example = decode_record(self._records.read(*self._place(index)), check=False)
         except CorruptRecordError as error:
             raise CorruptRecordError(f"{self.describe(index)} is damaged: {error}") from error
         if (wrong := contradiction(example, self.class_names)) is not None:
             raise ConfigError(f"{self.describe(index)}: {wrong}; copy the file and the manifest of the same set again")
         return {"image": example.image, "label": np.int32(example.label)}
+
+    def read_ahead(self, indexes: Iterable[int]) -> None:
+        """See `Prepares`."""
+        self._records.read_ahead(map(self._place, indexes))
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """See `Prepares`."""
+        return self._records.begin_copying(self._place(index)[0] for index in order)
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return self._records.copies()
 
     def fingerprint(self) -> str:
         """Digest of the classes and of the contents of every shard, as recorded when they were written."""
@@ -135,26 +145,79 @@ class ArrayRecords:
         return ""
 
     def describe(self, index: int) -> str:
-        path, number = self._place(index)
-        return f"{path} record {number}"
+        shard, number = self._place(index)
+        return f"{self._names[shard]} record {number}"
 
-    def _place(self, index: int) -> tuple[str, int]:
-        """The file of an example, and the example's number in it."""
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of an example's file, and the example's number in it."""
         index = check_index(index, len(self))
         shard = bisect.bisect_right(self._ends, index)
-        return self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+
+class _Records(Protocol):
+    """The records of files; see `BucketRecords`."""
+
+    def read(self, shard: int, number: int) -> bytes: ...
+
+    def read_ahead(self, wanted: Iterable[tuple[int, int]]) -> None: ...
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]: ...
+
+    def copies(self) -> Copies | None: ...
+
+
+class _LocalRecords:
+    """The records of files of this machine."""
+
+    def __init__(self, found: Sequence[tuple[Path, Shard]]) -> None:
+        from nfnet_flax.data.record_files import open_records  # imports a library that a recipe does not need
+
+        with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
+            list(threads.map(_check_identity, *zip(*found, strict=True)))
+        self._paths = [str(path) for path, _ in found]
+        self._starts = [0, *itertools.accumulate(shard.num_records for _, shard in found)]
+        self._records = open_records({str(path): shard.num_records for path, shard in found})
+
+    def read(self, shard: int, number: int) -> bytes:
+        from nfnet_flax.data.record_files import read_record
+
+        return read_record(self._records, self._starts[shard] + number, self._paths[shard])
+
+    def read_ahead(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Does nothing: a disk answers at once."""
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """Does nothing."""
+        return lambda: None
+
+    def copies(self) -> None:
+        """None: none are needed."""
+
+
+def _opened(config: ArrayRecordSource, split: Split, found: _Found) -> _Records:
+    local = [(place, shard) for place, shard in found if isinstance(place, Path)]
+    remote = [(place, shard) for place, shard in found if isinstance(place, BucketUrl)]
+    if not remote:
+        return _LocalRecords(local)
+    if local:
+        patterns = config.train if split == "train" else config.eval
+        raise ConfigError(f"source.{split} = {patterns!r}: gives both paths and URLs: give files of one place")
+    from nfnet_flax.data.bucket_records import BucketRecords
+
+    return BucketRecords(remote, config.cache())
 
 
 def _check_apart(config: ArrayRecordSource) -> None:
     """Raises ConfigError if both splits contain the same shard, under whatever name; ignores a missing split."""
     patterns: dict[Split, Sequence[str]] = {"train": config.train, "eval": config.eval}
-    found: dict[Split, dict[str, Path]] = {}
+    found: dict[Split, dict[str, Place]] = {}
     for split in patterns:
         try:
             found[split] = {shard.blake2b: path for path, shard in _listed(config, split)[1]}
         except ConfigError:  # reported when that split is opened
             return
-    if shared := sorted(found["train"].keys() & found["eval"].keys(), key=lambda key: found["train"][key]):
+    if shared := sorted(found["train"].keys() & found["eval"].keys(), key=lambda key: in_order(found["train"][key])):
         raise ConfigError(
             f"source.train = {config.train!r} and source.eval = {config.eval!r} share {len(shared)} shards, such as "
             f"{str(found['train'][shared[0]])!r}: an evaluation on training images means nothing; give other shards, "
@@ -171,16 +234,16 @@ def _listed(config: ArrayRecordSource, split: Split) -> tuple[tuple[str, ...], _
             f"{field} = {patterns!r}: takes {len(held_out)} shards of the held-out set, such as "
             f"{str(held_out[0])!r}: give only training shards, such as 'FOLDER/train-*.array_record'"
         )
-    manifests = {key: read_manifest(*key) for key in sorted({(path.parent, split_of(path)) for path in paths})}
+    manifests = {key: read_manifest(*key) for key in sorted({(path.parent, split_of(path)) for path in paths}, key=str)}
     class_names = next(iter(manifests.values())).class_names
     for key, manifest in manifests.items():
         if manifest.class_names != class_names:
-            where = str(manifest_path(*key))
+            where = str(key[0] / manifest_name(key[1]))
             raise ConfigError(f"{where!r} has other classes than the other files of {patterns!r}: use one set")
     return class_names, [(path, _shard_of(path, manifests[path.parent, split_of(path)])) for path in paths]
 
 
-def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) -> tuple[Unused, ...]:
+def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Place]) -> tuple[Unused, ...]:
     """Shards of the sets of `paths` that no split reads. They are reported if files are listed one by one.
 
     Raises:
@@ -188,7 +251,7 @@ def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) ->
     """
     field, patterns = f"source.{split}", config.train if split == "train" else config.eval
     unused: list[Unused] = []
-    for folder, kind in sorted({(path.parent, split_of(path)) for path in paths}):
+    for folder, kind in sorted({(path.parent, split_of(path)) for path in paths}, key=str):
         manifest = read_manifest(folder, kind)
         # Compared by name: if a set is divided between both splits, files of the other one may be on another machine.
         read = {name for pattern in (*config.train, *config.eval) for name in described(pattern, folder, manifest)}
@@ -197,8 +260,8 @@ def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) ->
             continue
         num_examples = sum(shard.num_records for shard in missing)
         text = (
-            f"{len(missing)} of the {len(manifest.shards)} shards listed in {str(manifest_path(folder, kind))!r}, with "
-            f"{num_examples} of its {manifest.num_records} examples, such as {missing[0].file}"
+            f"{len(missing)} of the {len(manifest.shards)} shards listed in {str(folder / manifest_name(kind))!r}, "
+            f"with {num_examples} of its {manifest.num_records} examples, such as {missing[0].file}"
         )
         if any(is_pattern(pattern) and described(pattern, folder, manifest) for pattern in patterns):
             raise ConfigError(
@@ -209,7 +272,7 @@ def _left_out(config: ArrayRecordSource, split: Split, paths: Sequence[Path]) ->
     return tuple(unused)
 
 
-def _shard_of(path: Path, manifest: Manifest) -> Shard:
+def _shard_of(path: Place, manifest: Manifest) -> Shard:
     """The manifest's entry for a file."""
     for shard in manifest.shards:
         if shard.file == path.name:

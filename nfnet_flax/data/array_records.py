@@ -28,14 +28,21 @@ from typing import NamedTuple
 
 from nfnet_flax.config import ConfigError, check_types
 from nfnet_flax.config_json import from_json
+from nfnet_flax.data.buckets import Place, content_of, in_order, matching
 from nfnet_flax.data.random_access import CorruptRecordError
-from nfnet_flax.json_files import read_json
+from nfnet_flax.json_files import parse_json, read_json
 from nfnet_flax.paths import escaped, local_path
+from nfnet_flax.storage import BucketUrl, bucket_url
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT_VERSION = 2
 """Version of the format. Version 1 had no `Shard.ends_blake2b`; such sets can still be read."""
-_ENDS_BYTES = 1 << 16
+ENDS_BYTES = 1 << 16
+"""Number of bytes at each end of a shard that are compared at every start; every shard has more of them."""
+_UNFINISHED = (
+    "it is written last, so either the set is unfinished (run tools/prepare_imagenet.py again), or the file was not "
+    "copied whole along with the shards"
+)
 _HOW_TO_GET_IT = "python tools/prepare_imagenet.py --help says how to make such a set"
 _CRC = struct.Struct("<I")
 _LABEL_AND_NAME_LENGTH = struct.Struct("<iH")
@@ -131,9 +138,9 @@ class Manifest:
         return sum(shard.num_records for shard in self.shards)
 
 
-def manifest_path(folder: Path, split: str) -> Path:
-    """Path of the manifest of a split."""
-    return folder / f"{split}.json"
+def manifest_name(split: str) -> str:
+    """File name of the manifest of a split."""
+    return f"{split}.json"
 
 
 def shard_name(split: str, index: int, num_shards: int) -> str:
@@ -141,19 +148,21 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
     return f"{split}-{index:05d}-of-{num_shards:05d}.array_record"
 
 
-def read_manifest(folder: Path, split: str) -> Manifest:
+def read_manifest(folder: Place, split: str) -> Manifest:
     """Reads a manifest.
 
     Raises:
       ConfigError: it is missing, damaged, or of another version of the format.
       OSError: it cannot be read.
     """
-    path = manifest_path(folder, split)
-    data = read_json(
-        path,
-        "it is written last, so either the set is unfinished (run tools/prepare_imagenet.py again), or the file was "
-        "not copied whole along with the shards",
-    )
+    path = folder / manifest_name(split)
+    if isinstance(path, BucketUrl):
+        try:
+            data = parse_json(content_of(path), path, _UNFINISHED)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} does not exist: {_UNFINISHED}") from error
+    else:
+        data = read_json(path, _UNFINISHED)
     version = data.get("format_version")
     if version == 1:
         for shard in data.get("shards", ()):
@@ -168,27 +177,28 @@ def ends_digest(path: Path) -> str:
     """Hexadecimal BLAKE2b of the first and the last 64 KiB of a file: its first images, and the index of its
     records."""
     with open(path, "rb") as file:
-        ends = file.read(_ENDS_BYTES)
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _ENDS_BYTES))
-        return hashlib.blake2b(ends + file.read(_ENDS_BYTES)).hexdigest()
+        ends = file.read(ENDS_BYTES)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - ENDS_BYTES))
+        return hashlib.blake2b(ends + file.read(ENDS_BYTES)).hexdigest()
 
 
-def split_of(path: Path) -> str:
+def split_of(path: Place) -> str:
     """`train` or `eval`, from the name of a shard."""
     return path.name.split("-")[0]
 
 
-def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
+def find_shards(patterns: Sequence[str], field: str) -> list[Place]:
     """The files that patterns name, sorted.
 
     Args:
-      patterns: files, or shell-style patterns.
+      patterns: files, or shell-style patterns: paths or URLs.
       field: name of the field in which they were given, for messages.
 
     Raises:
       ConfigError: a pattern finds nothing, finds a file that is not a shard, or misses shards that its manifest lists.
+      OSError: a bucket cannot be listed.
     """
-    found: set[Path] = set()
+    found: set[Place] = set()
     for pattern in patterns:
         paths = _matches(pattern, field)
         if not paths:
@@ -199,17 +209,17 @@ def find_shards(patterns: Sequence[str], field: str) -> list[Path]:
                     f"{field} = {pattern!r}: {str(path)!r} is not named like a shard, {shard_name('train', 0, 256)}: "
                     f"give only shards, such as 'FOLDER/train-*.array_record'; {_HOW_TO_GET_IT}"
                 )
-        for folder, split in sorted({(path.parent, split_of(path)) for path in paths}):
+        for folder, split in sorted({(path.parent, split_of(path)) for path in paths}, key=str):
             wanted = {shard.file for shard in read_manifest(folder, split).shards}
             missing = sorted({*fnmatch.filter(wanted, Path(pattern).name)} - {path.name for path in paths})
             if missing:
                 raise ConfigError(
                     f"{field} = {pattern!r}: {len(missing)} of the {len(wanted)} shards listed in "
-                    f"{str(manifest_path(folder, split))!r} are missing, such as {missing[0]}: copy them, or prepare "
+                    f"{str(folder / manifest_name(split))!r} are missing, such as {missing[0]}: copy them, or prepare "
                     "the set again"
                 )
         found.update(paths)
-    return sorted(found)
+    return sorted(found, key=in_order)
 
 
 def is_pattern(text: str) -> bool:
@@ -217,14 +227,18 @@ def is_pattern(text: str) -> bool:
     return glob.has_magic(Path(text).name)
 
 
-def described(pattern: str, folder: Path, manifest: Manifest) -> list[str]:
+def described(pattern: str, folder: Place, manifest: Manifest) -> list[str]:
     """The shards of a manifest in `folder` that a file or pattern matches, whether or not they exist."""
+    if (url := bucket_url("pattern", pattern)) is not None:
+        return fnmatch.filter([shard.file for shard in manifest.shards], url.name) if url.parent == folder else []
     where = local_path("pattern", pattern).parent
     if where != folder and not fnmatch.fnmatchcase(str(folder), escaped(where)):
         return []
     return fnmatch.filter([shard.file for shard in manifest.shards], Path(pattern).name)
 
 
-def _matches(pattern: str, field: str) -> list[Path]:
+def _matches(pattern: str, field: str) -> Sequence[Place]:
     """The files that match."""
+    if (url := bucket_url(field, pattern)) is not None:
+        return matching(url)
     return [Path(path) for path in glob.glob(escaped(local_path(field, pattern)))]

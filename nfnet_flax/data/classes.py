@@ -5,12 +5,22 @@ in which a class was renamed, added or left out numbers its classes differently.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from nfnet_flax.config import ConfigError, require
-from nfnet_flax.data.random_access import Record, Source, Split, Unused, digest
+from nfnet_flax.data.random_access import (
+    Copies,
+    Record,
+    Source,
+    Split,
+    Unused,
+    begin_copying,
+    copies_of,
+    digest,
+    read_ahead,
+)
 from nfnet_flax.units import shown
 
 
@@ -103,3 +113,15 @@ class _Relabelled:
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+    def read_ahead(self, indexes: Iterable[int]) -> None:
+        """See `Prepares`."""
+        read_ahead(self.source, indexes)
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """See `Prepares`."""
+        return begin_copying(self.source, order)
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return copies_of(self.source)

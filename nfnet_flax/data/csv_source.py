@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Self
 import numpy as np
 
 from nfnet_flax.config import Column, ConfigError, File, Folder, Name, Shown, require
+from nfnet_flax.data.buckets import refuse_images
 from nfnet_flax.data.csv_table import Columns, Row, read_table
 from nfnet_flax.data.random_access import Record, SourceConfig, Split, Unused, check_index, digest
 from nfnet_flax.paths import check_path, local_path
@@ -68,6 +69,7 @@ class CsvSource(SourceConfig):
         super().__post_init__()
         for name in self.place_fields:
             if (value := getattr(self, name)) is not None:
+                refuse_images(f"source.{name}", value)
                 check_path(f"source.{name}", value)
         require(len(self.delimiter) == 1, "source.delimiter", self.delimiter, "must be one character")
         require(self.separator != "", "source.separator", self.separator, "must not be empty; None: one class")

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from nfnet_flax.config import ConfigError, Folder
+from nfnet_flax.data.buckets import refuse_images
 from nfnet_flax.data.random_access import (
     Record,
     SourceConfig,
@@ -56,6 +57,7 @@ class FolderSource(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("root", "train", "eval"):
+            refuse_images(f"source.{name}", getattr(self, name))
             check_path(f"source.{name}", getattr(self, name))
 
     def open(self, split: Split, image_size: int) -> "ImageFolder":

@@ -6,9 +6,11 @@ computes it ahead of the step.
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,9 +21,9 @@ from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
 from nfnet_flax.data.prefetch import Batches, InputFailed, Lane, Rows, ThreadLane
-from nfnet_flax.data.random_access import Source, Split, check_memory, split_off
+from nfnet_flax.data.random_access import Source, Split, begin_copying, check_memory, read_ahead, split_off
 from nfnet_flax.data.sources import open_source
-from nfnet_flax.data.workers import WorkerProcess
+from nfnet_flax.data.workers import BatchTable, WorkerProcess
 from nfnet_flax.messages import warn
 
 INPUT_FORMAT = 2
@@ -129,10 +131,10 @@ def train_batches(
     if config.mixing is not None:
         remedy = f"must divide the {rows} rows of each of the {num_processes} processes"
         require(rows % config.mixing.group_size == 0, "data.mixing.group_size", config.mixing.group_size, remedy)
-    make = functools.partial(
-        _train_dataset, config, source, rows, seed=seed, process_index=process_index, num_processes=num_processes
-    )
-    return _prefetch(make, config, range(start_step, num_steps))
+    share = _Share(rows, process_index, num_processes)
+    make = functools.partial(_train_table, config, source, share, seed=seed)
+    order = _train_order(source, share, seed)
+    return _prefetch(make, config, source, order, range(start_step, num_steps))
 
 
 def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_processes: int) -> Batches:
@@ -147,10 +149,9 @@ def eval_batches(config: DataConfig, source: Source, *, process_index: int, num_
     """
     rows = _process_rows("data.eval_batch_size", config.eval_batch_size, process_index, num_processes)
     num_batches = -(-len(source) // config.eval_batch_size)
-    make = functools.partial(
-        _eval_dataset, config, source, rows, num_batches, process_index=process_index, num_processes=num_processes
-    )
-    return _prefetch(make, config, range(num_batches))
+    share = _Share(rows, process_index, num_processes)
+    make = functools.partial(_eval_table, config, source, share, num_batches)
+    return _prefetch(make, config, source, _eval_order(source, share), range(num_batches))
 
 
 def input_identity(config: DataConfig, *, seed: int, train_source: Source, eval_source: Source) -> dict[str, Any]:
@@ -187,66 +188,115 @@ def _process_rows(field: str, batch_size: int, process_index: int, num_processes
     return batch_size // num_processes
 
 
-def _prefetch(make_dataset: Callable[[], grain.MapDataset], config: DataConfig, steps: range) -> Batches:
+class _Share(NamedTuple):
+    """The rows that a process computes of each batch."""
+
+    rows: int
+    """Their number."""
+    process_index: int
+    num_processes: int
+
+    def positions(self, step: int) -> range:
+        """Their positions in the stream of examples."""
+        start = (step * self.num_processes + self.process_index) * self.rows
+        return range(start, start + self.rows)
+
+
+_Order = Callable[[int], Iterable[int]]
+"""Step -> indexes of the examples of this process's rows, in the order in which they are read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Announced:
+    """A table of batches; the source is told which examples of a batch it will be asked for."""
+
+    batches: BatchTable
+    source: Source
+    order: _Order
+
+    def __getitem__(self, step: int) -> Rows:
+        read_ahead(self.source, self.order(step))
+        return self.batches[step]
+
+
+def _prefetch(
+    make_batches: Callable[[], BatchTable], config: DataConfig, source: Source, order: _Order, steps: range
+) -> Batches:
     lanes: list[Lane] = []
     if config.num_workers == 0:
-        dataset = make_dataset()
-        lanes += [ThreadLane(index, dataset.__getitem__) for index in range(config.num_threads)]
+        batches = make_batches()
+        lanes += [ThreadLane(index, batches.__getitem__) for index in range(config.num_threads)]
+    stop_copying = begin_copying(source, itertools.chain.from_iterable(map(order, steps)))
     try:
         for index in range(min(config.num_workers, len(steps))):
-            lanes.append(WorkerProcess(index, make_dataset))
+            lanes.append(WorkerProcess(index, make_batches))
     except BaseException:
+        stop_copying()
         for lane in lanes:
             lane.close()
         raise
-    return Batches(lanes, steps, prefetch_batches=config.prefetch_batches, stall_timeout_s=config.stall_timeout_s)
+    return Batches(
+        lanes,
+        steps,
+        prefetch_batches=config.prefetch_batches,
+        stall_timeout_s=config.stall_timeout_s,
+        on_close=stop_copying,
+    )
 
 
-def _train_dataset(
-    config: DataConfig, source: Source, rows: int, *, seed: int, process_index: int, num_processes: int
-) -> grain.MapDataset:
-    """Element N is this process's `rows` of the batch of step N."""
+def _stage_seed(seed: int, stage: int) -> int:
+    return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+
+
+def _shuffled(source: Source, seed: int) -> grain.MapDataset:
+    """Element N is the index of the example at position N of the stream."""
+    return grain.MapDataset.range(len(source)).shuffle(seed=_stage_seed(seed, _SHUFFLE)).repeat()
+
+
+def _train_order(source: Source, share: _Share, seed: int) -> _Order:
+    stream = _shuffled(source, seed)
+    return lambda step: (int(stream[position]) for position in share.positions(step))
+
+
+def _train_table(config: DataConfig, source: Source, share: _Share, *, seed: int) -> BatchTable:
+    """Element N is this process's rows of the batch of step N."""
     mixing, randaugment = config.mixing, config.randaugment
     augment_mixed = randaugment is not None and randaugment.order == "after_mixing" and mixing is not None
-
-    def stage_seed(stage: int) -> int:
-        return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
-
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .shuffle(seed=stage_seed(_SHUFFLE))
-        .repeat()
-        .random_map(functools.partial(train_example, config=config, source=source), seed=stage_seed(_AUGMENT))
+    dataset = _shuffled(source, seed).random_map(
+        functools.partial(train_example, config=config, source=source), seed=_stage_seed(seed, _AUGMENT)
     )
     if randaugment is not None and not augment_mixed:
         dataset = dataset.random_map(
-            functools.partial(rand_augment_example, config=config), seed=stage_seed(_RANDAUGMENT)
+            functools.partial(rand_augment_example, config=config), seed=_stage_seed(seed, _RANDAUGMENT)
         )
     if mixing is None:
-        dataset = dataset.batch(rows, drop_remainder=True)
+        dataset = dataset.batch(share.rows, drop_remainder=True)
     else:
         # Images are mixed within a group, and each group lies in the rows of one process, whatever their number.
         dataset = dataset.batch(mixing.group_size, drop_remainder=True)
-        dataset = dataset.random_map(functools.partial(mix, config=mixing), seed=stage_seed(_MIX))
+        dataset = dataset.random_map(functools.partial(mix, config=mixing), seed=_stage_seed(seed, _MIX))
         if augment_mixed:
             dataset = dataset.random_map(
-                functools.partial(rand_augment_rows, config=config), seed=stage_seed(_RANDAUGMENT)
+                functools.partial(rand_augment_rows, config=config), seed=_stage_seed(seed, _RANDAUGMENT)
             )
-        dataset = dataset.batch(rows // mixing.group_size, drop_remainder=True, batch_fn=_concatenate)
-    return dataset[process_index::num_processes]
+        dataset = dataset.batch(share.rows // mixing.group_size, drop_remainder=True, batch_fn=_concatenate)
+    dataset = dataset[share.process_index :: share.num_processes]
+    return _Announced(dataset, source, _train_order(source, share, seed))
 
 
 def _concatenate(groups: Sequence[Rows]) -> Rows:
     return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
 
 
-def _eval_dataset(
-    config: DataConfig, source: Source, rows: int, num_batches: int, *, process_index: int, num_processes: int
-) -> grain.MapDataset:
-    """Element N is this process's `rows` of the evaluation batch N."""
+def _eval_order(source: Source, share: _Share) -> _Order:
+    return lambda step: (position for position in share.positions(step) if position < len(source))
+
+
+def _eval_table(config: DataConfig, source: Source, share: _Share, num_batches: int) -> BatchTable:
+    """Element N is this process's rows of the evaluation batch N."""
     dataset = (
         grain.MapDataset.range(num_batches * config.eval_batch_size)
         .map(functools.partial(eval_example, config=config, source=source))
-        .batch(rows, drop_remainder=True)
+        .batch(share.rows, drop_remainder=True)
     )
-    return dataset[process_index::num_processes]
+    return _Announced(dataset[share.process_index :: share.num_processes], source, _eval_order(source, share))

@@ -85,7 +85,15 @@ class ThreadLane:
 class Batches(Iterator[Rows]):
     """The batches of consecutive steps, in order. It has to be closed, which the end of a `with` block does, too."""
 
-    def __init__(self, lanes: Sequence[Lane], steps: range, *, prefetch_batches: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        steps: range,
+        *,
+        prefetch_batches: int,
+        stall_timeout_s: float,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts the lanes.
 
         Args:
@@ -94,8 +102,10 @@ class Batches(Iterator[Rows]):
           prefetch_batches: number of batches that may be ready or in preparation ahead of the consumer.
           stall_timeout_s: longest wait for one batch, in seconds; after it the input is considered stuck. Time in which
             this process is suspended does not count.
+          on_close: called when this is closed.
         """
         self._lanes = lanes
+        self._on_close = on_close
         self._stop_step = steps.stop
         self._prefetch_batches = prefetch_batches
         self._stall_timeout_s = stall_timeout_s
@@ -141,6 +151,7 @@ class Batches(Iterator[Rows]):
             self._is_closed = True
             self._ready.clear()
             self._condition.notify_all()
+        self._on_close()
         for lane in self._lanes:
             lane.stop()
         deadline = time.monotonic() + (_CLOSE_TIMEOUT_S if self._failure is None else 1.0)

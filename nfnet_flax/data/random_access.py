@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -93,12 +93,63 @@ class Source(Protocol):
         """Names the file, or the shard and record, of an example."""
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """What a source may have in addition, if reading an example means waiting for a network."""
+
+    def read_ahead(self, indexes: Iterable[int]) -> None:
+        """Begins to read examples. Each of them is asked for once, soon. Errors are raised then."""
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """Begins to copy files to this machine in the background, and returns a function that ends this at once.
+
+        Args:
+          order: indexes of the examples, in the order in which they will be asked for. It may be long.
+        """
+
+    def copies(self) -> "Copies | None":
+        """Which copies there are; None if none are needed."""
+
+
+class Copies(NamedTuple):
+    """Copies of the files of a set on this machine."""
+
+    folder: Path
+    """Where they are."""
+    num_files: int
+    """Number of files of the set."""
+    num_missing: int
+    """Number of files of which there is no copy."""
+    missing_bytes: int
+    """Size of these."""
+    free_bytes: int
+    """Room that there is for more."""
+    limit_bytes: int | None
+    """Room that the user allows; None: all that the disk has."""
+
+
+def read_ahead(source: Source, indexes: Iterable[int]) -> None:
+    """`Prepares.read_ahead`, if the source has it."""
+    if isinstance(source, Prepares):
+        source.read_ahead(indexes)
+
+
+def begin_copying(source: Source, order: Iterable[int]) -> Callable[[], None]:
+    """`Prepares.begin_copying`, if the source has it."""
+    return source.begin_copying(order) if isinstance(source, Prepares) else lambda: None
+
+
+def copies_of(source: Source) -> Copies | None:
+    """`Prepares.copies`, if the source has it."""
+    return source.copies() if isinstance(source, Prepares) else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig(OpenConfig, abc.ABC):
     """Where labelled images come from.
 
-    `place_fields` are the fields that say where the images are; the images themselves are compared by
-    `Source.fingerprint`. A recipe can be read on a machine without the images, so libraries that read them are best
+    `place_fields` are the fields that say where the images and copies of them are; the images themselves are compared
+    by `Source.fingerprint`. A recipe can be read on a machine without the images, so libraries that read them are best
     imported in the methods that need them.
     """
 
@@ -282,6 +333,18 @@ class SourceSlice:
 
     def describe(self, index: int) -> str:
         return self.source.describe(self.start + check_index(index, len(self)))
+
+    def read_ahead(self, indexes: Iterable[int]) -> None:
+        """See `Prepares`."""
+        read_ahead(self.source, (self.start + index for index in indexes))
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """See `Prepares`."""
+        return begin_copying(self.source, (self.start + index for index in order))
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return copies_of(self.source)
 
 
 def split_off(source: Source, start: int, stop: int) -> Source:

@@ -1,4 +1,5 @@
-"""Writing one file of a prepared set, and checking one. These functions run in worker processes (`worker_pool`)."""
+"""Writing one file of a prepared set, and checking one, on a disk or in a bucket. These functions run in worker
+processes (`worker_pool`)."""
 
 import contextlib
 import dataclasses
@@ -7,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,24 +27,46 @@ from nfnet_flax.data.array_records import (
     encode_record,
     ends_digest,
 )
+from nfnet_flax.data.buckets import Place, failing
 from nfnet_flax.data.decode import CorruptImageError, decode
 from nfnet_flax.data.listing import Listing
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
+from nfnet_flax.storage import BucketUrl
+from nfnet_flax.storage.objects import ObjectFolder, StoredObject, digests
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of a file that is being written; it gets its final name when it is complete and on the disk."""
 _AGAIN = "run the command that prepared it again"
 
 
-def make_shard(path: Path, listing: Listing) -> Shard:
+def make_shard(folder: Place, name: str, listing: Listing) -> Shard:
     """Writes the examples of a listing to a file, or keeps an existing file; in both cases reads the file back.
+
+    A file of a bucket is made in the system's folder for temporary files, and uploaded.
 
     Raises:
       ConfigError: the disk is full, or the existing file has other contents.
       InputFailed: an image or the written file cannot be read.
+      OSError: the store failed.
     """
+    if isinstance(folder, Path):
+        return _make_shard(folder / name, listing)
+    with _fetched(folder, name) as (path, about), failing():
+        if about is not None:
+            return _read_back(path, listing)
+        shard = _make_shard(path, listing)
+        bucket = ObjectFolder(folder)
+        bucket.upload(path, name)
+        stored = bucket.object(name)
+        if (stored.size, stored.checksum) != (shard.num_bytes, digests(path, stored)[0]):
+            bucket.delete([name])
+            raise InputFailed(f"{folder / name} did not arrive as it was sent: run again")
+        return shard
+
+
+def _make_shard(path: Path, listing: Listing) -> Shard:
     if path.exists():
         return _read_back(path, listing)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -56,6 +80,23 @@ def make_shard(path: Path, listing: Listing) -> Shard:
     partial.rename(path)
     _sync(path.parent)
     return dataclasses.replace(shard, file=path.name)
+
+
+@contextlib.contextmanager
+def _fetched(folder: BucketUrl, name: str) -> Iterator[tuple[Path, StoredObject | None]]:
+    """A copy of a file in a bucket in a folder that is deleted afterwards, and what the store says about the file; None
+    and no copy if there is no such file. Messages of errors name the file in the bucket."""
+    bucket = ObjectFolder(folder)
+    with tempfile.TemporaryDirectory(prefix="nfnet_flax-") as scratch:
+        path = Path(scratch, name)
+        about = None
+        with failing(), contextlib.suppress(FileNotFoundError):
+            about = bucket.object(name)
+            bucket.download(name, path)
+        try:
+            yield path, about
+        except (ConfigError, InputFailed) as error:
+            raise type(error)(str(error).replace(str(path), str(folder / name))) from error
 
 
 def _write(path: Path, listing: Listing) -> None:
@@ -74,8 +115,11 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # the only error that the writer raises
-        name = str(path).removesuffix(PARTIAL_SUFFIX)
-        raise ConfigError(f"{name!r} cannot be written: {error}: make room, or give another --out") from error
+        name, folder = str(path).removesuffix(PARTIAL_SUFFIX), str(path.parent)
+        raise ConfigError(
+            f"{name!r} cannot be written: {error}: make room in {folder!r}, or give another --out (for a bucket: "
+            "another TMPDIR)"
+        ) from error
 
 
 def _read(listing: Listing, index: int) -> Example:
@@ -109,12 +153,23 @@ def _read_back(path: Path, listing: Listing) -> Shard:
     )
 
 
-def check_shard(path: Path, shard: Shard, class_names: tuple[str, ...]) -> list[str]:
+def check_shard(folder: Place, shard: Shard, class_names: tuple[str, ...]) -> list[str]:
     """Compares a file with its manifest and decodes every image in it, as training does.
 
     Returns:
       One line per problem, with what to do about it; empty if there is none.
     """
+    if isinstance(folder, Path):
+        return _check_file(folder / shard.file, shard, class_names)
+    place = folder / shard.file
+    try:
+        with _fetched(folder, shard.file) as (path, _):
+            return [line.replace(str(path), str(place)) for line in _check_file(path, shard, class_names)]
+    except OSError as error:
+        return [f"{place} cannot be read ({error}): it was not checked"]
+
+
+def _check_file(path: Path, shard: Shard, class_names: tuple[str, ...]) -> list[str]:
     if not path.is_file():
         return [f"{path} is missing: copy it, or {_AGAIN}"]
     try:

@@ -1,13 +1,15 @@
 """Checks of the images of a run."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.doctor.findings import Finding, seen, wrong
+from nfnet_flax.doctor.findings import Finding, nearest, seen, wrong
 from nfnet_flax.json_files import read_json
 from nfnet_flax.training.layout import INPUT
+from nfnet_flax.units import human_size
 
 if TYPE_CHECKING:
     from nfnet_flax.data.random_access import Source, Split
@@ -32,6 +34,7 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
             findings += [seen(found.text) for found in sources[split].unused]
         except ConfigError as error:  # its message says what to do
             return [*findings, Finding(text=str(error), is_wrong=True)]
+    findings += _check_copies(list(sources.values()))
     num_classes = max(len(source.class_names) for source in sources.values())
     if recipe.num_classes < num_classes:
         findings.append(wrong(f"num_classes = {recipe.num_classes}", f"must be at least {num_classes}"))
@@ -49,6 +52,30 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
         changed, said = input_changes(recorded, now)
         findings += [wrong(f"the run began with another input ({line})", "restore that input") for line in changed]
         findings += [seen(f"held-out images or contents of training images changed ({line})") for line in said]
+    return findings
+
+
+def _check_copies(sources: "list[Source]") -> list[Finding]:
+    """Which copies of files from a bucket there are, and whether there is room for the others."""
+    from nfnet_flax.data.random_access import copies_of
+
+    found = [copies for source in sources if (copies := copies_of(source)) is not None]
+    if not found:
+        return []
+    folder, free, limit = found[0].folder, found[0].free_bytes, found[0].limit_bytes
+    size = sum(copies.missing_bytes for copies in found)
+    counts = f"{sum(c.num_files - c.num_missing for c in found)} of {sum(c.num_files for c in found)} shards"
+    findings = [seen(f"copies: {counts} are in {folder}; the others have {human_size(size)}")]
+    if size and not os.access(existing := nearest(folder), os.W_OK | os.X_OK):
+        remedy = (
+            "change its permissions, or give another folder by --data.source.cache-dir; now each record is a request"
+        )
+        findings.append(wrong(f"{existing} cannot be written", remedy))
+    elif size > free:
+        text = f"copies: there is room for {human_size(max(0, free))} more in {folder}"
+        remedy = "make room, or give another folder by --data.source.cache-dir"
+        rest = "what has no copy is read from the bucket, which is slower"
+        findings.append(wrong(text, f"{remedy}; {rest}") if limit is None else seen(f"{text} (cache_gib); {rest}"))
     return findings
 
 

@@ -230,6 +230,8 @@ class BucketFolder:
 
 def status_of(error: BaseException) -> int | None:
     """Status code of HTTP in an error of a storage library; None if there is none."""
+    if type(error).__module__.startswith("aiohttp.http_exceptions"):
+        return None  # an answer that was cut: the code is not the store's
     for name in ("code", "status", "status_code"):
         code = getattr(error, name, None)
         if isinstance(code, int):

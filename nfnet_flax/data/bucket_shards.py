@@ -1,0 +1,265 @@
+"""Files (shards) of a set that lies in a bucket: read from copies on this machine, and directly where there is none.
+
+Every batch of a shuffled epoch needs records of nearly all shards, and every shard is needed equally often. So training
+does not wait for copies: a record whose shard is not there yet is read by a request of its own, while all shards are
+copied in the background. If there is not room for all copies, those that are there stay, and the rest of the records
+is read directly for good: to copy a shard again and again for a few records would move far more bytes.
+(`tools/bench_buckets.py` compares these ways.)
+"""
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.data.buckets import failing
+from nfnet_flax.data.random_access import Copies
+from nfnet_flax.messages import warn
+from nfnet_flax.storage.cache import ObjectCache, Outcome, Wanted
+from nfnet_flax.storage.objects import ObjectChanged, ObjectFolder
+from nfnet_flax.units import human_size
+
+_NUM_COPIED = 4
+"""Number of shards that a process copies at the same time."""
+_LOOK_S = 0.2
+"""Time between looks at a copy that another process makes, in seconds."""
+_PAUSE_S = 30.0
+"""Time until copying begins again after the store or the disk failed, in seconds."""
+_ORDER_LENGTH = 20_000
+"""Number of examples from which the order of copying is taken."""
+
+
+class BucketShards:
+    """Shards in buckets. It may be pickled; the process that copies must outlive those that read."""
+
+    def __init__(self, wanted: Sequence[Wanted], cache: ObjectCache) -> None:
+        """Reads and writes nothing yet.
+
+        Args:
+          wanted: the shards. A shard is named by the text of its URL.
+          cache: where copies are kept.
+        """
+        self.cache = cache
+        self._wanted = {str(one.url): one for one in wanted}
+        self._failure: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def copy(self, shard: str) -> Path | None:
+        """The copy of a shard, if there is one."""
+        try:
+            return self.cache.copy(self._wanted[shard])
+        except OSError:  # a folder that cannot be read is as good as none; who copies reports it
+            return None
+
+    def local(self, shard: str) -> Path:
+        """The copy of a shard, which is made if there is none; for readers that need a file.
+
+        Raises:
+          ConfigError: the shard has been replaced, or there is no room for it.
+          OSError: the store or the disk failed.
+        """
+        wanted = self._wanted[shard]
+        with failing():
+            self.cache.claim([wanted])
+        while True:
+            if (path := self.copy(shard)) is not None:
+                return path
+            outcome = self.fetch(shard)
+            if outcome == "no room":
+                raise ConfigError(f"{shard} ({human_size(wanted.about.size)}): {self.no_room()}")
+            if outcome == "busy":
+                time.sleep(_LOOK_S)
+
+    def read(self, shard: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (not included) of a shard, from its copy if there is one.
+
+        Raises:
+          ConfigError: the shard has been replaced.
+          OSError: the store failed.
+        """
+        if (path := self.copy(shard)) is not None:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    found = os.pread(descriptor, end - start, start)
+                finally:
+                    os.close(descriptor)
+                if len(found) == end - start:
+                    return found
+        return self.read_directly(shard, start, end)
+
+    def read_directly(self, shard: str, start: int, end: int) -> bytes:
+        """Bytes of a shard from its bucket; otherwise like `read`."""
+        if self._failure is not None:
+            raise ConfigError(self._failure)
+        with failing():
+            while True:
+                wanted = self._wanted[shard]
+                try:
+                    return ObjectFolder(wanted.url.parent).read_version(wanted.url.name, wanted.about, start, end)
+                except ObjectChanged:
+                    self._renew(shard)
+
+    def heal(self, shard: str) -> None:
+        """Replaces the copy of a shard that turned out to be damaged, in the background."""
+        wanted = self._wanted[shard]
+        warn(f"{self.cache.path(wanted)} is damaged, and is copied again from {shard}")
+        with contextlib.suppress(OSError):
+            self.cache.discard(wanted)
+        self.begin_copying([shard])
+
+    def fail(self, message: str) -> None:
+        """Makes every further read directly from the bucket raise a `ConfigError`: the set is not what it was."""
+        if self._failure is None:
+            self._failure = message
+            warn(message)
+
+    def copies(self) -> Copies:
+        """Which copies there are, and how much room for more."""
+        missing = [shard for shard in self._wanted if self.copy(shard) is None]
+        room = self.cache.room
+        size = sum(self._wanted[shard].about.size for shard in missing)
+        return Copies(room.folder, len(self), len(missing), size, room.free_bytes(), room.limit_bytes)
+
+    def begin_copying(self, order: Iterable[str]) -> Callable[[], None]:
+        """Begins to copy all shards in the background, those first that `order` names first; returns a function that
+        ends it."""
+        if self.cache.room.limit_bytes == 0:
+            return lambda: None
+        with contextlib.suppress(OSError):  # reported by the threads
+            self.cache.claim(self._wanted.values())
+        copying = _Copying(self, order)
+        for index in range(_NUM_COPIED):
+            threading.Thread(target=copying.run, name=f"copying shards {index}", daemon=True).start()
+        return copying.stop
+
+    def say_missing(self) -> None:
+        """Reports how many shards are to be copied, if any."""
+        with contextlib.suppress(OSError):  # reported when copying
+            found = self.copies()
+            if found.num_missing and found.limit_bytes != 0:
+                warn(
+                    f"{found.num_missing} of {found.num_files} shards ({human_size(found.missing_bytes)}) are copied "
+                    f"from {self._places()} to {found.folder} in the background; until then they are read from the "
+                    "bucket, which is slower"
+                )
+
+    def _places(self) -> str:
+        return ", ".join(dict.fromkeys(str(one.url.parent) for one in self._wanted.values()))
+
+    def fetch(self, shard: str) -> Outcome:
+        """Makes the copy of a shard, if there is none.
+
+        Raises:
+          ConfigError: the shard has been replaced, or is not what is known of it.
+          OSError: the store or the disk failed.
+        """
+        with failing():
+            while True:
+                try:
+                    return self.cache.fetch(self._wanted[shard])
+                except ObjectChanged:
+                    self._renew(shard)
+
+    def _renew(self, shard: str) -> None:
+        """Takes the present version of an object that was replaced, if it has the same content.
+
+        Raises:
+          ConfigError: it has not.
+        """
+        wanted = self._wanted[shard]
+        try:
+            now = ObjectFolder(wanted.url.parent).object(wanted.url.name)
+        except FileNotFoundError:
+            raise ConfigError(f"{shard} has been deleted since it was opened: put it back") from None
+        if not now.has_content_of(wanted.about):
+            raise ConfigError(
+                f"{shard} has been replaced since it was opened ({wanted.about.size} bytes, {wanted.about.checksum} -> "
+                f"{now.size} bytes, {now.checksum}): the set has changed; put the same file back"
+            )
+        self._wanted[shard] = Wanted(wanted.url, now, wanted.blake2b)
+
+    def no_room(self) -> str:
+        """Says why there is no room for a copy, and what to do."""
+        limit = self.cache.room.limit_bytes
+        bound = "" if limit is None else f" of the {human_size(limit)} that data.source.cache_gib allows"
+        free = human_size(max(0, self.cache.room.free_bytes()))
+        return (
+            f"there is no room for it in {self.cache.folder} ({free}{bound} are free, without a reserve for other "
+            "files): make room, or give another folder by --data.source.cache-dir"
+            + ("" if limit is None else ", or a larger --data.source.cache-gib")
+        )
+
+
+class _Copying:
+    """Shards that are being copied, for several threads."""
+
+    def __init__(self, shards: BucketShards, order: Iterable[str]) -> None:
+        self._shards = shards
+        self._order = order
+        self._left: deque[str] | None = None
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._said_s = -_PAUSE_S
+
+    def stop(self) -> None:
+        """Ends it once the shards that were begun are there; does not wait for that."""
+        self._end.set()
+
+    def run(self) -> None:
+        """Copies shards until all are there, there is no room, or one of them has been replaced."""
+        while not self._end.is_set() and (shard := self._next()) is not None:
+            try:
+                outcome = self._shards.fetch(shard)
+            except ConfigError as error:
+                self._end.set()
+                self._shards.fail(str(error))
+            except OSError as error:
+                self._say_failing(error)
+                self._again(shard)
+                self._end.wait(_PAUSE_S)
+            else:
+                if outcome == "no room" and not self._end.is_set():
+                    self._end.set()
+                    warn(f"{shard} and others are read from the bucket, which is slower: {self._shards.no_room()}")
+                elif outcome == "busy":
+                    self._again(shard)
+                    self._end.wait(_LOOK_S)
+
+    def _next(self) -> str | None:
+        with self._lock:
+            if self._left is None:
+                self._left = deque(self._in_order())
+            return self._left.popleft() if self._left else None
+
+    def _in_order(self) -> list[str]:
+        """The shards that are wanted first, then, if the order is long, all others."""
+        found = dict[str, None]()
+        names = iter(self._order)
+        for shard in itertools.islice(names, _ORDER_LENGTH):
+            found[shard] = None
+            if len(found) == len(self._shards):
+                return list(found)
+        return list(found) if next(names, None) is None else list(found | dict.fromkeys(self._shards))
+
+    def _again(self, shard: str) -> None:
+        with self._lock:
+            assert self._left is not None
+            self._left.append(shard)
+
+    def _say_failing(self, error: OSError) -> None:
+        with self._lock:
+            is_new = time.monotonic() > self._said_s + _PAUSE_S
+            self._said_s = time.monotonic() if is_new else self._said_s
+        if is_new:
+            warn(f"shards cannot be copied ({error}): they are read from the bucket until that passes")

@@ -1,0 +1,73 @@
+"""Files of a set of images that lie in a bucket: which there are, and the errors of a store as those of a source."""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.storage import BucketFolder, BucketUrl
+from nfnet_flax.storage.cache import DamagedObject
+from nfnet_flax.storage.objects import ObjectFolder
+from nfnet_flax.storage.url import is_url
+
+Place = Path | BucketUrl
+"""A file or folder of a set of images."""
+
+
+def in_order(place: Place) -> tuple[str, ...]:
+    """The key by which files are sorted: alike for a folder of this machine and for a bucket."""
+    return Path(str(place)).parts
+
+
+def matching(pattern: BucketUrl) -> list[BucketUrl]:
+    """The files in a bucket whose names match a shell-style pattern; the folder is taken literally.
+
+    Raises:
+      OSError: they cannot be listed.
+    """
+    with failing():
+        names = ObjectFolder(pattern.parent).objects()
+    if pattern.name in names:
+        return [pattern]
+    return [pattern.parent / name for name in names if fnmatch.fnmatchcase(name, pattern.name)]
+
+
+def content_of(file: BucketUrl) -> bytes:
+    """The content of a small file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      OSError: it cannot be read.
+    """
+    with failing():
+        return BucketFolder(file.parent).read(file.name)
+
+
+def refuse_images(field: str, value: str) -> None:
+    """Raises ConfigError for a URL where a folder or a list of single images is wanted.
+
+    Each image would be a request, and nothing known without requests would say whether it was replaced.
+    """
+    if not is_url(value):
+        return
+    command = "aws s3 cp --recursive" if value.startswith("s3:") else "gcloud storage cp --recursive"
+    raise ConfigError(
+        f"{field} = {value!r}: is a URL, and single images are read only from a disk of this machine: copy them by "
+        f"{command} {value!r} FOLDER. To read them from a bucket, make shards of that folder by python "
+        "tools/prepare_imagenet.py --folder FOLDER --no-expect-imagenet --out gs://BUCKET/SET, and give "
+        "--data.source ArrayRecordSource --data.source.train 'gs://BUCKET/SET/train-*' --data.source.eval "
+        "'gs://BUCKET/SET/eval-*'"
+    )
+
+
+@contextlib.contextmanager
+def failing() -> Iterator[None]:
+    """Turns the errors of a store into those that a source raises."""
+    try:
+        yield
+    except DamagedObject as error:
+        raise ConfigError(f"{error}: it was changed, or belongs to another set; copy the set again") from error
+    except StorageFailed as error:
+        raise OSError(str(error)) from error
