@@ -24,7 +24,7 @@ from nfnet_flax.storage.url import BucketUrl, bucket_url
 __all__ = ["BucketFolder", "BucketUrl", "Folder", "LocalFolder", "bucket_url", "copy_of", "folder_at"]
 
 
-def folder_at(place: BucketUrl | Path) -> Folder:
+def folder_at(place: BucketUrl | Path | str) -> Folder:
     """The folder of a URL, or of a path of this machine.
 
     Raises:
