@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 MAX_COUNT = 2**31 - 1
 """Largest number of steps, rows, examples or classes: arrays hold them as 32-bit integers."""
@@ -18,6 +18,21 @@ _MAX_FLOAT = 3.4028234e38
 """Largest number of float32, in which nearly everything is computed."""
 _MAX_INT = 2**63 - 1
 """Largest integer that files and libraries can store: they use 64 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Annotation of a field, or of the text that it may hold: the word for its value in the help of commands."""
+
+    word: str
+
+
+File = Annotated[str, Shown("FILE")]
+FileIfAny = Annotated[str | None, Shown("FILE")]
+Folder = Annotated[str, Shown("DIR")]
+Name = Annotated[str, Shown("NAME")]
+Pattern = Annotated[str, Shown("PATTERN")]
+Column = Annotated[str, Shown("COLUMN")]
 
 
 class ConfigError(ValueError):

@@ -7,6 +7,7 @@ from nfnet_flax.config import require
 from nfnet_flax.config_json import to_json
 from nfnet_flax.data.augment_config import Resampler
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.recognition import packed_source
 from nfnet_flax.data.source_config import CsvSource, FolderSource, SourceConfig
 from nfnet_flax.models import IMAGE_SIZES, ImageSizes, ModelConfig
 from nfnet_flax.models.registry import VARIANTS
@@ -40,14 +41,16 @@ def given_images(
     split_column: str | None = None,
     eval_file: str | None = None,
 ) -> GivenImages:
-    """The images in a folder or a CSV file. If they are not split, a tenth is held out.
+    """The images in a folder or a file. If they are not split, a tenth is held out.
 
     Args:
       data: folder with one folder of images for each class, or with `train/` and `val/` (or `eval/`, `test/`) of these;
-        or a `.csv` file.
-      image: see `CsvSource`, as the following.
-      label: column with the class, or the classes.
-      separator: text between the classes of one image, which may then have none; None: each image has one class.
+        a `.csv` file; or a folder of Parquet or tar files, or one such file, see `ParquetSource` and
+        `WebDatasetSource`.
+      image: column with the names of the image files, or for Parquet files with the images.
+      label: column with the class, or the classes; for tar files with JSON the entry with the class.
+      separator: for a CSV file, as the following: text between the classes of one image, which may then have none;
+        None: each image has one class.
       split_column: column that contains `train` or `val`; None: there is none.
       eval_file: CSV file of the held-out images; None: there is none.
 
@@ -67,13 +70,17 @@ def given_images(
             split_column=split_column,
             eval_file=eval_file,
         )
+    elif (found := packed_source(data, path, image=image, label=label)) is not None:
+        _refuse_csv_options(separator, split_column, eval_file)
+        source, has_split = found
     else:
-        require(path.is_dir(), "data", data, "give a folder of images, or a .csv file")
+        require(path.is_dir(), "data", data, "give a folder of images, or of Parquet or tar files, or a .csv file")
+        _refuse_csv_options(separator, split_column, eval_file)
         is_divided = (path / "train").is_dir()
         names = [name for name in ("val", "eval", "test") if is_divided and (path / name).is_dir()]
         has_split = bool(names)
         source = FolderSource(root=data, train="train" if is_divided else ".", eval=names[0] if names else "val")
-    images = source.open("train", 0)
+    images = source.without_writing().open("train", 0)  # a command that only looks at the recipe changes nothing
     require(len(images) >= 2, "data", data, "has only one training image: give at least two")
     num_held_out = None if has_split else max(1, len(images) // _HELD_OUT_SHARE)
     return GivenImages(
@@ -82,6 +89,11 @@ def given_images(
         num_train=len(images) - (num_held_out or 0),
         num_held_out=num_held_out,
     )
+
+
+def _refuse_csv_options(separator: str | None, split_column: str | None, eval_file: str | None) -> None:
+    for name, value in (("separator", separator), ("split_column", split_column), ("eval_file", eval_file)):
+        require(value is None, name, value, "only a .csv file has it: leave it out, or give data=FILE.csv")
 
 
 def sizes_of(info: WeightsInfo) -> tuple[ImageSizes, Preprocessing]:

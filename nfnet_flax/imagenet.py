@@ -4,10 +4,12 @@ from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import CropAugment
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
-from nfnet_flax.data.source_config import ArrayRecordSource
+from nfnet_flax.data.recognition import packed_source
+from nfnet_flax.data.source_config import ArrayRecordSource, FolderSource, SourceConfig
 from nfnet_flax.models import ExecutionConfig, ImageSizes, ModelConfig
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import SGD, Cosine, OptimConfig
+from nfnet_flax.paths import local_path
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 RESNET_OPTIM = OptimConfig(
@@ -31,6 +33,7 @@ def imagenet_recipe(
     num_epochs: float,
     batch_size: int,
     images_per_part: int,
+    data: str = "data/imagenet",
     randaugment: RandAugmentConfig | None = None,
     mixing: MixingConfig | None = None,
     checkpoint_every_steps: int = 2000,
@@ -47,6 +50,8 @@ def imagenet_recipe(
       batch_size: number of images of one update, over all devices.
       images_per_part: number of images in each of the equal parts into which the batch is cut. There can be at most as
         many devices as parts, and BatchNorm averages over a part.
+      data: folder of the images: the ArrayRecord files that `tools/prepare_imagenet.py --out` wrote; or Parquet or tar
+        files, see `ParquetSource` and `WebDatasetSource`; or `train/` and `val/` with a folder for each class.
       randaugment: RandAugment, in addition to random crops and flips.
       mixing: mixup and CutMix.
       checkpoint_every_steps: a checkpoint is written each time the step is a multiple of this.
@@ -62,10 +67,7 @@ def imagenet_recipe(
         num_classes=1000,
         platform="accelerator",
         data=DataConfig(
-            # The files that `tools/prepare_imagenet.py --out data/imagenet` writes.
-            source=ArrayRecordSource(
-                train=("data/imagenet/train-*.array_record",), eval=("data/imagenet/eval-*.array_record",)
-            ),
+            source=_source(data),
             image_size=image_sizes.train,
             eval_image_size=image_sizes.test,
             eval_crop_margin=32,
@@ -85,3 +87,14 @@ def imagenet_recipe(
         log_every_steps=100,
         eval_every_steps=eval_every_steps,
     )
+
+
+def _source(data: str) -> SourceConfig:
+    """The source of the images in a folder; ArrayRecord files if it is not there or holds nothing that is known."""
+    path = local_path("data", data)
+    if not any(path.glob("*.array_record")):
+        if (found := packed_source(data, path, image="image", label="label")) is not None:
+            return found[0]
+        if (path / "train").is_dir():
+            return FolderSource(root=data)
+    return ArrayRecordSource(train=(f"{data}/train-*.array_record",), eval=(f"{data}/eval-*.array_record",))

@@ -5,8 +5,10 @@ with `logging`: `logging.getLogger("nfnet_flax").setLevel(logging.ERROR)` turns 
 receives them.
 """
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 _logger = logging.getLogger("nfnet_flax")
 
@@ -23,7 +25,31 @@ if not _logger.handlers:
     _logger.propagate = False  # absl, which Orbax imports, would print it a second time
 
 
+_names: dict[str, str] = {}
+"""Beginning of a path that the user does not know -> the name that the user gave."""
+
+
+@contextlib.contextmanager
+def renamed(path: str, name: str) -> Iterator[None]:
+    """Within the context, warnings and errors show `name`, which the user gave, in place of a temporary `path`."""
+    _names[path] = name
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(as_given(part) if isinstance(part, str) else part for part in error.args)
+        raise
+    finally:
+        del _names[path]
+
+
+def as_given(text: str) -> str:
+    """A text with the names that the user gave; see `renamed`."""
+    for path, name in _names.items():
+        text = text.replace(path, name)
+    return text
+
+
 def warn(text: str | None) -> None:
     """Prints a warning; does nothing if the text is None."""
     if text is not None:
-        _logger.warning("%s", text)
+        _logger.warning("%s", as_given(text))

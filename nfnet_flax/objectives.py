@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from nfnet_flax.config import require
+from nfnet_flax.config import File, require
 from nfnet_flax.multi_label_metrics import multi_label_metrics
 from nfnet_flax.open_config import OpenConfig, declare_kinds
-from nfnet_flax.paths import check_path
+from nfnet_flax.paths import check_place
 from nfnet_flax.weights.portable import Activation
 from nfnet_flax.weights.teacher import teacher_arrays, teacher_logits
 
@@ -248,7 +248,7 @@ class Distillation(_Smoothed):
 
     place_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    teacher: str
+    teacher: File
     """Weight file (`nfnet convert`) of a network for the same classes; `~` is the home folder."""
     temperature: float = 1.0
     """Number by which the logits of teacher and student are divided before their softmax distributions are compared."""
@@ -257,7 +257,7 @@ class Distillation(_Smoothed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_path("objective.teacher", self.teacher)
+        check_place("objective.teacher", self.teacher)
         require(self.temperature > 0, "objective.temperature", self.temperature, "must be positive")
         require(0 <= self.teacher_share <= 1, "objective.teacher_share", self.teacher_share, "must lie in [0, 1]")
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import glob
 import os
 import re
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError, require
+from nfnet_flax.storage.url import bucket_url
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Beginning of a URL such as `gs://bucket/run`; `Path` turns this one into `gs:/bucket/run`."""
@@ -57,9 +59,19 @@ def check_path(field: str, value: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{field} = {text!r}: contains a NUL character, which no path can")
     if _URL.match(text):
         raise ConfigError(
-            f"{field} = {text!r}: is a URL, and this takes only a path of this machine's file systems: copy it here, "
-            f"or mount the bucket (a folder that is really named so: ./{text})"
+            f"{field} = {text!r}: is a URL, and this must be a path of this machine: copy the files here, or mount the "
+            f"bucket (a folder that is really named so: ./{text})"
         )
+
+
+def check_place(field: str, value: str | os.PathLike[str]) -> None:
+    """Refuses a value that can neither be a path of this machine nor a URL of a bucket; accesses neither.
+
+    Raises:
+      ConfigError: as for `check_path`, or a URL of a kind that is not supported.
+    """
+    if bucket_url(field, value) is None:
+        check_path(field, value)
 
 
 def local_path(field: str, value: str | os.PathLike[str]) -> Path:
@@ -80,6 +92,25 @@ def local_path(field: str, value: str | os.PathLike[str]) -> Path:
         return path
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder; before Python 3.13 also for a loop
         raise ConfigError(f"{field} = {os.fspath(value)!r}: {error}: give another path") from error
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is certainly nothing at a path; false also if the system does not say it (no permission)."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def escaped(pattern: Path) -> str:
+    """A pattern whose folders are taken literally where a folder of exactly that name exists, such as `data [v2]`."""
+    place, *names = pattern.parts
+    while names and os.path.lexists(os.path.join(place, names[0])):
+        place = os.path.join(place, names.pop(0))
+    return os.path.join(glob.escape(place), *names)
 
 
 def user_cache(kind: str) -> Path:

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from nfnet_flax.config import MAX_COUNT, ConfigError, check_types, require, require_count
+from nfnet_flax.config import MAX_COUNT, ConfigError, Name, Pattern, Shown, check_types, require, require_count
 from nfnet_flax.config_json import ADDED_LATER, CodeNotLoaded, differences, from_json, to_json
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.json_files import read_json, write_json
@@ -17,6 +17,7 @@ from nfnet_flax.optim import OptimConfig
 from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.parallel.reduce import Reduction
 from nfnet_flax.paths import hub_name, local_path
+from nfnet_flax.storage import bucket_url
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class CheckpointConfig:
     """A checkpoint is also written at the first log step after this many minutes without one; None: only by steps."""
     keep_last: int = 3
     """Number of newest checkpoints that are kept."""
-    best_metric: str = "eval_ema/top1"
+    best_metric: Annotated[str, Shown("METRIC")] = "eval_ema/top1"
     """Metric by which the best checkpoint is chosen, which is kept in addition to the newest ones: `eval/NAME` for the
     parameters as trained, or `eval_ema/NAME` for their moving average, where the objective's `evaluate` returns
     NAME."""
@@ -55,7 +56,7 @@ class CheckpointConfig:
 class Recipe:
     """One training run. The update at step N depends on the recipe, which contains the seed, and on N."""
 
-    name: str
+    name: Name
     """Name of the run, for logs and weight files."""
     model: ModelConfig
     """The network."""
@@ -72,14 +73,14 @@ class Recipe:
     in the fastest order."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When checkpoints are written, and which are kept."""
-    init_from: str | None = None
+    init_from: Annotated[str, Shown("FILE|FOLDER|NAME")] | None = None
     """Weights with which parameters and EMA start: a file (made by `nfnet convert`), the folder of a run, whose newest
     EMA is used, a folder with timm's `config.json`, or a name in a model hub, such as `timm/eca_nfnet_l0.ra2_in1k`;
     None: random parameters. If the weights include a head, its classes must have the same names as those
     of the images. The file may be moved, but its content must not change until the run has a checkpoint."""
-    init_from_skip: tuple[str, ...] = ()
+    init_from_skip: tuple[Pattern, ...] = ()
     """Shell-style patterns of parameters that start at random although `init_from` has them, such as `head.*`."""
-    init_to_zero: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    init_to_zero: tuple[Pattern, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
     """Shell-style patterns of parameters that start at zero, also if `init_from` has them, such as `head.*` for
     fine-tuning: the first outputs are then the same for all classes."""
     seed: int = 0
@@ -240,5 +241,5 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """
     init_from = recipe.init_from
     if init_from is not None and hub_name(init_from) is None:
-        init_from = str(local_path("init_from", init_from))
+        init_from = str(bucket_url("init_from", init_from) or local_path("init_from", init_from))
     return dataclasses.replace(with_absolute_places(recipe), init_from=init_from)

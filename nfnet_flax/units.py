@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 _MAX_NAMES_SHOWN = 5
 
 
@@ -25,6 +27,11 @@ def scaled(number: float) -> str:
 def duration(seconds: float) -> str:
     """A duration as text: in milliseconds, or in microseconds if it is shorter than one millisecond."""
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
+
+
+def as_float32(value: float) -> float:
+    """A number rounded to float32. Its text, also in CSV and JSON, has the fewest digits that give this float32."""
+    return float(str(np.float32(value)))
 
 
 def shown(names: Sequence[str]) -> str:

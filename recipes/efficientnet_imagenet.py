@@ -1,7 +1,8 @@
 """EfficientNet-B0 to B7 on ImageNet: the optimizer as published, RandAugment in place of AutoAugment.
 
 Paper: Tan and Le 2019, arXiv 1905.11946 (section 5.2; table 2: results).
-Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. With data=FOLDER it
+  reads another folder, also of Parquet or tar files.
 Command: nfnet train recipes/efficientnet_imagenet.py:variant=b1 --workdir runs/b1
          nfnet train recipes/efficientnet_imagenet.py:variant=b1 --debug --workdir runs/debug
 
@@ -25,7 +26,7 @@ from nfnet_flax.recipe import Recipe
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
 
 
-def recipe(variant: str = "b0") -> Recipe:
+def recipe(variant: str = "b0", data: str = "data/imagenet") -> Recipe:
     """The run of `b0` ... `b7`."""
     require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     optim = OptimConfig(
@@ -47,6 +48,7 @@ def recipe(variant: str = "b0") -> Recipe:
         num_epochs=350.0,
         batch_size=4096,
         images_per_part=32,  # up to 128 devices
+        data=data,
         randaugment=RandAugmentConfig(num_layers=2, magnitude=10),
         checkpoint_every_steps=1000,
     )

@@ -1,9 +1,10 @@
-"""Fine-tunes a network, whose weights are given, on images of your own: a folder, or a CSV file that lists them.
+"""Fine-tunes a network, whose weights are given, on images of your own: a folder, a CSV file, Parquet or tar files.
 
 Paper: Brock et al. 2021, arXiv 2102.06171 (AGC; section 6 fine-tunes NFNets); Clark et al. 2020, arXiv 2003.10555 (the
   argument layer_decay: a learning rate that decreases from the head to the stem).
 Data: a folder with one folder of images per class, or with `train/` and `val/` of these; or a `.csv` file, see
-  `CsvSource`. Without a held-out split, a tenth of the images is held out.
+  `CsvSource`; or a folder of Parquet or tar files, see `ParquetSource` and `WebDatasetSource`. Without a held-out
+  split, a tenth of the images is held out.
 Command: nfnet train recipes/finetune.py:weights=weights.safetensors,data=photos --workdir runs/photos
 Others: weights=timm/eca_nfnet_l0.ra2_in1k (a model hub), weights=runs/other (a run); data=photos.csv,label=species;
   'separator=;' (with quotes in a shell) for several classes per image. Any option of a recipe may follow, such as
@@ -46,10 +47,10 @@ def recipe(
 
     Args:
       weights: a weight file, the folder of a run, a folder with timm's `config.json`, or a name in a model hub.
-      data: folder of images, or a `.csv` file.
-      image: for a CSV file, the column with the names of the image files.
+      data: folder of images, or of Parquet or tar files, or a `.csv` file.
+      image: for a CSV file, the column with the names of the image files; for Parquet files, with the images.
       label: the column with the class.
-      separator: text between the classes of one image; None: each image has one class.
+      separator: for a CSV file, as the following: text between the classes of an image; None: each has one class.
       split_column: column that contains `train` or `val`; None: there is none.
       eval_file: CSV file of the held-out images; None: there is none.
       batch_size: number of images of one update.
@@ -74,7 +75,7 @@ def recipe(
         num_classes=len(images.class_names),
         data=dataclasses.replace(settings, augment=CropAugment(min_area=0.35, flip=flip)),
         optim=OptimConfig(
-            # On the digits AdamW needs another learning rate for another batch size, and is no better (README).
+            # On the digits AdamW is no better at this batch size (README).
             method=SGD(),
             clipping=AGC(ratio=0.05),
             learning_rate_per_256=0.4,

@@ -1,7 +1,8 @@
 """NF-RegNet-B0 to B8 on ImageNet, as published: no gradient clipping, mixup and CutMix, no RandAugment.
 
 Paper: Brock et al. 2021, arXiv 2101.08692; the settings are those of the code published with it.
-Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. With data=FOLDER it
+  reads another folder, also of Parquet or tar files.
 Command: nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --workdir runs/b1
          nfnet train recipes/nf_regnet_imagenet.py:variant=b1 --debug --workdir runs/debug
 Published top-1: see the paper's tables; the numbers were not measured here, so they are not repeated.
@@ -22,7 +23,7 @@ from nfnet_flax.recipe import Recipe
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
 
 
-def recipe(variant: str = "b0") -> Recipe:
+def recipe(variant: str = "b0", data: str = "data/imagenet") -> Recipe:
     """The run of `b0` ... `b8`."""
     require(variant in VARIANTS, "variant", variant, f"known are {', '.join(VARIANTS)}")
     optim = OptimConfig(
@@ -43,6 +44,7 @@ def recipe(variant: str = "b0") -> Recipe:
         num_epochs=360.0,
         batch_size=1024,
         images_per_part=16,  # up to 64 devices
+        data=data,
         mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
         eval_every_steps=20000,
     )

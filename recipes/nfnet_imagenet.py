@@ -1,7 +1,8 @@
 """NFNet-F0 to F7 (and F0+ to F7+, wider) on ImageNet, as published.
 
 Paper: Brock et al. 2021, arXiv 2102.06171 (table 1: networks, section 4: settings, table 3: results).
-Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. With data=FOLDER it
+  reads another folder, also of Parquet or tar files.
 Command: nfnet train recipes/nfnet_imagenet.py:variant=f1 --workdir runs/f1
          nfnet train recipes/nfnet_imagenet.py:variant=f1 --debug --workdir runs/debug
 While tuning: --data.num-held-out 10000 leaves 10,000 training images out of training and evaluates on them, as the
@@ -30,7 +31,7 @@ MAGNITUDES = {"f0": 5, "f1": 10, "f2": 10, "f3": 15, "f4": 15, "f5": 15, "f6": 1
 """Magnitude of RandAugment for each network."""
 
 
-def recipe(variant: str = "f0") -> Recipe:
+def recipe(variant: str = "f0", data: str = "data/imagenet") -> Recipe:
     """The run of `f0` ... `f7` or `f0+` ... `f7+`."""
     level = variant.removesuffix("+")
     require(level in MAGNITUDES, "variant", variant, f"known are {', '.join(MAGNITUDES)}, and each with a +")
@@ -53,6 +54,7 @@ def recipe(variant: str = "f0") -> Recipe:
         num_epochs=360.0,
         batch_size=4096,
         images_per_part=16,  # up to 256 devices
+        data=data,
         randaugment=RandAugmentConfig(num_layers=4, magnitude=MAGNITUDES[level], order="after_mixing"),
         mixing=MixingConfig(mixup_alpha=0.2, cutmix=True),
         checkpoint_every_steps=1000,

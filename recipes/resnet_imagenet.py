@@ -1,7 +1,8 @@
 """ResNet v2 with BatchNorm on ImageNet, the baseline of the NF-ResNets, and SE-ResNeXt-D-50, on which NFNet is based.
 
 Paper: He et al. 2016, arXiv 1603.05027 (network); the settings are those of the code published with arXiv 2101.08692.
-Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote.
+Data: python tools/prepare_imagenet.py --help; the recipe reads what `--out data/imagenet` wrote. With data=FOLDER it
+  reads another folder, also of Parquet or tar files.
 Command: nfnet train recipes/resnet_imagenet.py:variant=101 --workdir runs/resnet101
          nfnet train recipes/resnet_imagenet.py:variant=101 --debug --workdir runs/debug
 Published top-1: arXiv 2101.08692 compares these networks with the NF-ResNets in its tables; the numbers were not
@@ -25,7 +26,7 @@ NAMES = {
 }
 
 
-def recipe(variant: str = "50") -> Recipe:
+def recipe(variant: str = "50", data: str = "data/imagenet") -> Recipe:
     """The run of one depth, or of `se_resnext_d50`."""
     require(variant in NAMES, "variant", variant, f"known are {', '.join(NAMES)}")
     name = NAMES[variant]
@@ -37,4 +38,5 @@ def recipe(variant: str = "50") -> Recipe:
         num_epochs=90.0,
         batch_size=1024,
         images_per_part=32,  # up to 32 devices
+        data=data,
     )

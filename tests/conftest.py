@@ -60,5 +60,6 @@ def same_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images as `folder`, `array_record` and `tfds`. A test that changes them takes `image_sets.copied`."""
+    """The same images as `folder`, `array_record`, `tfds`, `parquet` and `webdataset`. A test that changes them takes
+    `image_sets.copied`."""
     return make_sets(tmp_path_factory.mktemp("sets"))

@@ -15,10 +15,13 @@ from nfnet_flax.data.source_config import (
     ArrayRecordSource,
     DigitsSource,
     FolderSource,
+    ParquetSource,
     SourceConfig,
     SyntheticSource,
     TfdsSource,
+    WebDatasetSource,
 )
+from tests.packed_sets import make_parquet, make_webdataset
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -170,10 +173,12 @@ def make_tfds(folder: Path, data_dir: Path) -> None:
 
 
 def make_sets(root: Path) -> Path:
-    """The same images as `folder`, `array_record` and `tfds`; see the fixture `sets`."""
+    """The same images as `folder` and in every kind of storage; see the fixture `sets`."""
     make_folder(root / "folder")
     prepare(root / "array_record", f"--folder={root / 'folder'}", "--num-processes=1")
     make_tfds(root / "folder", root / "tfds")
+    make_parquet(root / "folder", root / "parquet")
+    make_webdataset(root / "folder", root / "webdataset")
     return root
 
 
@@ -185,6 +190,8 @@ def config_of(kind: str, sets: Path) -> SourceConfig:
             train=(str(sets / "array_record" / "train-*"),), eval=(str(sets / "array_record" / "eval-*"),)
         ),
         "tfds": TfdsSource(name="tiny_set", data_dir=str(sets / "tfds")),
+        "parquet": ParquetSource(root=str(sets / "parquet")),
+        "webdataset": WebDatasetSource(root=str(sets / "webdataset")),
         "digits": DigitsSource(),
         "synthetic": SyntheticSource(num_train_examples=5000, num_eval_examples=7, num_classes=3),
     }

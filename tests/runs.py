@@ -20,7 +20,9 @@ from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.training.identity import claim
 from nfnet_flax.training.metrics import MetricsLog
+from nfnet_flax.training.mirror import fetch_state
 from nfnet_flax.training.record import fixed_class_names
+from nfnet_flax.training.run_folder import RunFolder, reading
 from nfnet_flax.training.setup import assemble
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +67,7 @@ def recipe_with(model: str, folder: Path) -> Path:
 
 
 def command(
-    workdir: Path, *options: str, recipe: Path = DIGITS, program: Sequence[str] = ("-m", "nfnet_flax.cli")
+    workdir: Path | str, *options: str, recipe: Path = DIGITS, program: Sequence[str] = ("-m", "nfnet_flax.cli")
 ) -> list[str]:
     """The command line of a short run; `program` is what Python runs in place of the command `nfnet`."""
     small = [*SMALL, *FEW_IMAGES] if recipe == DIGITS else []
@@ -74,7 +76,7 @@ def command(
 
 
 def start(
-    workdir: Path,
+    workdir: Path | str,
     *options: str,
     recipe: Path = DIGITS,
     environment: dict[str, str] | None = None,
@@ -93,7 +95,7 @@ def start(
 
 
 def start_all(
-    workdir: Path,
+    workdir: Path | str,
     num_processes: int,
     *options: str,
     recipe: Path = DIGITS,
@@ -131,7 +133,7 @@ def claimed(workdir: Path, recipe: Recipe, initial: dict[str, str] | None = None
     With `logs`, there is a metric of a step afterwards, as if the run had been killed before its first checkpoint.
     """
     setup = assemble(recipe, fixed_class_names(workdir))
-    said = claim(current(), workdir, setup.identity(initial), 60.0)
+    said = claim(current(), RunFolder(workdir), setup.identity(initial), 60.0)
     if logs:
         with contextlib.closing(MetricsLog(workdir, resume_step=0, evaluated=False, tensorboard=False)) as log:
             log.write(1, {"train/loss": 1.0})
@@ -177,6 +179,13 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         tree = reader.restore(folder, restore_args=as_numpy)
     leaves: list[tuple[Any, Any]] = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def copied(url: str, step: int) -> Path:
+    """A copy of a run in a bucket, with the arrays of one checkpoint."""
+    folder = reading("workdir", url).path
+    fetch_state(folder / "checkpoints" / str(step))
+    return folder
 
 
 def damage(checkpoint: Path) -> None:

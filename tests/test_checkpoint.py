@@ -24,6 +24,7 @@ from nfnet_flax.training import checkpoint
 from nfnet_flax.training.fingerprints import fingerprints, host_fingerprint
 from nfnet_flax.training.layout import SET_ASIDE
 from nfnet_flax.training.restoring import restore_newest
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.storage import StorageFailed
 from tests import runs
@@ -62,7 +63,7 @@ def save(workdir: Path, *steps: int) -> None:
 
 def restored_step(workdir: Path, *, is_owner: bool = True) -> int:
     """The step that is restored, after a look at every bit of it."""
-    restored = restore_newest(workdir, abstract(make_state(0)), is_owner=is_owner)
+    restored = restore_newest(RunFolder(workdir), abstract(make_state(0)), is_owner=is_owner)
     assert restored is not None
     state, notes = restored
     step = int(state.step)
@@ -234,7 +235,7 @@ def test_a_damaged_best_one_is_chosen_anew(run: Path, capfd: pytest.CaptureFixtu
 
 def test_another_recipe_is_not_damage(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not fit this recipe \(3 entries\).*stored .*expected .*") as raised:
-        restore_newest(run, abstract(make_state(0, rows=16)), is_owner=True)
+        restore_newest(RunFolder(run), abstract(make_state(0, rows=16)), is_owner=True)
     assert "params.stem.kernel: stored float32[3,3,5,48], expected float32[3,3,5,16]" in str(raised.value)
     assert not (run / SET_ASIDE).exists()
 
@@ -278,6 +279,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.restoring import restore_newest
+from nfnet_flax.training.run_folder import RunFolder
 from tests.test_checkpoint import NOTES, abstract, flip, data_files, make_state
 
 workdir, index, count, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
@@ -294,7 +296,7 @@ def target(state):
     return jax.tree.map(leaf, state)
 
 def restored():
-    state, notes = restore_newest(workdir, target(make_state(0)), is_owner=True)
+    state, notes = restore_newest(RunFolder(workdir), target(make_state(0)), is_owner=True)
     assert notes == NOTES and not state.params["stem.kernel"].is_fully_replicated
     assert fingerprints(state) == fingerprints(make_state(int(state.step)))
     return state

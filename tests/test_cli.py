@@ -9,6 +9,7 @@ import pytest
 
 from nfnet_flax import cli, exit_codes
 from tests import runs
+from tests.image_sets import image_file
 
 RECIPE = str(runs.ROOT / "recipes" / "digits.py")
 
@@ -79,8 +80,48 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     ):
         assert message in fails(capsys, "train", RECIPE, "--workdir", workdir, "--checkpoint.best-metric", name)
     assert "unknown command 'trian'" in fails(capsys, "trian")
-    assert "recipe.json does not exist: give the folder of a run" in fails(capsys, "eval", "--workdir", workdir)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_run_is_named_with_the_remedy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lost" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("no run")
+    image = tmp_path / "photo.png"
+    image.write_bytes(image_file(0, "PNG"))
+    remedy = "give the folder of a run, which nfnet train --workdir DIR made"
+    for place, message in (
+        ("gone", f"there is no such folder: {remedy}"),
+        ("empty", f"the folder holds no run (no recipe.json): {remedy}"),
+        ("file", f"is a file: {remedy}"),
+        ("lost", "the folder holds checkpoints, but no recipe.json: put it back, or start nfnet train with the run's"),
+    ):
+        folder = str(tmp_path / place)
+        for words in (
+            ["eval", "--workdir", folder],
+            ["predict", str(image), "--workdir", folder],
+            ["export", "--workdir", folder, "--to", "onnx", "--out", "unused"],
+            ["convert", "run", folder, "--out", "unused"],
+            ["convert", "run", folder, "--out", "unused", "--to", "hub-folder"],
+        ):
+            assert f"workdir = {folder!r}: {message}" in fails(capsys, *words)
+        if place == "file":
+            continue  # as weights, a file is a weight file
+        message = {"gone": "there is no such file or folder: give a weight file, the folder of a run, a folder"}.get(
+            place, "holds neither a run nor weights: give a weight file, the folder of" if place == "empty" else message
+        )
+        finetune = f"{Path(RECIPE).parent / 'finetune.py'}:weights={folder},data={tmp_path}"
+        for words in (
+            ["predict", str(image), "--weights", folder],
+            ["train", finetune, "--workdir", str(tmp_path / "run")],
+        ):
+            said = fails(capsys, *words)
+            assert f"weights = {folder!r}: " in said
+            assert message in said
+        unused = ["train", RECIPE, "--workdir", str(tmp_path / "run"), "--no-tensorboard"]
+        said = fails(capsys, *unused, "--init-from", folder)
+        assert f"init_from = {folder!r}: " in said
+        assert message in said
 
 
 def test_broken_recipes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from nfnet_flax.doctor.machine import check_disks, check_machine, check_versions
 from nfnet_flax.doctor.workdir import check_workdir
 from nfnet_flax.recipe import Recipe, read_recipe
 from nfnet_flax.recipe_file import load_recipe
+from nfnet_flax.training.run_folder import RunFolder
 from tests import runs
 from tests.image_sets import CLASSES, make_folder
 
@@ -101,7 +102,7 @@ def test_a_healthy_machine_needs_no_workdir(capsys: pytest.CaptureFixture[str]) 
 
 
 def workdir_problems(workdir: Path, recipe: Recipe | None = None) -> list[str]:
-    return problems(check_workdir(workdir, recipe, until_s=time.monotonic() + 60))
+    return problems(check_workdir(RunFolder(workdir), recipe, until_s=time.monotonic() + 60))
 
 
 def test_a_run_that_was_trained_moved_and_converted_is_sound(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +129,7 @@ def test_a_recipe_that_does_not_fit_on_the_devices_is_named() -> None:
 
 def test_a_folder_before_the_run_is_seen_as_it_is(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    look = functools.partial(check_workdir, workdir, None, until_s=time.monotonic() + 60)
+    look = functools.partial(check_workdir, RunFolder(workdir), None, until_s=time.monotonic() + 60)
     assert [finding.text for finding in look()] == [f"{workdir} does not exist yet; nfnet train makes it"]
     workdir.mkdir()
     assert [finding.text for finding in look()][1:] == ["checkpoints: none", "best: none", "no run has begun here"]
@@ -138,7 +139,7 @@ def test_what_is_left_of_a_kill_is_no_problem(run: Path) -> None:
     (run / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tr')
-    findings = check_workdir(run, None, until_s=time.monotonic() + 60)
+    findings = check_workdir(RunFolder(run), None, until_s=time.monotonic() + 60)
     assert problems(findings) == []
     text = "\n".join(finding.text for finding in findings)
     assert "6.orbax-checkpoint-tmp is being written" in text
@@ -194,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run: Path) -> No
 
 
 def test_checkpoints_are_read_as_long_as_there_is_time(run: Path) -> None:
-    findings = check_workdir(run, None, until_s=time.monotonic())
+    findings = check_workdir(RunFolder(run), None, until_s=time.monotonic())
     assert problems(findings) == []
     assert findings[2].text == "checkpoints: not enough time to read the contents of 4, 2; give more --timeout-s"
 

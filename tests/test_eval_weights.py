@@ -184,7 +184,9 @@ def test_measures_and_files_are_those_of_independent_formulas(
         line, order = rows[str(path)], np.argsort(-logits[number])[:5]
         assert line["label"] == path.parent.name
         assert [line[f"top{rank}"] for rank in range(1, 6)] == [NAMES[label] for label in order]
-        assert float(line["probability1"]) == pytest.approx(probabilities[number].max(), abs=1e-4)
+        shown = [float(line[f"probability{rank}"]) for rank in range(1, 6)]
+        assert shown == pytest.approx(probabilities[number][order], rel=1e-3)
+        assert all(line[f"probability{rank}"] == str(np.float32(shown[rank - 1])) for rank in range(1, 6))
         assert line["is_right"] == str(int(best[number] == labels[number]))
     with Image.open(out["confusion-png"]) as picture:
         assert picture.format == "PNG"
@@ -357,7 +359,7 @@ def test_bad_input_is_named(weights: Path, images: Path, tmp_path: Path, capsys:
         (["eval"], "give --workdir DIR or --weights FILE; neither of them are given"),
         (["eval", "--weights", str(weights), "--workdir", "run", *source], "both of them are given"),
         (["eval", "--weights", str(weights)], "--weights: give the images: --data.source.root DIR"),
-        (["eval", "--weights", str(tmp_path / "none.safetensors"), *source], "cannot be read"),
+        (["eval", "--weights", str(tmp_path / "none.safetensors"), *source], "there is no such file or folder"),
         (["eval", "--weights", str(tmp_path / "folder"), *source], "holds no config.json"),
         (["eval", "--weights", str(weights), "--data.source.root", str(images)], "a single dot if the folders"),
         (command(weights, stranger), "class 'unicorn' is unknown"),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from flax import nnx
 
 from nfnet_flax import Run, cli, exit_codes
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.source_config import CsvSource, FolderSource
+from nfnet_flax.data.source_config import CsvSource, FolderSource, ParquetSource, WebDatasetSource
 from nfnet_flax.debug import debug_recipe
 from nfnet_flax.finetuning import given_images, sizes_of
 from nfnet_flax.models import ImageSizes, TimmNFNetConfig, build_model, model_config
@@ -21,7 +23,8 @@ from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.initial import initial_weights
 from nfnet_flax.weights import Preprocessing, WeightsInfo, read_weights, save_weights
 from tests.image_sets import CLASSES, make_folder
-from tests.runs import ROOT
+from tests.packed_sets import make_parquet, make_webdataset, plain, table_of, write_tar
+from tests.runs import ROOT, finish, signal_at, start
 
 FINETUNE = ROOT / "recipes" / "finetune.py"
 MODEL = TimmNFNetConfig(
@@ -58,8 +61,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe_for(given: Path, data: str, *arguments: str) -> Recipe:
-    words = [f"weights={given / 'w.safetensors'}", f"data={given / data}", *arguments]
+def recipe_for(given: Path, data: str, *arguments: str, weights: Path | None = None) -> Recipe:
+    words = [f"weights={(weights or given) / 'w.safetensors'}", f"data={given / data}", *arguments]
     return load_recipe(f"{FINETUNE}:{','.join(words)}")
 
 
@@ -84,6 +87,36 @@ def test_everything_is_taken_from_weights_and_images(given: Path) -> None:
     assert several.checkpoint.best_metric == "eval_ema/mean_average_precision"
     for small in map(debug_recipe, (recipe, several)):
         assert (small.init_from, small.init_to_zero) == (None, ("head.*",))
+
+
+def test_folders_of_parquet_and_tar_files_are_recognized(given: Path, tmp_path: Path) -> None:
+    hub = make_parquet(given / "split", tmp_path / "hub")
+    recipe = recipe_for(tmp_path, "hub", weights=given)
+    assert recipe.data.source == ParquetSource(root=str(hub))
+    assert (recipe.num_classes, recipe.data.num_held_out, recipe.name) == (3, None, "finetune_hub")
+    for path in hub.glob("*/validation-*"):
+        path.rename(path.with_name(path.name.replace("validation", "test")))
+    assert recipe_for(tmp_path, "hub", weights=given).data.source == ParquetSource(root=str(hub), eval=("test",))
+    one = plain(table_of(sorted((given / "plain").glob("*/*")), None), tmp_path / "flat" / "my.parquet")
+    flat = recipe_for(tmp_path, "flat", weights=given)
+    assert (flat.data.source, flat.data.num_held_out) == (ParquetSource(root=str(one.parent), train=(".",)), 2)
+    alone = recipe_for(tmp_path, "flat/my.parquet", weights=given).data
+    assert (alone.source, alone.num_held_out) == (ParquetSource(root=str(one.parent), train=("my.parquet",)), 2)
+
+    tars = make_webdataset(given / "split", tmp_path / "tars")
+    assert recipe_for(tmp_path, "tars", weights=given).data.source == WebDatasetSource(root=str(tars))
+    with pytest.raises(ConfigError, match=r"separator = '\|': only a \.csv file has it"):
+        recipe_for(tmp_path, "tars", "separator=|", weights=given)
+    for path in tars.glob("*train*"):
+        path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"source\.train = 'train': .* has no tar file of that split.*there is tiny-val"
+    ):
+        recipe_for(tmp_path, "tars", weights=given)
+    shutil.copytree(given / "split", tmp_path / "photos")
+    write_tar(tmp_path / "photos" / "copy.tar", [])  # of the folder, beside its classes
+    source = recipe_for(tmp_path, "photos", weights=given).data.source
+    assert source == FolderSource(root=str(tmp_path / "photos"))
 
 
 def test_published_sizes_and_unknown_ones() -> None:
@@ -136,13 +169,43 @@ def test_a_folder_is_fine_tuned_and_evaluated_and_converted(given: Path, capsys:
     assert again.model == MODEL
 
 
+def test_images_with_several_classes_go_through_all_commands(
+    given: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(given)
+    recipe = f"{FINETUNE}:weights=w.safetensors,data=set.csv,image=file,label=kinds,separator=|,batch_size=8"
+    stopped = start(given / "several", "--num-steps=5000", recipe=Path(recipe))
+    printed = signal_at(stopped, 2, signal.SIGTERM)
+    assert stopped.returncode == exit_codes.EXIT_STOPPED, printed
+    last_step = Run(given / "several").steps()[0] + 2
+    resumed = start(given / "several", f"--num-steps={last_step}", recipe=Path(recipe))
+    printed = finish(resumed)
+    assert resumed.returncode == exit_codes.EXIT_DONE, printed
+    assert f"continuing from step {last_step - 2}" in printed
+    evaluated = rf"step {last_step}: top-1 .*; mean_average_precision [\d.]+ raw, [\d.]+ EMA on 2 held-out examples"
+    assert re.search(evaluated, printed), printed
+    run = ["--workdir", "several"]
+    assert cli.main(["eval", *run, "--json", "-"]) == exit_codes.EXIT_DONE
+    raw, _ = json.loads(capsys.readouterr().out)
+    last = json.loads((given / "several" / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "top1", "mean_average_precision", "f1"):
+        assert raw["metrics"][name] == last[f"eval/{name}"]
+    assert cli.main(["predict", "plain", *run, "--json", "-"]) == exit_codes.EXIT_DONE
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 21
+    assert any(abs(sum(best["probability"] for best in row["top"]) - 1) > 0.1 for row in rows)  # no softmax
+    assert cli.main(["export", *run, "--to", "safetensors", "--out", "served"]) == exit_codes.EXIT_DONE
+    described = json.loads((given / "served" / "weights.folded.safetensors.json").read_text())
+    assert '"activation": "sigmoid"' in json.dumps(described)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("data=photos", "missing 1 required positional argument: 'weights'"),
         ("weights=w.safetensors", "missing 1 required positional argument: 'data'"),
         ("weights=gone.safetensors,data=split", "gone.safetensors"),
-        ("weights=w.safetensors,data=gone", "give a folder of images, or a .csv file"),
+        ("weights=w.safetensors,data=gone", "give a folder of images, or of Parquet or tar files, or a .csv file"),
         ("weights=w.safetensors,data=gone.csv", "gone.csv' is no file"),
         ("weights=w.safetensors,data=set.csv", "there is no column 'image'; there are 'file', 'kind', 'kinds', 'part'"),
         ("weights=w.safetensors,data=split,batch_size=many", "takes batch_size = 'many': expected int"),
@@ -171,7 +234,10 @@ def test_a_probe_says_what_the_features_are_worth(given: Path, capsys: pytest.Ca
     assert cli.main([*table, *split, "--shots", "2"]) == exit_codes.EXIT_DONE
     assert capsys.readouterr().out.splitlines()[-2].split()[:3] == rows[-1][:3]  # the same images and features
     for wrong, message in (
-        (["probe", str(given / "gone"), *weights], "give a folder of images, or a .csv file"),
+        (
+            ["probe", str(given / "gone"), *weights],
+            "give a folder of images, or of Parquet or tar files, or a .csv file",
+        ),
         (["probe", str(given / "split"), "--weights", "gone.safetensors"], "gone.safetensors"),
         ([*table, "--shots", "0"], "shots = 0: must be at least 1"),
         ([*table, "--max-train", "1"], "max_train = 1: these images are all of one class"),

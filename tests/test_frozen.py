@@ -16,6 +16,7 @@ from nfnet_flax.optim.sam import ascend
 from nfnet_flax.parallel.mesh import make_mesh, replicated, to_global
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.restoring import restore_newest
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.saving import make_notes
 from nfnet_flax.training.state import abstract_state, create_state, model_structure
 from nfnet_flax.training.step import make_train_step
@@ -88,7 +89,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves_as_ever(tmp_path: Path
         checkpoint.save(manager, state, 1, make_notes(evaluated=True, metrics={}))
     for number in (1, 2):
         state, _ = step(state, batch(number))
-    restored = restore_newest(tmp_path, abstract_state(STRUCTURE, part, MESH), is_owner=False)
+    restored = restore_newest(RunFolder(tmp_path), abstract_state(STRUCTURE, part, MESH), is_owner=False)
     assert restored is not None
     again, _ = restored
     for number in (1, 2):

@@ -17,6 +17,7 @@ from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from nfnet_flax.recipe import CheckpointConfig, read_recipe
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.metrics import NoMetrics
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.saving import saving
 from tests import runs
 from tests.image_sets import CLASSES, make_folder
@@ -186,7 +187,7 @@ def test_a_start_that_trained_nothing_ties_the_folder_to_no_recipe(first: Path, 
         (images / split / CLASSES[0]).rename(images / split / "z_last")
     right = dataclasses.replace(recipe, num_classes=3)
     data = problems(check_data(right, workdir))
-    assert data == problems(check_workdir(workdir, right, until_s=0)) == []
+    assert data == problems(check_workdir(RunFolder(workdir), right, until_s=0)) == []
     (said,) = runs.claimed(workdir, right)
     assert said.startswith(
         "another run than at the last start, which trained nothing here: num_classes: 4 -> 3; source."
@@ -206,7 +207,7 @@ def evaluate_at(
     workdir: Path, resume_step: int, *scores: tuple[int, float], config: CheckpointConfig | None = None
 ) -> None:
     """A life of a run that goes on from a step and is evaluated at others."""
-    with saving(workdir, config or CheckpointConfig(), None, log_every_steps=1) as saver:
+    with saving(RunFolder(workdir), config or CheckpointConfig(), None, log_every_steps=1) as saver:
         saver.resume_at(resume_step)
         for step, score in scores:
             saver.save_if_best(make_state(step), step, {"eval_ema/top1": score}, NoMetrics())

@@ -16,6 +16,7 @@ from nfnet_flax.recipe import read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.training.identity import claim
 from nfnet_flax.training.record import stored_class_names
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.setup import assemble
 from tests import runs
 
@@ -80,7 +81,7 @@ def test_every_start_names_a_damaged_file_of_the_run(tmp_path: Path) -> None:
 
     def start() -> None:
         stored_class_names(tmp_path)
-        claim(current(), tmp_path, identity, 60.0)
+        claim(current(), RunFolder(tmp_path), identity, 60.0)
 
     start()
     for name in ("recipe.json", "input.json", "classes.json", "environment.json"):

@@ -107,10 +107,10 @@ class Cloud:
 
 def test_a_tpu_run_that_was_stopped_is_started_again_and_ends(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, [str(exit_codes.EXIT_STOPPED), str(exit_codes.EXIT_DONE)])
-    done = cloud.script("run")
+    done = cloud.script("run", NFS="", BUCKET="gs://mine")
     assert done.returncode == 0, done.stderr
     assert "the run ended: 75" in done.stdout
-    words = f"{TRAIN} /mnt/shared/runs/f0 --platform tpu {data_options('/mnt/shared/imagenet')}"
+    words = f"{TRAIN} gs://mine/runs/f0 --platform tpu {data_options('gs://mine/imagenet')}"
     assert cloud.starts() == [[f"{words} --optim.clipping.ratio 0.02 --name two words"] * 2] * NUM_HOSTS
     (create,) = cloud.calls("queued-resources create")
     options = ("--project=mine", "--zone=here", "--accelerator-type=v5litepod-256", "--node-id=nfnet", "--spot")
@@ -127,6 +127,19 @@ def test_a_tpu_run_that_cannot_go_on_is_not_started_again(tmp_path: Path, code: 
     cloud = Cloud(tmp_path, [str(code), str(exit_codes.EXIT_DONE)])
     assert cloud.script("run").returncode == code
     assert [len(starts) for starts in cloud.starts()] == [1, 1]
+
+
+def test_a_tpu_run_on_a_shared_disk(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, [str(exit_codes.EXIT_DONE)])
+    assert cloud.script("run").returncode == 0
+    words = f"{TRAIN} /mnt/shared/runs/f0 --platform tpu {data_options('/mnt/shared/imagenet')}"
+    assert cloud.starts() == [[f"{words} --optim.clipping.ratio 0.02 --name two words"]] * NUM_HOSTS
+
+
+def test_a_place_for_data_and_runs_is_needed(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, [])
+    assert "set BUCKET" in cloud.script("status", NFS="").stderr
+    assert "not both" in cloud.script("status", BUCKET="gs://mine").stderr
 
 
 def test_a_preempted_tpu_is_replaced(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from nfnet_flax import cli
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST
+from nfnet_flax.storage import LocalFolder
 from nfnet_flax.training import layout, lease
 from nfnet_flax.training.storage import StorageFailed
 from tests import runs
@@ -25,6 +26,7 @@ OWNER = """
 import os, sys
 from pathlib import Path
 from nfnet_flax.config import ConfigError
+from nfnet_flax.storage import LocalFolder
 from nfnet_flax.training import lease
 
 workdir, where = sys.argv[1:]
@@ -37,7 +39,7 @@ def on_lost(error):
     os._exit(5)
 
 try:
-    with lease.owning(Path(workdir), on_lost):
+    with lease.owning(LocalFolder(Path(workdir) / "owner"), on_lost):
         print("owns", flush=True)
         sys.stdin.readline()
 except ConfigError as error:
@@ -77,22 +79,22 @@ def test_the_second_is_refused_while_the_first_lives_and_comes_at_once_after_it(
         with pytest.raises(
             ConfigError, match=rf"is in use: process {first.pid} on host .* Wait for its end, stop it"
         ) as refused:
-            lease.owning(tmp_path, never).__enter__()
+            lease.owning(LocalFolder(tmp_path / layout.OWNER), never).__enter__()
         assert "last sign of life at 20" in str(refused.value)
-        found = lease.owner_of(tmp_path)
+        found = lease.owner_of(LocalFolder(tmp_path / layout.OWNER))
         assert found is not None
         assert found[0].pid == first.pid
         first.send_signal(signal.SIGSTOP)  # a suspended process may go on at any time
         with pytest.raises(ConfigError, match="is in use"):
-            lease.owning(tmp_path, never).__enter__()
+            lease.owning(LocalFolder(tmp_path / layout.OWNER), never).__enter__()
         first.send_signal(signal.SIGCONT)
         first.communicate("stop\n")
-    assert lease.owner_of(tmp_path) is None
+    assert lease.owner_of(LocalFolder(tmp_path / layout.OWNER)) is None
     started = time.monotonic()
-    with lease.owning(tmp_path, never) as mine:
+    with lease.owning(LocalFolder(tmp_path / layout.OWNER), never) as mine:
         mine.check()
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on host") as twice:  # nor twice in one process
-            lease.owning(tmp_path, never).__enter__()
+            lease.owning(LocalFolder(tmp_path / layout.OWNER), never).__enter__()
         assert "by this very process" in str(twice.value)
         assert "kill" not in str(twice.value)
     assert time.monotonic() - started < 1.0
@@ -104,7 +106,7 @@ def test_after_sigkill_on_the_same_host_nobody_waits(tmp_path: Path) -> None:
             killed.kill()
             killed.wait()
         started = time.monotonic()
-        with lease.owning(tmp_path, never):
+        with lease.owning(LocalFolder(tmp_path / layout.OWNER), never):
             assert time.monotonic() - started < 1.0
     assert len(list((tmp_path / layout.OWNER).iterdir())) == 2  # those before it are not kept
 
@@ -115,20 +117,20 @@ def test_an_owner_elsewhere_is_refused_while_it_gives_signs_of_life(
     with owner(tmp_path, "elsewhere") as first:
         started = time.monotonic()
         with pytest.raises(ConfigError, match=f"is in use: process {first.pid} on host"):
-            lease.owning(tmp_path, never).__enter__()
+            lease.owning(LocalFolder(tmp_path / layout.OWNER), never).__enter__()
         assert time.monotonic() - started < 2.0
         assert "waiting for up to 2 s" in capfd.readouterr().err
         first.kill()
         first.wait()
         started = time.monotonic()
-        with lease.owning(tmp_path, never):
+        with lease.owning(LocalFolder(tmp_path / layout.OWNER), never):
             assert 2.0 <= time.monotonic() - started < 5.0
 
 
 def test_who_was_suspended_and_replaced_ends_without_writing(tmp_path: Path) -> None:
     with owner(tmp_path, "elsewhere") as suspended:
         suspended.send_signal(signal.SIGSTOP)
-        with lease.owning(tmp_path, never) as mine:
+        with lease.owning(LocalFolder(tmp_path / layout.OWNER), never) as mine:
             before = (tmp_path / layout.OWNER / "00000002.json").read_bytes()
             suspended.send_signal(signal.SIGCONT)
             assert suspended.wait(timeout=30) == EXIT_LOST
@@ -142,9 +144,9 @@ def test_who_was_suspended_and_replaced_ends_without_writing(tmp_path: Path) -> 
 def test_a_copy_of_a_run_that_is_going_on_is_free(tmp_path: Path) -> None:
     with owner(tmp_path / "run"):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        with lease.owning(tmp_path / "copy", never) as mine:
+        with lease.owning(LocalFolder(tmp_path / "copy" / layout.OWNER), never) as mine:
             mine.check()
-            found = lease.owner_of(tmp_path / "copy")
+            found = lease.owner_of(LocalFolder(tmp_path / "copy" / layout.OWNER))
             assert found is not None
             assert found[0].pid == os.getpid()
 
@@ -173,13 +175,13 @@ def test_of_many_that_come_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_vanished_or_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with lease.owning(tmp_path / "run", never) as mine:
+    with lease.owning(LocalFolder(tmp_path / "run" / layout.OWNER), never) as mine:
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(StorageFailed, match="was deleted or moved"):
             mine.check()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        lease.owning(tmp_path / "file" / "run", never).__enter__()
+        lease.owning(LocalFolder(tmp_path / "file" / "run" / layout.OWNER), never).__enter__()
 
 
 def test_the_second_start_of_a_run_ends_with_code_2_and_changes_nothing(

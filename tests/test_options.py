@@ -1,6 +1,7 @@
 """Options of the command line: what they set, what help shows of them, and what is said of wrong ones."""
 
 import dataclasses
+import re
 
 import pytest
 import tyro
@@ -92,9 +93,9 @@ def test_a_recipe_that_is_missing_is_said(capsys: pytest.CaptureFixture[str]) ->
 def test_an_empty_path_or_a_url_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", str(DIGITS), "--workdir"], ["eval", "--workdir"], ["doctor", "--workdir"]):
         assert "workdir = ''" in fails(capsys, *words, "")
-        assert "is a URL" in fails(capsys, *words, "gs://bucket/run")
+        assert "is a URL of a kind that is not supported" in fails(capsys, *words, "az://bucket/run")
         assert "holds a backslash" in fails(capsys, *words, "tr\\ain")
-    assert "is a URL" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
+    assert "has one slash" in fails(capsys, "convert", "run", "s3:/bucket/run", "--out", "weights")
     assert "holds a backslash" in fails(capsys, "convert", "run", "tr\\ain", "--out", "weights")
 
 
@@ -122,17 +123,45 @@ def test_help_shows_every_field_of_every_type(words: list[str], capsys: pytest.C
     assert ("--workdir" in printed) == (words != ["plan"])
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["train", str(DIGITS)], ["--workdir DIR", "--init-from {None}|FILE|FOLDER|NAME", "--data.source.file FILE"]),
+        (["eval"], ["--workdir DIR", "--weights FILE|FOLDER|NAME", "--json FILE|-", "--classes FILE"]),
+        (["predict"], ["--workdir DIR", "--csv FILE|-", "--top N", "--mean RED GREEN BLUE"]),
+        (["export"], ["--out DIR", "--name NAME", "--image-size PIXELS", " [FILE|FOLDER|NAME]"]),
+        (["probe"], [" FOLDER|FILE.csv", "--weights FILE|FOLDER|NAME", "--label COLUMN", "--shots N ..."]),
+        (["convert"], ["--out DIR", "--model NAME", "nfnet convert run [-h] [OPTIONS] DIR"]),
+        (["doctor"], ["--workdir DIR", "--recipe RECIPE.py", "--timeout-s SECONDS"]),
+        (["models"], ["nfnet models [-h] [PATTERN]"]),
+    ],
+)
+def test_help_names_what_an_option_takes(
+    words: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = printed_help(capsys, *words)
+    assert re.search(r"\bSTR\b", printed) is None
+    assert [text for text in shown if text not in printed] == []
+
+
+def test_help_is_in_whole_paragraphs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    words = [line.strip("│ ") for line in printed_help(capsys, "eval").splitlines()]
+    first = next(index for index, line in enumerate(words) if line.startswith("File of ReaL"))
+    assert all(len(line) > 90 for line in words[first : first + 2])
+
+
 def test_help_of_convert_shows_the_options_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
     printed = printed_help(capsys, "convert")
     for words in ("nfnet convert haiku", "nfnet convert timm", "nfnet convert run", "--timm-form", "--parameters"):
         assert words in printed
     printed = printed_help(capsys, "convert", "run")
     assert "--timm-form" not in printed
-    assert "--checkpoint {newest,best}|INT" in printed
+    assert "--checkpoint {newest,best}|STEP" in printed
 
 
 def test_help_of_eval_shows_what_may_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     printed = printed_help(capsys, "eval")
-    for words in ("--workdir", "--checkpoint {newest,best}|INT", "--data.source.root", "--data.eval-batch-size"):
+    for words in ("--workdir", "--checkpoint {newest,best}|STEP", "--data.source.root", "--data.eval-batch-size"):
         assert words in printed
     assert "--optim" not in printed

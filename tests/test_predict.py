@@ -17,12 +17,13 @@ import pytest
 from flax import nnx
 
 import nfnet_flax
-from nfnet_flax import cli, weights
+from nfnet_flax import cli, columns, weights
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.decode import decode
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.models import NFNetConfig, build_model
 from nfnet_flax.prediction import Prediction, Predictor, Unreadable, find_images, load_predictor
+from nfnet_flax.prediction.results import Counts, Table
 from nfnet_flax.training.reading import Run, export_weights
 from nfnet_flax.weights.entries import shapes_of
 from nfnet_flax.weights.portable import Activation
@@ -210,11 +211,21 @@ def test_independent_classes_get_independent_probabilities(runs: dict[Activation
         np.testing.assert_allclose(
             predictor([image])[0].probabilities, jax.nn.sigmoid(predictor.logits([image])[0]), atol=1e-6
         )
+    steep = load_predictor(runs["sigmoid"], std=(0.1, 0.1, 0.1))
+    logits = steep.logits([image])[0].astype(np.float64)
+    assert -80 < logits.min() < -40
+    np.testing.assert_allclose(steep([image])[0].probabilities, 1 / (1 + np.exp(-logits)), rtol=1e-6)
     changed = load_predictor(runs["sigmoid"], activation="softmax")
     assert changed([image])[0].probabilities.sum() == pytest.approx(1, abs=1e-5)
 
 
-def small(path: Path, *, preprocessing: weights.Preprocessing | None, **changes: Any) -> Path:
+def small(
+    path: Path,
+    *,
+    preprocessing: weights.Preprocessing | None,
+    class_names: tuple[str, ...] = ("cat", "dog"),
+    **changes: Any,
+) -> Path:
     """Writes weights of a small network."""
     config = NFNetConfig(widths=(8,), depths=(1,), group_width=4, expansion=0.5, **changes)
     model = build_model(config, num_classes=3, rngs=nnx.Rngs(0))
@@ -223,10 +234,64 @@ def small(path: Path, *, preprocessing: weights.Preprocessing | None, **changes:
         model,
         source="a test",
         parameters="unknown",
-        class_names=("cat", "dog"),
+        class_names=class_names,
         preprocessing=preprocessing,
     )
     return path
+
+
+def test_columns_are_aligned_whatever_the_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small(tmp_path / "w.safetensors", preprocessing=NOTED, class_names=("猫", "cafe\u0301", "parrot"))
+    files = {"猫の写真.png": 8, "e\u0301.png": 1, "plain.png": 5}  # name -> width without .png
+    for seed, file in enumerate(files):
+        Path(file).write_bytes(image_file(seed, "PNG"))
+    assert cli.main(["predict", *files, "--weights", "w.safetensors", "--top", "3"]) == EXIT_DONE
+    rows = capsys.readouterr().out.splitlines()[2:]
+    for row, (file, width) in zip(rows, files.items(), strict=True):
+        assert row.startswith(file + " " * (8 - width) + "  ")
+        for name, width_of_name in (("猫", 2), ("cafe\u0301", 4), ("parrot", 6)):
+            assert len(row.partition(name + " " * (6 - width_of_name))[2].partition("%")[0]) == len(" 100.00")
+
+
+def test_a_terminal_shows_each_image_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    names = ("猫" * 20, "dog")
+    read_end, write_end = os.openpty()
+    with os.fdopen(read_end, "rb", buffering=0) as screen, os.fdopen(write_end, "w") as terminal:
+        table = Table(terminal, sys.stderr, 2, names)
+        for file in ("写" * 30, "a.png"):
+            table.write(Prediction(file, names, np.array([0.75, 0.25], np.float32), None))
+        table.finish(Counts(good=2))
+        terminal.flush()
+        printed = b""
+        while printed.count(b"\n") < 2:  # a terminal gives a part at a time
+            printed += screen.read(10_000)
+    rows = printed.decode().splitlines()
+    assert rows == [
+        f"...{'写' * 10}   {'猫' * 3}..  75.00%  dog       25.00%",
+        f"a.png{' ' * 19}  {'猫' * 3}..  75.00%  dog       25.00%",
+    ]
+    assert [columns.width_of(row) for row in rows] == [60, 60]
+
+
+def test_probabilities_are_written_with_all_their_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(image_file(6, "PNG"))
+    network = small(tmp_path / "w.safetensors", preprocessing=NOTED)
+    std = (0.02, 0.02, 0.02)  # makes some of the probabilities small
+    best = load_predictor(network, std=std)([image])[0].top(3)
+    assert 0 < best[-1][1] < 1e-6
+    words = ["predict", str(image), "--weights", str(network), "--std", "0.02", "0.02", "0.02"]
+    assert cli.main([*words, "--json", "-"]) == EXIT_DONE
+    found = json.loads(capsys.readouterr().out)["top"]
+    assert [(each["class"], np.float32(each["probability"])) for each in found] == list(best)
+    assert cli.main([*words, "--csv", "-"]) == EXIT_DONE
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    for rank, (name, probability) in enumerate(best, 1):
+        assert (row[f"class_{rank}"], row[f"probability_{rank}"]) == (name, str(np.float32(probability)))
 
 
 def test_weights_say_how_images_are_prepared_or_the_user_does(tmp_path: Path) -> None:
@@ -361,8 +426,8 @@ def test_bad_input_ends_with_code_2(
         ((image, *run, "--weights", "x.safetensors"), "both are given"),
         (run, "give files, folders or patterns"),
         (("absent.jpg", *run), "images = 'absent.jpg': does not exist"),
-        ((image, "--workdir", str(odd)), "recipe.json does not exist"),
-        ((image, "--weights", str(odd / "x.safetensors")), "cannot be read"),
+        ((image, "--workdir", str(odd)), "the folder holds no run (no recipe.json)"),
+        ((image, "--weights", str(odd / "x.safetensors")), "there is no such file or folder"),
         ((image, "--weights", image), "is no .safetensors file"),
         ((image, "--weights", "x.safetensors", "--checkpoint", "best"), "checkpoint = 'best': is for a run"),
         ((image, *run, "--checkpoint", "3"), "nothing for checkpoint = 3"),

@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader  # type: i
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.listing import list_tars
 from tests.image_sets import CLASSES, image_file, make_folder, make_tars, prepare, prepare_command
+from tests.packed_sets import compressed, make_parquet, make_webdataset
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,23 @@ def test_a_folder_and_a_list_of_classes_give_the_same_files(
     for shard in prepared.glob("*.array_record"):
         for other in ("folder", "listed", "alone"):
             assert (tmp_path / other / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_parquet_and_tar_files_give_the_same_files(prepared: Path, folder: Path, tmp_path: Path) -> None:
+    make_parquet(folder, tmp_path / "parquet")
+    make_parquet(folder, tmp_path / "compressed", write=compressed)
+    make_webdataset(folder, tmp_path / "tars")
+    for form, option in (("parquet", "parquet"), ("compressed", "parquet"), ("tars", "webdataset")):
+        out, before = tmp_path / "out" / form, sorted((tmp_path / form).rglob("*"))
+        prepare(out, f"--{option}={tmp_path / form}", "--num-processes=1")
+        for shard in prepared.glob("*.array_record"):
+            assert (out / shard.name).read_bytes() == shard.read_bytes()
+        assert not (out / ".nfnet_index").exists()  # nor is anything written where the images come from
+        assert sorted((tmp_path / form).rglob("*")) == before
+    wrong = f"--parquet={tmp_path / 'parquet'}"
+    assert "'tset'" in failing(prepare_command(tmp_path / "set", wrong, "--split", "train", "tset"))
+    assert "--folder" in failing(prepare_command(tmp_path / "set", wrong, f"--folder={folder}"))
+    assert "is the folder of the Parquet files" in failing(prepare_command(tmp_path / "parquet" / "data", wrong))
 
 
 def test_killed_and_started_again_it_keeps_finished_shards(folder: Path, tmp_path: Path) -> None:
@@ -298,10 +316,10 @@ def test_an_error_waits_for_the_pool_of_workers() -> None:
     """Otherwise the thread of the pool runs on while Python ends, which then fails with a traceback now and then."""
     code = """
 import threading
-from tools.prepare_imagenet import _workers
+from nfnet_flax.data.shards import worker_pool
 
 try:
-    with _workers(2) as pool:
+    with worker_pool(2) as pool:
         assert pool.submit(abs, -1).result() == 1
         raise RuntimeError
 except RuntimeError:

@@ -27,6 +27,7 @@ from nfnet_flax.optim import AGC, Cosine, ExponentialDecay, Muon, OptimConfig, R
 from nfnet_flax.parallel.reduce import FastSum, OrderedSum
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 from nfnet_flax.recipe_file import load_recipe
+from tests.image_sets import config_of
 from tests.runs import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -86,6 +87,14 @@ def test_a_recipe_is_the_published_one(family: str, variant: str, tmp_path: Path
     assert recipe.name in VARIANTS
     save_recipe(recipe, tmp_path / "recipe.json")
     assert read_recipe(tmp_path / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_images_may_be_in_another_folder_and_form(family: str, sets: Path) -> None:
+    for kind in ("array_record", "folder", "parquet", "webdataset"):
+        source = load_recipe(f"{RECIPES / family}_imagenet.py:data={sets / kind}").data.source
+        assert len(source.open("train", 0)) == 12
+        assert type(source) is type(config_of(kind, sets))
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from tests.image_sets import CLASSES, WITHOUT_TENSORFLOW, config_of, copied, ima
 
 SIZE = 16
 SPLITS: tuple[Split, ...] = ("train", "eval")
-KINDS = ("folder", "array_record", "tfds", "digits", "synthetic")
+STORED = ("folder", "array_record", "tfds", "parquet", "webdataset")
+KINDS = (*STORED, "digits", "synthetic")
 
 
 def records(source: Source) -> list[tuple[bytes, int]]:
@@ -44,12 +46,12 @@ def records_digest(source: Source) -> str:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_folder_array_record_and_tfds_give_the_same_bytes(sets: Path, split: Split) -> None:
+def test_every_storage_gives_the_same_bytes(sets: Path, split: Split) -> None:
     files = {
         path.read_bytes(): CLASSES.index(path.parent.name)
         for path in (sets / "folder" / ("train" if split == "train" else "val")).glob("*/*")
     }
-    found = {kind: open_source(config_of(kind, sets), split, SIZE) for kind in ("folder", "array_record", "tfds")}
+    found = {kind: open_source(config_of(kind, sets), split, SIZE) for kind in STORED}
     for kind, source in found.items():
         assert source.class_names == CLASSES, kind
         assert records(source) == records(found["folder"]), kind
@@ -85,7 +87,7 @@ def test_training_starts_with_the_same_loss_from_each_storage(sets: Path, tmp_pa
     options = [*runs.OPTIONS, *runs.SMALL, "--num-steps=1", "--log-every-steps=1", "--data.batch-size=8"]
     words = [word for option in options for word in option.replace("=", " ").split(" ")]
     rows = []
-    for kind in ("folder", "array_record", "tfds"):
+    for kind in STORED:
         recipe = tmp_path / f"{kind}.py"
         changed = text.replace("source=DigitsSource()", f"source={config_of(kind, sets)}, augment=CropAugment()")
         recipe.write_text(changed.replace("from nfnet_flax.data.source_config import DigitsSource", imports))
@@ -179,7 +181,11 @@ def test_examples_are_named(sets: Path) -> None:
     assert Path(names[0]).is_file()
     assert names[1] == f"{sets}/array_record/train-00001-of-00003.array_record record 1"
     assert names[2] == f"{sets}/tfds/tiny_set/1.0.0/tiny_set-train.array_record-00000-of-00001 record 5"
-    assert names[3:] == ["image 5 of 1437 in memory", "synthetic image 5"]
+    assert re.fullmatch(
+        rf"{sets}/parquet/data/train-0000\d-of-00003\.parquet row \d \({Path(names[0]).name}\)", names[3]
+    )
+    assert re.fullmatch(rf"{sets}/webdataset/tiny-train-000\d\.tar member {Path(names[0]).name}", names[4])
+    assert names[5:] == ["image 5 of 1437 in memory", "synthetic image 5"]
     part = open_source(TfdsSource(name="tiny_set", data_dir=str(sets / "tfds"), train_split="train[4:]"), "train", SIZE)
     assert part.describe(5).endswith(" record 9")
 

@@ -10,6 +10,7 @@ import nfnet_flax
 PACKAGE = Path(nfnet_flax.__file__).parent
 LEAVES = {"models", "optim", "data", "parallel"}
 BASE = {
+    "columns",
     "config",
     "config_json",
     "exit_codes",
@@ -26,6 +27,7 @@ BASE = {
     "units",
 }
 ALLOWED = {
+    "columns": set[str](),
     "config": set[str](),
     "config_json": {"config", "open_config"},
     "exit_codes": set[str](),
@@ -34,7 +36,7 @@ ALLOWED = {
     "open_config": {"config", "own_code", "paths", "storage"},
     "output": set[str](),
     "own_code": {"config", "paths"},
-    "paths": {"config"},
+    "paths": {"config", "storage"},
     "run_clock": set[str](),
     "runtime": {"config", "messages", "paths"},
     "storage": {"config", "json_files"},

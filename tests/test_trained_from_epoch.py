@@ -35,6 +35,7 @@ from nfnet_flax.optim import (
 from nfnet_flax.parallel.mesh import make_mesh, to_global
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.restoring import restore_newest
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.saving import make_notes
 from nfnet_flax.training.state import abstract_state, create_state, model_structure
 from nfnet_flax.training.step import make_train_step
@@ -126,7 +127,7 @@ def test_a_network_keeps_its_bits_until_then_and_resumes(tmp_path: Path) -> None
     assert np.array_equal(state.ema_params[body[0]], before[body[0]]) == (body[0] not in moved)
     with checkpoint.open_manager(tmp_path, "checkpoints", keep=1) as manager:
         checkpoint.save(manager, held, 1, make_notes(evaluated=True, metrics={}))
-    restored = restore_newest(tmp_path, abstract_state(STRUCTURE, tx, MESH), is_owner=False)
+    restored = restore_newest(RunFolder(tmp_path), abstract_state(STRUCTURE, tx, MESH), is_owner=False)
     assert restored is not None
     again, _ = restored
     for number in (1, 1):

@@ -19,6 +19,7 @@ from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.training import checkpoint
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.restoring import read, restore_newest
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.state import TrainState, abstract_state, model_structure
 
 
@@ -59,7 +60,7 @@ def main() -> None:
         jax.block_until_ready(read(workdir / "checkpoints" / "2", abstract)[0])
         print(f"read                  {time.perf_counter() - started:6.2f} s")
         started = time.perf_counter()
-        restore_newest(workdir, abstract, is_owner=False)
+        restore_newest(RunFolder(workdir), abstract, is_owner=False)
         print(f"read and verified     {time.perf_counter() - started:6.2f} s")
 
 

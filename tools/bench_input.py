@@ -1,12 +1,14 @@
 """Compares the speed of the training input with torchvision in a PyTorch DataLoader and with tf.data, on the same
-JPEGs.
+JPEGs, and of the storages that the package reads with one another.
 
-`python tools/bench_input.py [--cores 2] [--rounds 7]` (extra `bench`) writes a folder of JPEGs, 500x375, quality 90.
-Each contestant reads each image, draws the random resized crop, flips, resizes to 224 px and makes batches of uint8.
-Each runs in its own process, bound to the same cores; all are started and warmed up first, then they take turns for
-`--rounds` rounds. The table shows medians, and medians of the ratios of ours to each contestant within a round.
-Contestants that cannot be imported are named and left out. Ratios are only meaningful on an otherwise idle machine:
-TensorFlow runs more threads than ours, and so gets a larger share of a busy machine.
+`python tools/bench_input.py [--cores 2] [--rounds 7]` (extras `bench`, `parquet`) writes a folder of JPEGs,
+500x375, quality 90. Each contestant reads each image, draws the random resized crop, flips, resizes to 224 px and makes
+batches of uint8. Each runs in its own process, bound to the same cores; all are started and warmed up first, then they
+take turns for `--rounds` rounds. The table shows medians, and medians of the ratios of ours to each contestant within a
+round. Contestants that cannot be imported are named and left out. Ratios are only meaningful on an otherwise idle
+machine: TensorFlow runs more threads than ours, and so gets a larger share of a busy machine. `--only ours` leaves the
+others out. Two more tables compare the kinds of storage: the pipeline, and images that are read at random and not
+decoded.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 NUM_CLASSES = 4
 Pass = Callable[[int], int]
@@ -38,6 +42,8 @@ class Options:
     image_size: int
     batch_size: int
     cores: int
+    storages: str
+    """Folder of the same images as ArrayRecord, Parquet and tar files."""
 
 
 def write_images(folder: Path, num_images: int) -> None:
@@ -59,16 +65,16 @@ def write_images(folder: Path, num_images: int) -> None:
             Image.fromarray(texture.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
 
 
-def ours(options: Options, *, published: bool) -> Pass:
+def ours(options: Options, *, published: bool, storage: str = "image folder") -> Pass:
     """This package's pipeline, in threads; with `published`, also RandAugment (4 layers) and mixing."""
     from nfnet_flax.data.augment_config import CropAugment
     from nfnet_flax.data.config import DataConfig
     from nfnet_flax.data.mixing_config import MixingConfig, RandAugmentConfig
     from nfnet_flax.data.pipeline import open_split, train_batches
-    from nfnet_flax.data.source_config import FolderSource
+    from tools.storages import storages
 
     config = DataConfig(
-        source=FolderSource(root=options.folder),
+        source=storages(Path(options.folder), Path(options.storages))[storage],
         image_size=options.image_size,
         batch_size=options.batch_size,
         augment=CropAugment(),
@@ -183,6 +189,10 @@ CONTESTANTS: dict[str, Callable[[Options], Pass]] = {
     "torchvision v2, tensors, bilinear": lambda options: torchvision(options, decoder="own", interpolation=BILINEAR),
     "tf.data, decode_and_crop, bicubic": tf_data,
     "ours, with RandAugment and mixing": lambda options: ours(options, published=True),
+    "ours, from ArrayRecord": lambda options: ours(options, published=False, storage="ArrayRecord"),
+    "ours, from Parquet": lambda options: ours(options, published=False, storage="Parquet"),
+    "ours, from Parquet, compressed": lambda options: ours(options, published=False, storage="Parquet, compressed"),
+    "ours, from tar files": lambda options: ours(options, published=False, storage="tar files"),
 }
 
 
@@ -227,16 +237,16 @@ def ask(process: subprocess.Popen[str], request: str | None) -> str:
     return process.stdout.readline().strip()
 
 
-def compare(options: Options, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def compare(options: Options, rounds: int, only: str) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Images per second of each round of each contestant, and why the others did not run."""
     processes, missing = {}, {}
     try:
-        for name in CONTESTANTS:
+        for name in [name for name in CONTESTANTS if name.startswith(only)]:
             processes[name] = start(name, options)
             answer = ask(processes[name], None)
             if answer != "ready":
                 missing[name] = answer or "failed; its error is printed above"
-        rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS if name not in missing}
+        rates: dict[str, list[float]] = {name: [] for name in processes if name not in missing}
         for _ in range(rounds):
             for name, values in rates.items():
                 values.append(float(ask(processes[name], "next")))
@@ -256,22 +266,31 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--folder", help="folder of JPEGs in train/<class>/ and val/<class>/; default: generated")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="beginning of the names of the contestants that run, such as ours")
+    parser.add_argument("--storages", default="", help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
-    contestant, rounds = arguments.pop("contestant"), arguments.pop("rounds")
+    contestant, rounds, only = (arguments.pop(name) for name in ("contestant", "rounds", "only"))
     if contestant:
         serve(contestant, Options(**arguments))
         return
+    from tools.storages import print_of_array_record, rows_per_second, write_storages
+
     with tempfile.TemporaryDirectory() as folder:
         if arguments["folder"] is None:
-            write_images(Path(folder), arguments["num_images"])
-            arguments["folder"] = folder
+            arguments["folder"] = f"{folder}/images"
+            write_images(Path(folder, "images"), arguments["num_images"])
+        arguments["storages"] = f"{folder}/storages"
+        write_storages(Path(arguments["folder"]), Path(folder, "storages"))
         options = Options(**arguments)
         sizes = [path.stat().st_size for path in Path(options.folder, "train").rglob("*.jpg")]
         print(
             f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1e3:.0f} kB, {options.image_size} px, batch "
             f"{options.batch_size}, {options.cores} cores, {rounds} rounds"
         )
-        rates, missing = compare(options, rounds)
+        rates, missing = compare(options, rounds, only)
+        of_storages = rows_per_second(
+            Path(options.folder), Path(options.storages), num_threads=options.cores, num_rounds=rounds
+        )
     print(f"{'':<36}{'images/s':>9}{'per core':>10}{'ours is faster by':>19}")
     for name, values in rates.items():
         median = statistics.median(values)
@@ -279,6 +298,9 @@ def main() -> None:
         print(f"{name:<36}{median:>9.0f}{median / options.cores:>10.0f}{ratio:>18.2f}x")
     for name, reason in missing.items():
         print(f"{name:<36}not run: {reason}")
+    began = "ours, from "
+    print_of_array_record("from storage to batches", {n.removeprefix(began): v for n, v in rates.items() if began in n})
+    print_of_array_record(f"read at random, {options.cores} threads", of_storages)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Writes ImageNet, or any image folder, as sharded ArrayRecord files with random access; or checks such files.
+"""Writes ImageNet, or any set in an image folder, Parquet files or tar files of WebDataset, as sharded ArrayRecord
+files with random access; or checks such files.
 
     python tools/prepare_imagenet.py --out data/imagenet --train-tar ILSVRC2012_img_train.tar \
         --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
     python tools/prepare_imagenet.py --out data/pets --folder pets --no-expect-imagenet --train-shards 8 --eval-shards 2
+    python tools/prepare_imagenet.py --out data/beans --parquet beans --no-expect-imagenet --train-shards 4
     python tools/prepare_imagenet.py --out data/imagenet --verify
 
 --out may be a place in a bucket, such as gs://BUCKET/imagenet or s3://BUCKET/imagenet (extra gcs or s3). Files are then
@@ -12,24 +14,22 @@ If it was stopped or killed, the same command continues: finished shards are kep
 names, sizes and classes: if one was replaced by another of the same size, give an empty folder. Labels are the
 positions of the sorted WordNet ids (folder names). Within a split the examples are ordered by a hash of
 `class_name/file_name`: neighbouring examples have different classes, and a folder, the tars, and the sets made from
-either have the same order. Nothing is unpacked to disk, and the images are stored byte for byte. The result needs as
-much space as the tars or the folder.
+either have the same order. Nothing is unpacked to disk, but the images of compressed Parquet files while the command
+runs, and the images are stored byte for byte. The result needs as much space as the tars or the folder.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ from nfnet_flax.config import ConfigError, require
 from nfnet_flax.config_json import to_json
 from nfnet_flax.data.array_records import FORMAT_VERSION, Manifest, Shard, manifest_name, read_manifest, shard_name
 from nfnet_flax.data.buckets import Place
-from nfnet_flax.data.listing import Listing, list_folder, list_tars
+from nfnet_flax.data.listing import Listing, list_folder, list_packed, list_tars
+from nfnet_flax.data.packed_source import PackedSource
 from nfnet_flax.data.prefetch import InputFailed
 from nfnet_flax.data.random_access import digest
-from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard
-from nfnet_flax.data.source_config import FolderSource
+from nfnet_flax.data.shards import PARTIAL_SUFFIX, check_shard, make_shard, worker_pool
+from nfnet_flax.data.source_config import FolderSource, ParquetSource, WebDatasetSource
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED, EXIT_STORAGE_FAILED
 from nfnet_flax.json_files import StorageFailed, json_content, parse_json
 from nfnet_flax.output import guarded_output
@@ -54,6 +55,8 @@ from nfnet_flax.storage import BucketUrl, bucket_url, folder_at
 IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_CLASSES = 1000
 MAX_PROBLEMS_SHOWN = 20
+INDEX = ".nfnet_index"
+"""Folder for the index of Parquet files or tar files, while a set is prepared from them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,18 @@ class Options:
     """Text file that replaces --devkit: each line is 'ILSVRC2012_val_00000001.JPEG n01751748', or only the class."""
     folder: Path | None = None
     """Folder that replaces the tar files, with the images train/CLASS/* and val/CLASS/*."""
+    parquet: Path | None = None
+    """Folder of Parquet files that replaces the tar files, as ParquetSource reads it (extra parquet)."""
+    webdataset: Path | None = None
+    """Folder of tar files in the form of WebDataset that replaces the tar files, as WebDatasetSource reads it."""
+    split: tuple[str, str] = ("train", "validation")
+    """Names of the splits in that folder, or patterns of their files."""
+    image: str = "image"
+    """Column of Parquet files with the images."""
+    label: str = "label"
+    """Column of Parquet files with the classes, or entry of JSON labels in tar files."""
+    class_names_file: Path | None = None
+    """Text file with the names of their classes, if the files have only numbers."""
     verify: bool = False
     """Check numbers of images, checksums, and that every image can be decoded. If there is something to prepare, this
     is done afterwards."""
@@ -88,8 +103,10 @@ class Options:
         tars = (self.train_tar, self.val_tar, self.devkit or self.val_synsets)
         require(all(tars) or not any(tars), "--train-tar", self.train_tar, "give --val-tar and --devkit along with it")
         require(not (self.devkit and self.val_synsets), "--val-synsets", self.val_synsets, "leave out, or --devkit")
-        require(not (any(tars) and self.folder), "--folder", self.folder, "leave out, or the tars")
-        require(any((*tars, self.folder, self.verify)), "--verify", False, "give this, or the tars, or --folder")
+        folders = [folder for folder in (self.folder, self.parquet, self.webdataset) if folder is not None]
+        require(len(folders) + any(tars) <= 1, "--folder", self.folder, "give one of the tars, this, and other folders")
+        remedy = "give this, or the tars, or --folder, --parquet or --webdataset"
+        require(any((*tars, *folders, self.verify)), "--verify", False, remedy)
         for name, value in (("train", self.train_shards), ("eval", self.eval_shards)):
             require(1 <= value <= 99_999, f"--{name}-shards", value, "must lie in [1, 99999]")
         require(self.num_processes >= 1, "--num-processes", self.num_processes, "must be at least 1")
@@ -115,6 +132,31 @@ class Options:
         """
         return bucket_url("--out", self.out) or local_path("--out", self.out)
 
+    def packed_source(self, index: Path) -> PackedSource | None:
+        """The set of Parquet files or tar files; its index is kept in the folder `index` meanwhile."""
+        names = None if self.class_names_file is None else str(self.class_names_file)
+        train, held_out = ((entry,) for entry in self.split)
+        if self.parquet is not None:
+            return ParquetSource(
+                root=str(self.parquet),
+                train=train,
+                eval=held_out,
+                image=self.image,
+                label=self.label,
+                class_names_file=names,
+                cache=str(index),
+            )
+        if self.webdataset is None:
+            return None
+        return WebDatasetSource(
+            root=str(self.webdataset),
+            train=train,
+            eval=held_out,
+            json_key=self.label,
+            class_names_file=names,
+            cache=str(index),
+        )
+
     def num_shards(self, split: str) -> int:
         """Number of files of a split."""
         return self.train_shards if split == "train" else self.eval_shards
@@ -131,41 +173,6 @@ def check_counts(split: str, class_names: Sequence[str], num_examples: int) -> N
                 f"{split} has {found:,} {kind}, ImageNet has {wanted:,}: download it again, or give "
                 "--no-expect-imagenet if it is another set"
             )
-
-
-def _start_worker() -> None:
-    """Runs first in each worker: makes it ignore Ctrl-C, and end when the main process ends for any reason."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker) as pool:
-        try:
-            yield pool
-        except BrokenProcessPool as error:
-            raise ConfigError(
-                "a worker process died, perhaps because it ran out of memory: use a smaller --num-processes"
-            ) from error
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # otherwise their shards would be finished first, which takes minutes
-            raise
-        except BaseException:
-            # Waits for shards that were begun. Without waiting, the end of Python and the end of the pool race: Python
-            # writes to a pipe that the pool has closed, and a traceback follows the message.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[int]) -> None:
@@ -273,10 +280,15 @@ def run(options: Options) -> None:
     options = options.with_resolved_paths()
     listings: dict[str, Listing] = {}
     place = options.place()
+    index = place / INDEX if isinstance(place, Path) else Path(tempfile.mkdtemp())
     if options.folder is not None:
         if isinstance(place, Path):
             FolderSource(root=str(options.folder)).check_outside("--out", place)
         listings = list_folder(options.folder)
+    elif (packed := options.packed_source(index)) is not None:
+        if isinstance(place, Path):
+            packed.check_outside("--out", place)
+        listings = list_packed(packed)
     elif options.train_tar is not None and options.val_tar is not None:
         print(f"reading the contents of {options.train_tar} ...", flush=True)
         listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
@@ -285,11 +297,12 @@ def run(options: Options) -> None:
             print(f"prepare_imagenet: {found.text}", file=sys.stderr, flush=True)
         if options.expect_imagenet:
             check_counts(split, listing.class_names, len(listing))
-    with _workers(options.num_processes) as pool:
+    with worker_pool(options.num_processes) as pool:
         if listings:
             with _sole_owner(place):
                 for split, listing in listings.items():
                     prepare_split(options, split, listing, pool)
+                shutil.rmtree(index, ignore_errors=True)
         problems = (
             [problem for split in ("train", "eval") for problem in verify_split(options, split, pool)]
             if options.verify

@@ -1,19 +1,25 @@
 """Kills a run of several processes many times, and compares its result with that of an uninterrupted run.
 
-    python tools/soak.py --kills 50 --processes 2
+    python tools/soak.py --kills 50 --processes 2 [--store gs]
 
 Trains a small digits recipe in `--processes` processes on this machine. A random process gets SIGTERM or SIGKILL at a
 random moment: while it starts or compiles, between steps, or while a checkpoint is being written. All processes must
 end within a time limit, with the documented exit codes; then the same command is run again, until the run is finished.
 Parameters, optimizer state, EMA and the metrics of every step must equal those of the uninterrupted run bit for bit.
 Prints a row for each kill and a summary; exits with 1 if anything is wrong.
+
+With `--store gs` or `--store s3`, the run that is killed is in a bucket of an emulator on 127.0.0.1, and each start
+finds an empty folder for temporary files, as on another machine. Then a signal at a save comes while objects of a
+checkpoint are written or deleted.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -25,8 +31,10 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
+from nfnet_flax.storage import BucketFolder, BucketUrl
+from nfnet_flax.training.layout import COMMIT
 from nfnet_flax.training.metrics import read_rows
-from tests import runs
+from tests import runs, stores
 
 OPTIONS = (
     "--model.widths=8 8 8 8",
@@ -70,12 +78,13 @@ def lines_of(folder: Path, index: int) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def live(workdir: Path, folder: Path, options: list[str], count: int, plan: "Plan | None") -> Life:
+def live(workdir: Path | BucketUrl, folder: Path, options: list[str], count: int, plan: "Plan | None") -> Life:
     """Starts or continues the run, sends the signal of the plan, and waits for the end of all processes."""
-    folder.mkdir()
+    (folder / "tmp").mkdir(parents=True)
     started = time.monotonic()
     outputs = [(folder / f"{index}.txt").open("w") for index in range(count)]
-    processes = runs.start_all(workdir, count, *OPTIONS, *options, outputs=outputs)
+    empty_machine = {"TMPDIR": str(folder / "tmp")}
+    processes = runs.start_all(str(workdir), count, *OPTIONS, *options, outputs=outputs, environment=empty_machine)
     first_step_s, signalled, had_begun = None, None, False
     while any(process.poll() is None for process in processes):
         time.sleep(0.01)
@@ -94,6 +103,7 @@ def live(workdir: Path, folder: Path, options: list[str], count: int, plan: "Pla
     start_step = int(continued[1]) if continued else 0 if steps else None
     for output in outputs:
         output.close()
+    shutil.rmtree(folder / "tmp")
     return Life(
         start_step=start_step,
         last_step=steps[-1] if steps else start_step or 0,
@@ -118,14 +128,21 @@ class Plan:
     """For the moments `step` and `save`: number of steps that this life has reported; for `save`, the signal is sent at
     the next save after that."""
 
-    def is_due(self, workdir: Path, printed: str, elapsed_s: float) -> bool:
+    def is_due(self, workdir: Path | BucketUrl, printed: str, elapsed_s: float) -> bool:
         """Whether the signal has to be sent now."""
         if self.moment == "start":
             return elapsed_s > self.after_s
         if len(re.findall(r"^step +\d+/", printed, re.MULTILINE)) < self.after_steps:
             return False
-        # A checkpoint that is being written has a temporary name until it is complete.
-        return self.moment == "step" or any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        return self.moment == "step" or is_saving(workdir)
+
+
+def is_saving(workdir: Path | BucketUrl) -> bool:
+    """Whether a checkpoint is being written, or an old one deleted in a bucket."""
+    if isinstance(workdir, Path):  # a checkpoint has a temporary name until it is complete
+        return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    names = list(BucketFolder(workdir / "checkpoints").files())
+    return len({name.split("/")[0] for name in names}) > sum(name.endswith(f"/{COMMIT}") for name in names)
 
 
 def draw(rng: random.Random, num_processes: int, start_s: float) -> Plan:
@@ -154,9 +171,15 @@ def as_promised(plan: Plan, life: Life) -> bool:
     )
 
 
-def soak(folder: Path, options: list[str], num_kills: int, num_processes: int, rng: random.Random) -> bool:
+def soak(
+    workdir: Path | BucketUrl,
+    folder: Path,
+    options: list[str],
+    num_kills: int,
+    num_processes: int,
+    rng: random.Random,
+) -> bool:
     """Kills the run `num_kills` times, prints a row for each, and then lets the run finish."""
-    workdir = folder / "killed"
     print(f"{'':>4}{'signal':>9}{'to':>4}{'at':>7}{'from':>6}{'last':>6}{'first step s':>14}{'end s':>7}  exit codes")
     lives: list[Life] = []
     good, start_s = True, 30.0
@@ -222,6 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how often a process is killed")
     parser.add_argument("--processes", type=int, default=2, help="number of processes of the run")
+    parser.add_argument("--store", choices=stores.KINDS, help="kind of the bucket; without it, the run is on a disk")
     parser.add_argument("--seed", type=int, default=0, help="random seed of signals, processes and moments")
     options = parser.parse_args()
     # Most of the time is compilation, and the speed of the program does not matter.
@@ -230,14 +254,19 @@ def main() -> int:
     # kill.
     num_steps = (MAX_STEPS_A_LIFE + 10) * options.kills + 15
     rng = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as opened:
         folder, length = Path(name), [f"--num-steps={num_steps}"]
+        place: Path | BucketUrl = folder / "killed"
+        if options.store is not None:
+            os.environ |= stores.environment(options.store, opened.enter_context(stores.store(options.store)))
+            place = BucketUrl(options.store, stores.BUCKET, "runs/killed")
         whole = live(folder / "whole", folder / "whole_life", length, options.processes, None)
         if any(code != EXIT_DONE for code in whole.exit_codes):
             print(f"the uninterrupted run failed: {whole.exit_codes}\n{whole.printed}")
             return 1
-        good = soak(folder, length, options.kills, options.processes, rng)
-        good = is_equal(folder / "whole", folder / "killed", num_steps) and good
+        good = soak(place, folder, length, options.kills, options.processes, rng)
+        killed = place if isinstance(place, Path) else runs.copied(str(place), num_steps)
+        good = is_equal(folder / "whole", killed, num_steps) and good
     print("all as promised" if good else "NOT as promised")
     return 0 if good else 1
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from nfnet_flax import columns
 from nfnet_flax.units import metric_text
 
 _FIRST = ("top1", "top5", "loss")
@@ -31,11 +32,13 @@ def print_rows(headings: Sequence[str], rows: Sequence[tuple[Sequence[str], dict
     names = [*(name for name in _FIRST if name in found), *(name for name in found if name not in _FIRST)]
     table = [[*headings, *(metric_text(name, 0.0)[0] for name in names)]]
     table += [[*first, *(metric_text(name, metrics[name])[1] for name in names)] for first, metrics in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(columns.width_of, column)) for column in zip(*table, strict=True)]
     note = f"   on {rows[0][1]['num_examples']:.0f} examples"
     num_first = len(headings)
     for cells in table:
-        first = [f"{cell:<{max(width, 11)}}" for cell, width in zip(cells, widths[:num_first], strict=False)]
-        rest = [f"{cell:>{max(width, 8)}}" for cell, width in zip(cells[num_first:], widths[num_first:], strict=True)]
-        print(f"{' '.join([*first, *rest])}{note}")
+        padded = [
+            columns.left(cell, max(width, 11)) if index < num_first else columns.right(cell, max(width, 8))
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        print(f"{' '.join(padded)}{note}")
         note = ""

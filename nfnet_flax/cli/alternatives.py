@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from nfnet_flax.cli.options import parsed
 from nfnet_flax.config import ConfigError, field_hints, members_of, unknown_name
 from nfnet_flax.open_config import kinds_of, type_name
 
@@ -152,7 +153,7 @@ def _chosen(choice: Choice, name: str | None, fields: list[str], prog: str) -> A
             raise ConfigError(f"{error}{hint}") if _is_number(name) else error
         kind = named[name]
     default = choice.value if type(choice.value) is kind else dataclasses.MISSING
-    return tyro.cli(_holder(choice, kind, default), args=fields, prog=prog).value
+    return parsed(_holder(choice, kind, default), fields, prog).value
 
 
 def _is_number(text: str) -> bool:
@@ -179,7 +180,7 @@ def _holder(choice: Choice, kind: type, default: Any = dataclasses.MISSING) -> A
 def _help(choice: Choice, kind: type) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(_holder(choice, kind), args=["--help"])
+        parsed(_holder(choice, kind), ["--help"], "")
     _, found, text = printed.getvalue().partition(f"{choice.option.removeprefix('--')} options")
     lines = [line.rstrip() for line in text.splitlines()[2:]]  # below a ruler
     return "\n".join(lines).rstrip() if found else "    (no options)"

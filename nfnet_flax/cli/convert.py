@@ -3,11 +3,12 @@
 import dataclasses
 import os
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import CHECKPOINT, DIR, FILE, NAME, WEIGHTS, parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 
@@ -16,11 +17,11 @@ from nfnet_flax.exit_codes import EXIT_DONE
 class Haiku:
     """Converts a published pickle file to MODEL.safetensors."""
 
-    file: tyro.conf.Positional[str]
+    file: tyro.conf.Positional[Annotated[str, FILE]]
     """A published file, such as F0_haiku.npz. Code in it is not executed."""
-    model: str
+    model: Annotated[str, NAME]
     """Name of the network, as `nfnet models` lists it."""
-    out: str
+    out: Annotated[str, DIR]
     """Folder for the result."""
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
     """Which parameters the file holds: as trained, or their moving average. The result records it."""
@@ -32,12 +33,12 @@ class Haiku:
 class Timm:
     """Converts weights of timm to MODEL.safetensors."""
 
-    file: tyro.conf.Positional[str]
+    file: tyro.conf.Positional[Annotated[str, WEIGHTS]]
     """A .safetensors file of timm's dm_nfnet_f0 ... dm_nfnet_f6, or of its own networks, such as eca_nfnet_l0; a folder
     with config.json and model.safetensors; or a name in a model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
-    out: str
+    out: Annotated[str, DIR]
     """Folder for the result."""
-    model: str | None = None
+    model: Annotated[str | None, NAME] = None
     """Name of the network, as `nfnet models` lists it. A file needs it; a folder and a hub say it themselves."""
     parameters: Literal["raw", "ema", "unknown"] = "unknown"
     """Which parameters the file holds: as trained, or their moving average. The result records it."""
@@ -52,14 +53,14 @@ class Timm:
 class Run:
     """Writes the weights of a run as weights.safetensors, or as a folder for a model hub."""
 
-    workdir: tyro.conf.Positional[str]
+    workdir: tyro.conf.Positional[Annotated[str, DIR]]
     """Folder of a run."""
-    out: str
+    out: Annotated[str, DIR]
     """Folder for the result."""
     parameters: Literal["raw", "ema"] = "ema"
     """Which parameters to write: as trained, or their moving average."""
-    checkpoint: Literal["newest", "best"] | int = "newest"
-    """Which checkpoint to read: the newest or the best undamaged one, or the number of a step."""
+    checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
+    """Which checkpoint to read: the newest or the best one with undamaged parameters, or the number of a step."""
     to: Literal["file", "hub-folder"] = "file"
     """What to write: weights.safetensors; or model.safetensors with timm's names, a config.json that timm reads, and
     README.md with a description of the run."""
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             f"what to convert is {given}: give {', '.join(_KINDS)}, as in nfnet convert run DIR --out DIR"
         )
-    options = tyro.cli(_KINDS[argv[0]], args=argv[1:], prog=f"nfnet convert {argv[0]}")
+    options = parsed(_KINDS[argv[0]], argv[1:], f"nfnet convert {argv[0]}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
     from nfnet_flax.weights.convert import convert_haiku, convert_timm
 
@@ -123,6 +124,6 @@ def run(argv: list[str]) -> int:
 
 def _help(name: str) -> None:
     try:
-        tyro.cli(_KINDS[name], args=["--help"], prog=f"nfnet convert {name}")
+        parsed(_KINDS[name], ["--help"], f"nfnet convert {name}")
     except SystemExit:  # raised by tyro after it printed help
         sys.stdout.write("\n")

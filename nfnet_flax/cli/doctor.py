@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import DIR, SECONDS, parsed
 from nfnet_flax.config import require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
-from nfnet_flax.paths import run_folder
 
 _MAX_TIMEOUT_S = 86_400
+_DESCRIPTION = "Say what is wrong. Changes nothing, but writes a small object to a bucket and deletes it again."
 
 
 @contextlib.contextmanager
@@ -31,23 +33,25 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class DoctorOptions:
-        workdir: str | None = None
-        """Folder of a run; the run need not have begun."""
-        recipe: str | None = None
+        workdir: Annotated[str | None, DIR] = None
+        """Folder of a run, or its URL in a bucket; the run need not have begun."""
+        recipe: Annotated[str | None, tyro.conf.arg(metavar="RECIPE.py")] = None
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
-        timeout_s: float = 60.0
+        timeout_s: Annotated[float, SECONDS] = 60.0
         """Longest time to wait for a disk or a device that does not answer, in seconds."""
         code: Code = ()
 
-    options = tyro.cli(DoctorOptions, args=argv, prog="nfnet doctor", description="Say what is wrong. Changes nothing.")
+    options = parsed(DoctorOptions, argv, "nfnet doctor", _DESCRIPTION)
     remedy = f"must be positive and at most {_MAX_TIMEOUT_S:,}"
     require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
     load_given_code(argv)
-    workdir = None if options.workdir is None else run_folder("workdir", options.workdir)
     from nfnet_flax.doctor import describe, examine
+    from nfnet_flax.training.run_folder import place_of
+
+    place = None if options.workdir is None else place_of("workdir", options.workdir)
 
     num_wrong = 0
-    for topic, findings in examine(workdir, options.recipe, timeout_s=options.timeout_s):
+    for topic, findings in examine(place, options.recipe, timeout_s=options.timeout_s):
         print(describe(topic, findings), flush=True)
         num_wrong += sum(finding.is_wrong for finding in findings)
     print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")

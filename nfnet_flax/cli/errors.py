@@ -9,6 +9,7 @@ from nfnet_flax.exit_codes import (
     EXIT_LOST,
     EXIT_STORAGE_FAILED,
 )
+from nfnet_flax.messages import as_given
 from nfnet_flax.training.fingerprints import CopiesDiffer
 from nfnet_flax.training.lease import LeaseLost
 from nfnet_flax.training.storage import StorageFailed
@@ -17,6 +18,11 @@ from nfnet_flax.weights.hub import HubUnreachable
 
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit code and message of an error that the user, a disk, a device or another process caused; None for a bug."""
+    found = _explained(error)
+    return None if found is None else (found[0], as_given(found[1]))
+
+
+def _explained(error: BaseException) -> tuple[int, str] | None:
     match error:
         case ConfigError():
             return EXIT_BAD_INPUT, f"error: {error}"

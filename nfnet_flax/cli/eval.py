@@ -7,13 +7,15 @@ import tyro
 
 from nfnet_flax.cli.accuracy import print_rows
 from nfnet_flax.cli.ahead import Code, load_given_code, values_of
+from nfnet_flax.cli.options import CHECKPOINT, DIR, WEIGHTS
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.label_sets import LabelSet
-from nfnet_flax.data.source_config import DigitsSource, FolderSource
+from nfnet_flax.data.recognition import packed_source
+from nfnet_flax.data.source_config import DigitsSource, FolderSource, SourceConfig
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import run_folder
+from nfnet_flax.paths import local_path
 from nfnet_flax.training.evaluation_files import STDOUT, EvaluationFiles, json_text
 from nfnet_flax.training.reading import NoCheckpoint, Parameters, Run, Which
 from nfnet_flax.weights.entries import HostArrays
@@ -51,13 +53,14 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class EvalOptions:
-        workdir: str | None = None
+        workdir: Annotated[str | None, DIR] = None
         """Folder of the run to evaluate, by default on its own held-out images."""
-        weights: str | None = None
+        weights: Annotated[str | None, WEIGHTS] = None
         """Weights to evaluate in place of a run: a weight file, a folder with timm's config.json, or a name in a model
         hub. The images are those of --data.source.root DIR, or of another --data.source."""
-        checkpoint: Literal["newest", "best"] | int = "newest"
-        """Which checkpoint of the run to evaluate: the newest or the best undamaged one, or the number of a step."""
+        checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
+        """Which checkpoint of the run to evaluate: the newest or the best one with undamaged parameters, or the number
+        of a step."""
         all_checkpoints: Annotated[bool, tyro.conf.arg(name="all")] = False
         """Evaluate all checkpoints of the run, a row for each."""
         parameters: Literal["ema", "raw"] = "ema"
@@ -140,7 +143,7 @@ def _evaluate_run(
             f"data.source = {type(data.source).__name__}: has images with several classes: leave out --flip, label "
             "sets, and all files but --json"
         )
-    evaluation = RunEvaluation(run_folder("workdir", workdir), data, label_set=label_set, flip=flip)
+    evaluation = RunEvaluation(workdir, data, label_set=label_set, flip=flip)
     if checkpoint is not None:
         found = _rows_at(evaluation, checkpoint, files, parameters)
         _show(found, files, f"step {found[0]['step']}")
@@ -239,7 +242,12 @@ def _weights_given(reference: str, argv: list[str]) -> tuple[_Weights, DataConfi
     is_named = any(word.partition("=")[0] == "--data.source" for word in argv)
     if not roots and not is_named:
         raise ConfigError("--weights: give the images: --data.source.root DIR, or another set by --data.source NAME")
-    source = FolderSource(root=roots[-1]) if roots else DigitsSource()
+    source: SourceConfig = DigitsSource()
+    if roots:
+        source = FolderSource(root=roots[-1])
+        if not is_named:
+            path = local_path("data.source.root", roots[-1])
+            source, _ = packed_source(roots[-1], path, image="image", label="label") or (source, False)
     info, arrays = opened_weights(reference)
     data = data_for(info, source)
     if data is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import CHECKPOINT, DIR, NAME, PIXELS, parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.weights.entries import HostArrays
@@ -27,20 +28,20 @@ class Export:
     """onnx: NAME.onnx (extra `export`). stablehlo: the program NAME.stablehlo for CPU, CUDA and TPU, its weights, and
     NAME_stablehlo.py, which loads both and needs only JAX. safetensors: the folded weights alone, as
     NAME.folded.safetensors."""
-    out: str
+    out: Annotated[str, DIR]
     """Folder for the result."""
-    weights: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|timm/NAME")]] = None
+    weights: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[FILE|FOLDER|NAME]")]] = None
     """A .safetensors file that `nfnet convert` wrote, a folder with timm's config.json, or a name in a model hub; or
     give --workdir."""
-    workdir: str | None = None
+    workdir: Annotated[str | None, DIR] = None
     """Folder of a run whose weights are exported."""
-    checkpoint: Literal["newest", "best"] | int = "newest"
-    """Which checkpoint of the run: the newest or the best undamaged one, or the number of a step."""
+    checkpoint: Annotated[Literal["newest", "best"] | int, CHECKPOINT] = "newest"
+    """Which checkpoint of the run: the newest or the best one with undamaged parameters, or the number of a step."""
     parameters: Literal["raw", "ema"] = "ema"
     """Which parameters of the run: as trained, or their moving average."""
-    name: str | None = None
+    name: Annotated[str | None, NAME] = None
     """Beginning of the names of the files; by default that of the weight file, and `weights` for a run."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, PIXELS] = None
     """Height and width of the images, in pixels; by default those of the evaluation that the weights record."""
     input: Literal["normalised", "uint8"] = "normalised"
     """normalised: floats, as `nfnet_flax.preprocess` makes them. uint8: grey levels from 0 to 255, which the exported
@@ -56,7 +57,7 @@ class Export:
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    options = tyro.cli(Export, args=argv, prog="nfnet export")
+    options = parsed(Export, argv, "nfnet export")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the comparison of a few images needs no accelerator
     from nfnet_flax.export import ExportOptions, export_arrays
 

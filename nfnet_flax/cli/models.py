@@ -2,9 +2,11 @@
 
 import dataclasses
 import fnmatch
+from typing import Annotated
 
 import tyro
 
+from nfnet_flax.cli.options import parsed
 from nfnet_flax.config import unknown_name
 from nfnet_flax.exit_codes import EXIT_DONE
 
@@ -14,10 +16,10 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class ModelsOptions:
-        pattern: tyro.conf.Positional[str] = "*"
+        pattern: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[PATTERN]")]] = "*"
         """Shell-style pattern of the names to list, such as 'nfnet_*'."""
 
-    options = tyro.cli(ModelsOptions, args=argv, prog="nfnet models", description="List the named networks.")
+    options = parsed(ModelsOptions, argv, "nfnet models", "List the named networks.")
     from nfnet_flax.models import list_models
     from nfnet_flax.models.counts import COUNTS
     from nfnet_flax.models.registry import IMAGE_SIZES, PUBLISHED_TOP1_PERCENT

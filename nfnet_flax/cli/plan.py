@@ -24,10 +24,10 @@ def run(argv: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class PlanOptions:
-        topology: str | None = None
+        topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
         """Kind and number of TPU chips, such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4; v5e:2x4/2 are the
         first two chips of v5e:2x4."""
-        compare: tuple[str, ...] = ()
+        compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ()
         """Instead of a plan, tell whether the programs for these topologies do the same arithmetic, so that they give
         the same bits: v5e:2x4 v5e:2x4/4 v5e:4x4."""
         search: bool = False

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import CHECKPOINT, COUNT, DIR, PIXELS, WEIGHTS, parsed
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import check_not_input, run_folder
+from nfnet_flax.paths import check_not_input
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from nfnet_flax.prediction.files import Found
     from nfnet_flax.prediction.results import Counts, TargetFile, Writer
 
+_RESULT = tyro.conf.arg(metavar="FILE|-")
+_CHANNELS = tyro.conf.arg(metavar="RED GREEN BLUE")
 _STDOUT = "-"
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit code that a shell reports for a command that Ctrl-C ended."""
@@ -34,53 +37,56 @@ class PredictOptions:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE|FOLDER|PATTERN ...")]
     """Images to predict: files of any format and size, folders with all that is in them, and patterns such as
     'photos/**/*.jpg'."""
-    workdir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    workdir: Annotated[str | None, DIR] = None
     """Folder of the run whose network predicts; it is not changed."""
-    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
+    weights: Annotated[str | None, WEIGHTS] = None
     """Weights in place of a run: a weight file, a folder with timm's config.json and model.safetensors, or a name in a
     model hub, such as timm/eca_nfnet_l0.ra2_in1k."""
-    checkpoint: Literal["newest", "best"] | int | None = None
-    """Which checkpoint of the run: the newest (without this option) or the best undamaged one, or the number of a
-    step."""
-    parameters: Literal["ema", "raw"] | None = None
+    checkpoint: Annotated[Literal["newest", "best"] | int | None, CHECKPOINT] = None
+    """Which checkpoint of the run: the newest (without this option) or the best one with undamaged parameters, or the
+    number of a step."""
+    parameters: Annotated[Literal["ema", "raw"] | None, tyro.conf.arg(metavar="{ema,raw}")] = None
     """Which parameters of the run: their moving average (without this option), or as trained."""
-    top: int = 5
+    top: Annotated[int, COUNT] = 5
     """How many classes to name for each image, the most probable first."""
-    csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    csv: Annotated[str | None, _RESULT] = None
     """File for a CSV table with a row for each image; - is the standard output."""
-    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[str | None, _RESULT] = None
     """File for JSON, one object for each image in a line of its own; - is the standard output."""
-    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    html: Annotated[str | None, _RESULT] = None
     """File for a web page with thumbnails, which needs no other files."""
     overwrite: bool = False
     """Replace existing files."""
-    activation: Literal["softmax", "sigmoid"] | None = None
+    activation: Annotated[Literal["softmax", "sigmoid"] | None, tyro.conf.arg(metavar="{softmax,sigmoid}")] = None
     """What makes probabilities: softmax if an image has one class, sigmoid if classes are independent of each other.
     Without this option as in training; softmax for weights that do not say it."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, PIXELS] = None
     """Height and width of the network's images, in pixels. Without this option, and those that follow, as stored with
     the weights."""
-    crop_margin: int | None = None
+    crop_margin: Annotated[int | None, PIXELS] = None
     """Total number of pixels that are cut off on each axis after resizing."""
-    resampler: Literal["area_cubic", "pillow_bicubic", "pillow_bilinear"] | None = None
+    resampler: Annotated[
+        Literal["area_cubic", "pillow_bicubic", "pillow_bilinear"] | None,
+        tyro.conf.arg(metavar="{area_cubic,pillow_bicubic,pillow_bilinear}"),
+    ] = None
     """Method that resizes the images."""
-    mean: tuple[float, float, float] | None = None
+    mean: Annotated[tuple[float, float, float] | None, _CHANNELS] = None
     """Mean that is subtracted from the grey levels (0 to 255) of each channel."""
-    std: tuple[float, float, float] | None = None
+    std: Annotated[tuple[float, float, float] | None, _CHANNELS] = None
     """Standard deviation by which the grey levels of each channel are then divided."""
-    keeps_aspect: bool | None = None
+    keeps_aspect: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")] = None
     """Whether the shorter side is resized and the other one in proportion, or both to the same length."""
-    batch_size: int = 32
+    batch_size: Annotated[int, COUNT] = 32
     """Number of images that are computed at a time."""
     code: Code = ()
 
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    options = tyro.cli(
+    options = parsed(
         PredictOptions,
-        args=argv,
-        prog="nfnet predict",
+        argv,
+        "nfnet predict",
         description="Predict the classes of images. Prints a table unless --csv, --json or --html is given. Exit code "
         "1: some images cannot be read or decoded; the others have results.",
     )
@@ -172,7 +178,7 @@ def _predictor(options: PredictOptions) -> "Predictor":
     from nfnet_flax.training.reading import Run
 
     if options.workdir is not None:
-        weights: str | os.PathLike[str] = Run(run_folder("workdir", options.workdir)).workdir
+        weights: str | os.PathLike[str] = Run(options.workdir).workdir
     else:
         weights = options.weights or ""
     return load_predictor(

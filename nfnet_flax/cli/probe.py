@@ -1,10 +1,12 @@
 """`nfnet probe`."""
 
 import dataclasses
+from typing import Annotated
 
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.options import COLUMN, COUNT, FILE, WEIGHTS, parsed
 from nfnet_flax.exit_codes import EXIT_DONE
 
 
@@ -15,31 +17,31 @@ class ProbeOptions:
     Each image has one class: the text of a CSV file's column is taken as it is.
     """
 
-    data: tyro.conf.Positional[str]
-    """Folder with one folder of images for each class, or with train/ and val/ of these, or a .csv file. If the images
-    are not split, a tenth is held out."""
-    weights: str
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER|FILE.csv")]]
+    """Folder with one folder of images for each class, or with train/ and val/ of these; a .csv file; or a folder of
+    Parquet or tar files. If the images are not split, a tenth is held out."""
+    weights: Annotated[str, WEIGHTS]
     """A weight file, the folder of a run, a folder with timm's config.json, or a name in a model hub."""
-    image: str = "image"
-    """Column of the CSV file with the names of the image files."""
-    label: str = "label"
+    image: Annotated[str, COLUMN] = "image"
+    """Column of the CSV file with the names of the image files, or of Parquet files with the images."""
+    label: Annotated[str, COLUMN] = "label"
     """Column with the class."""
-    split_column: str | None = None
+    split_column: Annotated[str | None, COLUMN] = None
     """Column that contains train or val; None: there is none."""
-    eval_file: str | None = None
+    eval_file: Annotated[str | None, FILE] = None
     """CSV file of the held-out images; None: there is none."""
-    shots: tuple[int, ...] = (1, 5)
+    shots: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1, 5)
     """Numbers of training images per class to try in addition to all images."""
-    max_train: int = 2000
+    max_train: Annotated[int, COUNT] = 2000
     """Largest number of training images."""
-    max_held_out: int = 1000
+    max_held_out: Annotated[int, COUNT] = 1000
     """Largest number of held-out images."""
     code: Code = ()
 
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    options = tyro.cli(ProbeOptions, args=argv, prog="nfnet probe")
+    options = parsed(ProbeOptions, argv, "nfnet probe")
     load_given_code(argv)
     from nfnet_flax.finetuning import given_images
     from nfnet_flax.probe import probe

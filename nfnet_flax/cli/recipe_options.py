@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Generic, TypeVar
 
-import tyro
-
 from nfnet_flax.cli import alternatives
 from nfnet_flax.cli.ahead import load_given_code
+from nfnet_flax.cli.options import parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import SyntheticSource
@@ -76,7 +75,7 @@ def _refuse_moved(options: list[str]) -> None:
 def parse(kind: type[T], given: Given[Config], description: str) -> T:
     """The options of a command, including `given.config`; ends the process after help or a wrong option."""
     try:
-        return tyro.cli(kind, args=given.options, prog=given.prog, description=description)
+        return parsed(kind, given.options, given.prog, description)
     except SystemExit as stopped:
         if stopped.code in (None, 0):  # after help
             print(alternatives.describe(given.config))

@@ -11,8 +11,8 @@ from nfnet_flax import IMPORTED_AT_S
 from nfnet_flax.cli.accuracy import print_accuracy
 from nfnet_flax.cli.ahead import Code
 from nfnet_flax.cli.errors import explain
+from nfnet_flax.cli.options import DIR
 from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
-from nfnet_flax.paths import run_folder
 
 if TYPE_CHECKING:
     from nfnet_flax.training.loop import TrainResult
@@ -23,14 +23,16 @@ def run(argv: list[str]) -> int:
     from nfnet_flax.cli import recipe_options
     from nfnet_flax.parallel.processes import DistributedConfig
     from nfnet_flax.recipe import Recipe
+    from nfnet_flax.training.run_folder import place_of
     from nfnet_flax.training.watchdog import WatchdogConfig
 
     given = recipe_options.read("train", argv)
 
     @dataclasses.dataclass(frozen=True)
     class TrainOptions:
-        workdir: str
-        """Folder of the run. A new folder is created; a run that is in it already is continued."""
+        workdir: Annotated[str, DIR]
+        """Folder of the run: a path, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A new folder is created; a run that
+        is in it already is continued."""
         debug: bool = "--debug" in argv
         """Train four steps of a small network of the family on noise; other options then change this small recipe."""
         distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -41,7 +43,8 @@ def run(argv: list[str]) -> int:
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")
-    workdir = run_folder("workdir", chosen.workdir)
+    place_of("workdir", chosen.workdir)  # before anything slow: it may be mistyped
+    workdir = chosen.workdir
 
     from nfnet_flax.parallel.processes import current
     from nfnet_flax.runtime import prepare
@@ -67,18 +70,18 @@ def run(argv: list[str]) -> int:
                 print(f"nfnet: diverged: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         if current().is_first:
-            _print_result(result, workdir)
+            _print_result(result, str(place_of("workdir", workdir)))
         return EXIT_DONE if result.finished else EXIT_STOPPED
 
     return run_together(chosen.distributed, chosen.watchdog, train_watched, explain)
 
 
-def _print_result(result: "TrainResult", workdir: Path) -> None:
+def _print_result(result: "TrainResult", workdir: str) -> None:
     if not result.finished:
         print(f"stopped at step {result.step} of {result.num_steps}; run the same command again to continue")
         return
     print(f"finished: {result.num_steps} steps")
     print_accuracy(result.metrics)
-    print(f"checkpoints: {workdir / 'checkpoints'} (newest), {workdir / 'best'} (best)")
-    if (workdir / "tensorboard").is_dir():
-        print(f"curves: tensorboard --logdir {workdir / 'tensorboard'}")
+    print(f"checkpoints: {workdir}/checkpoints (newest), {workdir}/best (best)")
+    if "://" in workdir or Path(workdir, "tensorboard").is_dir():
+        print(f"curves: tensorboard --logdir {workdir}/tensorboard")

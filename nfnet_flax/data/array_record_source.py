@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Annotated, ClassVar, Protocol, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config import ConfigError, Shown, require
 from nfnet_flax.data.array_records import (
     Manifest,
     Shard,
@@ -51,13 +51,13 @@ class ArrayRecordSource(CachedSource):
 
     place_fields: ClassVar[tuple[str, ...]] = ("train", "eval", *CachedSource.place_fields)
 
-    train: tuple[str, ...]
+    train: tuple[Annotated[str, Shown("FILE|PATTERN")], ...]
     """Files of the training split, or shell-style patterns such as `data/train-*.array_record` or
     `gs://BUCKET/FOLDER/train-*` (`s3://`). The files are read in the order of their sorted paths. A pattern must find
     every shard of the set that it describes, and both splits together must use all shards of that set. Files that are
     listed one by one may be a part of the set; a warning then says which part is missing. `~` is the home folder; a
     folder whose name contains `[`, `]`, `*` or `?` is given as it is."""
-    eval: tuple[str, ...]
+    eval: tuple[Annotated[str, Shown("FILE|PATTERN")], ...]
     """Files or patterns of the held-out split, as for `train`."""
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from nfnet_flax.config_json import from_json
 from nfnet_flax.data.buckets import Place, content_of, in_order, matching
 from nfnet_flax.data.random_access import CorruptRecordError
 from nfnet_flax.json_files import parse_json, read_json
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import escaped, local_path
 from nfnet_flax.storage import BucketUrl, bucket_url
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -91,8 +91,9 @@ def decode_record(record: bytes, *, check: bool) -> Example:
 def contradiction(example: Example, class_names: Sequence[str]) -> str | None:
     """The problem if a record's label does not agree with the class in its name; None if they agree."""
     label = example.label
-    wanted = repr(class_names[label]) if 0 <= label < len(class_names) else f"none of {len(class_names)} classes"
-    if wanted == repr(example.name.partition("/")[0]):
+    is_class = 0 <= label < len(class_names)
+    wanted = repr(class_names[label]) if is_class else f"none of {len(class_names)} classes"
+    if is_class and example.name.startswith(f"{class_names[label]}/"):
         return None
     return f"it is {example.name!r}, but its label {label} is {wanted} in the manifest: the file belongs to another set"
 
@@ -231,7 +232,7 @@ def described(pattern: str, folder: Place, manifest: Manifest) -> list[str]:
     if (url := bucket_url("pattern", pattern)) is not None:
         return fnmatch.filter([shard.file for shard in manifest.shards], url.name) if url.parent == folder else []
     where = local_path("pattern", pattern).parent
-    if where != folder and not fnmatch.fnmatchcase(str(folder), _escaped(where)):
+    if where != folder and not fnmatch.fnmatchcase(str(folder), escaped(where)):
         return []
     return fnmatch.filter([shard.file for shard in manifest.shards], Path(pattern).name)
 
@@ -240,12 +241,4 @@ def _matches(pattern: str, field: str) -> Sequence[Place]:
     """The files that match."""
     if (url := bucket_url(field, pattern)) is not None:
         return matching(url)
-    return [Path(path) for path in glob.glob(_escaped(local_path(field, pattern)))]
-
-
-def _escaped(pattern: Path) -> str:
-    """A pattern whose folders are taken literally where a folder of exactly that name exists, such as `data [v2]`."""
-    place, *names = pattern.parts
-    while names and os.path.lexists(os.path.join(place, names[0])):
-        place = os.path.join(place, names.pop(0))
-    return os.path.join(glob.escape(place), *names)
+    return [Path(path) for path in glob.glob(escaped(local_path(field, pattern)))]

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config import Column, ConfigError, File, Folder, Name, Shown, require
 from nfnet_flax.data.buckets import refuse_images
 from nfnet_flax.data.csv_table import Columns, Row, read_table
 from nfnet_flax.data.random_access import Record, SourceConfig, Split, Unused, check_index, digest
@@ -35,34 +35,34 @@ class CsvSource(SourceConfig):
 
     place_fields: ClassVar[tuple[str, ...]] = ("file", "eval_file", "root")
 
-    file: str
+    file: File
     """CSV file whose first line names the columns; `~` is the home folder."""
-    eval_file: str | None = None
+    eval_file: File | None = None
     """CSV file of the held-out images, with the same columns; None: `file` lists them, too, or there are none."""
-    root: str | None = None
+    root: Folder | None = None
     """Folder from which the names of images start; None: the folder of the CSV file."""
-    image: str = "image"
+    image: Column = "image"
     """Name of the column with the names of the image files."""
     suffix: str = ""
     """Text that is added to each name of an image, such as `.jpg` if the file lists names without it."""
-    label: str = "label"
+    label: Column = "label"
     """Name of the column with the class, or with several classes and a separator between them."""
     separator: str | None = None
     """Text between the classes of one image, such as a space; labels are then rows of zeros and ones. None: each image
     has one class."""
     allow_none: bool = False
     """Whether an image may have none of the classes, which needs a separator; otherwise an empty label is an error."""
-    split_column: str | None = None
+    split_column: Column | None = None
     """Name of the column that says to which split an image belongs; None: there is none."""
     train_split: str = "train"
     """What this column contains for training images."""
     eval_split: str = "val"
     """What this column contains for held-out images."""
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[Name, ...] = ()
     """Names of the classes, in the order of the labels; empty: those of the training images, sorted."""
-    delimiter: str = ","
+    delimiter: Annotated[str, Shown("CHARACTER")] = ","
     """Character between two cells of a line."""
-    encoding: str = "utf-8"
+    encoding: Name = "utf-8"
     """Encoding of the file; not used for a file that begins with a byte order mark."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, Folder
 from nfnet_flax.data.buckets import refuse_images
 from nfnet_flax.data.random_access import (
     Record,
@@ -46,12 +46,12 @@ class FolderSource(SourceConfig):
 
     place_fields: ClassVar[tuple[str, ...]] = ("root", "train", "eval")
 
-    root: str
+    root: Folder
     """Folder that contains the folders of both splits; `~` is the home folder."""
-    train: str = "train"
+    train: Folder = "train"
     """Folder of the training split within `root`. Its class folders, sorted by name, determine the labels of both
     splits."""
-    eval: str = "val"
+    eval: Folder = "val"
     """Folder of the held-out split within `root`; `.` is `root` itself."""
 
     def __post_init__(self) -> None:

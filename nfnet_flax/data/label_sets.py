@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config import ConfigError, FileIfAny, check_types, require
 from nfnet_flax.data.random_access import Record, Source, Unused, check_index, digest
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import check_path, local_path
@@ -27,14 +27,14 @@ _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 class LabelSet:
     """How labels are found; by default, the name of an image's class is the name of the right output."""
 
-    labels: str | None = None
+    labels: FileIfAny = None
     """File of ReaL (`real.json`): a JSON list with a list of right class numbers for each image of ImageNet's
     validation set. Images are found by the number in their names, ILSVRC2012_val_00000001.JPEG; those without a label
     are left out. The classes of the set itself are then not used."""
-    classes: str | None = None
+    classes: FileIfAny = None
     """File with one class name per line, as for ImageNet-A and ImageNet-R: the other outputs of the network are left
     out before the best ones are chosen, and before the softmax."""
-    class_names: str | None = None
+    class_names: FileIfAny = None
     """File with one class name per line: the names of the network's outputs, in order. They replace those that the
     weights have."""
     class_numbers: bool = False

@@ -9,13 +9,17 @@ from typing import Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data import imagenet_tars
 from nfnet_flax.data.array_records import Example
 from nfnet_flax.data.classes import label_table
 from nfnet_flax.data.image_folder import class_folders, scan
 from nfnet_flax.data.imagenet_tars import Member
+from nfnet_flax.data.packed_images import PackedImages, PlainBytes
+from nfnet_flax.data.packed_source import PackedSource
 from nfnet_flax.data.random_access import Split, Unused, digest, fixed_order
+from nfnet_flax.data.shard_files import read_bytes
+from nfnet_flax.paths import local_path
 
 # Finding the members of a tar means waiting for the disk or the network, so many tars are read at once.
 _NUM_SCAN_THREADS = 16
@@ -28,17 +32,21 @@ class Listing:
     class_names: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     container: Path
-    """A tar file, or a folder with one folder per class."""
+    """A tar file, a folder with one folder per class, or a folder of Parquet files or tar files."""
     file_names: np.ndarray
     """(N,) bytes: names without folder."""
     labels: np.ndarray
     """(N,) int32."""
     offsets: np.ndarray | None
-    """(N,) int64: position of the first byte within the tar; None for a folder."""
+    """(N,) int64: position of the first byte within its file; None for a folder."""
     sizes: np.ndarray
     """(N,) int64: size of each file, in bytes."""
     unused: tuple[Unused, ...] = ()
     """Files in the container that are not used, one entry for each reason."""
+    shards: tuple[str, ...] = ()
+    """Files in which the images lie if the container is a folder of such files."""
+    shard_of: np.ndarray | None = None
+    """(N,) int32: which of these files contains the example; None: the container itself does."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,16 +63,16 @@ class Listing:
           OSError: it cannot be read.
         """
         name = self.name(index)
-        path = self.container if self.offsets is not None else self.container / name
-        with open(path, "rb") as file:
-            if self.offsets is None:
+        if self.offsets is None:
+            path = str(self.container / name)
+            with open(path, "rb") as file:
                 image = file.read()
-            else:
-                file.seek(self.offsets[index])
-                image = file.read(self.sizes[index])
+        else:
+            path = str(self.container) if self.shard_of is None else self.shards[self.shard_of[index]]
+            image = read_bytes(path, int(self.offsets[index]), int(self.sizes[index]))
         if len(image) != self.sizes[index]:
-            remedy = "it was changed meanwhile" if self.offsets is None else "the tar is incomplete: download it again"
-            raise ConfigError(f"{name} in {str(path)!r} has {len(image)} bytes, not {self.sizes[index]}: {remedy}")
+            remedy = "it was changed meanwhile" if self.offsets is None else "the file is incomplete: download it again"
+            raise ConfigError(f"{name} in {path!r} has {len(image)} bytes, not {self.sizes[index]}: {remedy}")
         return Example(int(self.labels[index]), name, image)
 
     def part(self, start: int, stop: int) -> Self:
@@ -76,6 +84,7 @@ class Listing:
             labels=self.labels[kept],
             offsets=None if self.offsets is None else self.offsets[kept],
             sizes=self.sizes[kept],
+            shard_of=None if self.shard_of is None else self.shard_of[kept],
         )
 
     def digest(self) -> str:
@@ -104,6 +113,35 @@ def list_folder(root: Path) -> dict[str, Listing]:
             offsets=None,
             sizes=found.sizes,
             unused=found.unused,
+        )
+    return listings
+
+
+def list_packed(source: PackedSource) -> dict[str, Listing]:
+    """The listings `train` and `eval` of a set of Parquet files or tar files.
+
+    Raises:
+      ConfigError, OSError: as for `open_source`; or nothing may be written though images must be copied.
+    """
+    source.check_splits()
+    opened: dict[Split, PackedImages] = {"train": source.open("train", 0), "eval": source.open("eval", 0)}
+    class_names = opened["train"].class_names
+    listings: dict[str, Listing] = {}
+    for split, found in opened.items():
+        readers, shard_of, offsets, sizes = found.places()
+        files = [reader.file for reader in readers if isinstance(reader, PlainBytes)]
+        require(len(files) == len(readers), "source.keep_index", source.keep_index, "must be True: images are copied")
+        file_names, labels = found.named_labels()
+        listings[split] = Listing(
+            class_names=class_names,
+            container=local_path("source.root", source.root),
+            file_names=file_names,
+            labels=label_table(found.class_names, class_names, split)[labels],
+            offsets=offsets,
+            sizes=sizes,
+            unused=found.unused,
+            shards=tuple(files),
+            shard_of=shard_of,
         )
     return listings
 

@@ -27,10 +27,10 @@ Record = dict[str, Any]
 
 
 class Unused(NamedTuple):
-    """Files in a set of images that are not used, all for the same reason."""
+    """Files in a set of images, or rows or members of them, that are not used, all for the same reason."""
 
     num_files: int
-    """Number of files."""
+    """Their number; 0: the text says something else about the set that its user should know."""
     text: str
     """A sentence with the number, the reason and an example."""
 
@@ -76,6 +76,8 @@ class Source(Protocol):
           the same size is not noticed.
         - ArrayRecord: the BLAKE2b of every shard, as the manifest recorded it; when the shards are opened, they are
           compared with their manifest.
+        - tar files: the name of every image; its size is part of `contents`. Parquet files: the name of every image, or
+          the number of its row; the metadata of the files (sizes and statistics of all columns) are part of `contents`.
         - TFDS: name, version and size of the set as TFDS recorded them; name and size of each file, and which of its
           records are read.
         - digits and noise: the pixels, or the values from which they are computed.
@@ -185,6 +187,11 @@ class SourceConfig(OpenConfig, abc.ABC):
         """This source with the training split that a run has trained on, if the source can name that split; by default
         the source unchanged."""
         del trained
+        return self
+
+    def without_writing(self) -> Self:
+        """This source in a form that writes nothing when it is opened, not even an index that would be kept, though
+        that may take longer; by default the source unchanged."""
         return self
 
     def check_splits(self) -> None:

@@ -1,12 +1,18 @@
 """Writing one file of a prepared set, and checking one, on a disk or in a bucket. These functions run in worker
-processes."""
+processes (`worker_pool`)."""
 
 import contextlib
 import dataclasses
 import hashlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[import-untyped]
@@ -208,3 +214,43 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _start_worker() -> None:
+    """Runs first in each worker: makes it ignore Ctrl-C, and end when the main process ends for any reason."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def worker_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for these functions.
+
+    Raises:
+      ConfigError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "a worker process died, perhaps because it ran out of memory: use a smaller --num-processes"
+            ) from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # otherwise their shards would be finished first, which takes minutes
+            raise
+        except BaseException:
+            # Waits for shards that were begun. Without waiting, the end of Python and the end of the pool race: Python
+            # writes to a pipe that the pool has closed, and a traceback follows the message.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

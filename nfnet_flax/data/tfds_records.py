@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config import ConfigError, Folder, Name, require
 from nfnet_flax.data.random_access import (
     CorruptRecordError,
     Record,
@@ -27,18 +27,18 @@ class TfdsSource(SourceConfig):
 
     place_fields: ClassVar[tuple[str, ...]] = ("data_dir",)
 
-    name: str
+    name: Name
     """Name of the set: `name`, `name/config` or `name/config:1.0.0`, as in `tfds.builder`."""
-    train_split: str = "train"
+    train_split: Name = "train"
     """Training split in TFDS's syntax, such as `train`, `train[:90%]` or `train[10000:]`."""
-    eval_split: str = "validation"
+    eval_split: Name = "validation"
     """Held-out split in TFDS's syntax."""
-    data_dir: str | None = None
+    data_dir: Folder | None = None
     """Folder of prepared sets, where `~` is the home folder; None: TFDS's own default (`TFDS_DATA_DIR`, or
     `~/tensorflow_datasets`)."""
-    image_key: str = "image"
+    image_key: Name = "image"
     """Name of the feature that contains the image."""
-    label_key: str = "label"
+    label_key: Name = "label"
     """Name of the feature that contains the class."""
 
     def __post_init__(self) -> None:

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.doctor.bucket import check_bucket
 from nfnet_flax.doctor.data import check_data
 from nfnet_flax.doctor.devices import check_devices
 from nfnet_flax.doctor.findings import Finding, seen, wrong
 from nfnet_flax.doctor.machine import check_disks, check_machine, check_versions
 from nfnet_flax.doctor.workdir import check_workdir
+from nfnet_flax.messages import as_given
+from nfnet_flax.storage import BucketUrl
 from nfnet_flax.training.layout import RECIPE
+from nfnet_flax.training.run_folder import reading
 from nfnet_flax.training.storage import StorageFailed
 
 if TYPE_CHECKING:
@@ -28,15 +32,25 @@ if TYPE_CHECKING:
 Check = Callable[[], list[Finding]]
 
 
-def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) -> Iterator[tuple[str, list[Finding]]]:
+def examine(
+    place: Path | BucketUrl | None, recipe_path: str | None, *, timeout_s: float
+) -> Iterator[tuple[str, list[Finding]]]:
     """Yields each topic with its findings, as soon as they are known.
 
     Args:
-      workdir: folder of a run, which need not have begun; None: no run is examined.
+      place: folder of a run, which need not have begun; None: no run is examined.
       recipe_path: path of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
       timeout_s: time limit of each check, in seconds. A check that has not ended by then is a finding.
     """
     recipes: list[Recipe] = []
+    folder = None
+    if isinstance(place, BucketUrl):
+        findings = _within(timeout_s, functools.partial(check_bucket, place))
+        yield "bucket", findings
+        place = None if any(finding.is_wrong for finding in findings) else place
+    if place is not None:
+        folder = reading("workdir", str(place))
+    workdir = None if folder is None else folder.path
     yield "versions", _within(timeout_s, check_versions)
     yield "recipe", _within(timeout_s, functools.partial(_check_recipe, workdir, recipe_path, recipes))
     recipe = recipes[0] if recipes else None
@@ -45,9 +59,9 @@ def examine(workdir: Path | None, recipe_path: str | None, *, timeout_s: float) 
     yield "machine", _within(timeout_s, functools.partial(check_machine, recipe))
     if recipe is not None:
         yield "data", _within(timeout_s, functools.partial(check_data, recipe, workdir))
-    if workdir is not None:
+    if folder is not None:
         until_s = time.monotonic() + timeout_s / 2  # reading a large checkpoint must not look like a disk that hangs
-        yield "workdir", _within(timeout_s, functools.partial(check_workdir, workdir, recipe, until_s=until_s))
+        yield "workdir", _within(timeout_s, functools.partial(check_workdir, folder, recipe, until_s=until_s))
     yield "disks", _within(timeout_s, functools.partial(check_disks, workdir))
 
 
@@ -66,7 +80,7 @@ def _check_recipe(workdir: Path | None, recipe_path: str | None, recipes: "list[
 
 def describe(topic: str, findings: list[Finding]) -> str:
     """The lines of a topic."""
-    lines = [("WRONG: " if finding.is_wrong else "") + " ".join(finding.text.split()) for finding in findings]
+    lines = [("WRONG: " if one.is_wrong else "") + as_given(" ".join(one.text.split())) for one in findings]
     return "\n".join(f"{topic if index == 0 else '':<10}{line}" for index, line in enumerate(lines))
 
 

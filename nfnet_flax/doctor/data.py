@@ -1,5 +1,6 @@
 """Checks of the images of a run."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,12 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     from nfnet_flax.training.record import fixed_class_names, has_trained
 
     class_names = None if workdir is None else fixed_class_names(workdir)
+    data = dataclasses.replace(recipe.data, source=recipe.data.source.without_writing())
     findings, sources = [], {}
     splits: tuple[Split, ...] = ("train", "eval")
     for split in splits:
         try:
-            sources[split] = open_split(recipe.data, split, class_names)
+            sources[split] = open_split(data, split, class_names)
             findings.append(seen(f"{split}: {_first_example(sources[split])}"))
             findings += [seen(found.text) for found in sources[split].unused]
         except ConfigError as error:  # its message says what to do
@@ -86,5 +88,5 @@ def _first_example(source: "Source") -> str:
         pixels = decode(image) if isinstance(image, bytes) else image
     size = f"{pixels.shape[1]} x {pixels.shape[0]} px"
     num_unused = sum(found.num_files for found in source.unused)
-    unused = f", {num_unused} files are not used" if num_unused else ""
+    unused = f", {num_unused} files, rows or members are not used" if num_unused else ""
     return f"{len(source)} examples of {len(source.class_names)} classes{unused}; the first is {size}"

@@ -10,6 +10,8 @@ from nfnet_flax.config_json import CodeNotLoaded
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
+from nfnet_flax.training.mirror import fetch_state
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.storage import StorageFailed
 from nfnet_flax.units import human_size
 
@@ -22,14 +24,15 @@ _DELETION_S = 1.0
 """Time within which a run that is training has deleted a checkpoint that it no longer keeps, in seconds."""
 
 
-def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> list[Finding]:
+def check_workdir(folder: RunFolder, recipe: "Recipe | None", *, until_s: float) -> list[Finding]:
     """Recipe, checkpoints and metrics of a run.
 
     Args:
-      workdir: folder of the run, which need not have begun.
+      folder: folder of the run, which need not have begun.
       recipe: the recipe with which the run shall continue; None: its own.
       until_s: time of `time.monotonic` after which no more contents of checkpoints are read.
     """
+    workdir = folder.path
     if workdir.exists() and not workdir.is_dir():
         return [wrong(f"{workdir} is no folder", "give another workdir")]
     findings = [seen(f"{workdir}" + ("" if workdir.exists() else " does not exist yet; nfnet train makes it"))]
@@ -44,15 +47,15 @@ def check_workdir(workdir: Path, recipe: "Recipe | None", *, until_s: float) -> 
             finding for kind in layout.CHECKPOINT_KINDS for finding in _check_checkpoints(workdir / kind, until_s)
         ]
         findings += _check_metrics(workdir)
-        findings += _check_owner(workdir)
+        findings += _check_owner(folder)
         findings += _check_identity(workdir, recipe)
     return findings
 
 
-def _check_owner(workdir: Path) -> list[Finding]:
+def _check_owner(folder: RunFolder) -> list[Finding]:
     from nfnet_flax.training.lease import owner_of
 
-    found = owner_of(workdir)
+    found = owner_of(folder.owner_folder)
     if found is None:
         return []
     owner, alive_at = found
@@ -108,6 +111,7 @@ def _read(checkpoint: Path, until_s: float) -> bool:
       Damaged: it differs from what was saved.
       StorageFailed: it cannot be read.
     """
+    fetch_state(checkpoint)
     _, saved = read_sealed(checkpoint)
     context = layout.array_context()
     for name, text in saved.items():

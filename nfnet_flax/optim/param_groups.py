@@ -5,7 +5,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config import ConfigError, Pattern, check_types, require
 
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 
@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 class ParamGroup:
     """A shell-style pattern of parameter names, and the value of the parameters that match it."""
 
-    pattern: str
+    pattern: Pattern
     """Shell-style pattern of names, such as `*.bias`."""
     value: float
     """Value of these parameters."""

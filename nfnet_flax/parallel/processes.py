@@ -13,13 +13,13 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
-from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config import ConfigError, Shown, check_types, require
 from nfnet_flax.exit_codes import EXIT_LOST
 
 Platform = Literal["any", "accelerator", "gpu", "tpu"]
@@ -40,7 +40,7 @@ class DistributedConfig:
     Nothing need be given on TPU VMs, GKE, Slurm and Open MPI, nor for a run of one process.
     """
 
-    coordinator_address: str | None = None
+    coordinator_address: Annotated[str, Shown("HOST:PORT")] | None = None
     """HOST:PORT of process 0, which all processes must be able to reach; None: detected from the cluster, or
     `JAX_COORDINATOR_ADDRESS`."""
     num_processes: int | None = None

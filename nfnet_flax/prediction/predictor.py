@@ -226,6 +226,6 @@ def _probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """(C,) float32 of (C,) logits."""
     wide = logits.astype(np.float64)
     if activation == "sigmoid":
-        return (0.5 * (1.0 + np.tanh(0.5 * wide))).astype(np.float32)
+        return np.exp(-np.logaddexp(0.0, -wide)).astype(np.float32)  # also small ones are exact
     powers = np.exp(wide - wide.max())
     return (powers / powers.sum()).astype(np.float32)

@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from nfnet_flax import columns
 from nfnet_flax.config import ConfigError
 from nfnet_flax.paths import local_path
 from nfnet_flax.prediction.images import Unreadable
 from nfnet_flax.prediction.predictor import Prediction
+from nfnet_flax.units import as_float32
 
 _TABLE_ROWS_AHEAD = 32
 """Number of images by which the widths of the columns are chosen."""
 _TERMINAL_FILE_WIDTHS = 16, 40
-"""Smallest and largest width of the column of files on a terminal, in characters."""
+"""Smallest and largest width of the column of files on a terminal."""
 _TERMINAL_NAME_WIDTHS = 8, 24
+_BESIDE_NAME = len("   100.00%")
+"""Width of what a class takes beside its name."""
 
 
 @dataclasses.dataclass
@@ -110,11 +114,6 @@ def shown(text: str) -> str:
     )
 
 
-def rounded(probability: float) -> float:
-    """A probability with six significant digits, more than float32 arithmetic determines."""
-    return float(f"{probability:.6g}")
-
-
 class Csv(Writer):
     """A row for each image: `file`, `class_1`, `probability_1`, ..., `error`."""
 
@@ -128,7 +127,7 @@ class Csv(Writer):
         if isinstance(result, Unreadable):
             self._rows.writerow([result.source, *[""] * (2 * self._top), result.reason])
             return
-        cells = [cell for name, value in result.top(self._top) for cell in (name, rounded(value))]
+        cells = [cell for name, value in result.top(self._top) for cell in (name, as_float32(value))]
         self._rows.writerow([result.source, *cells, ""])
 
 
@@ -144,7 +143,7 @@ class JsonLines(Writer):
         if isinstance(result, Unreadable):
             row["error"] = result.reason
         else:
-            row["top"] = [{"class": name, "probability": rounded(value)} for name, value in result.top(self._top)]
+            row["top"] = [{"class": name, "probability": as_float32(value)} for name, value in result.top(self._top)]
         self._out.write(json.dumps(row, allow_nan=False) + "\n")
 
 
@@ -155,7 +154,7 @@ class Table(Writer):
         self._out, self._errors, self._top = out, errors, top
         self._waiting: list[Prediction] = []
         self._widths: tuple[int, int] | None = None
-        self._longest_name = max(len(shown(name)) for name in names)
+        self._longest_name = max(columns.width_of(shown(name)) for name in names)
 
     def write(self, result: Prediction | Unreadable) -> None:
         if isinstance(result, Unreadable):
@@ -183,26 +182,23 @@ class Table(Writer):
 
     def _chosen_widths(self) -> tuple[int, int]:
         """Widths of the columns of files and of names."""
-        file_width = max((len(shown(result.source)) for result in self._waiting), default=0)
+        file_width = max((columns.width_of(shown(result.source)) for result in self._waiting), default=0)
         if not self._out.isatty():
             return file_width, self._longest_name
         file_width = min(file_width, _TERMINAL_FILE_WIDTHS[1])
-        columns = shutil.get_terminal_size().columns
-        room = (columns - file_width) // self._top - len("   99.99%")
+        available = shutil.get_terminal_size().columns
+        room = (available - file_width) // self._top - _BESIDE_NAME
         least, most = _TERMINAL_NAME_WIDTHS
         name_width = min(self._longest_name, max(least, min(most, room)))
-        room = columns - self._top * (name_width + len("   99.99%"))
+        room = available - self._top * (name_width + _BESIDE_NAME)
         return min(file_width, max(_TERMINAL_FILE_WIDTHS[0], room)), name_width
 
     def _print(self, result: Prediction, file_width: int, name_width: int) -> None:
-        source = shown(result.source)
-        is_cut = self._out.isatty()
-        if is_cut and len(source) > file_width:
-            source = "..." + source[len(source) - file_width + 3 :]
+        source, is_cut = shown(result.source), self._out.isatty()
+        if is_cut:
+            source = columns.without_start(source, file_width)
         cells = []
         for name, value in result.top(self._top):
-            text = shown(name)
-            if is_cut and len(text) > name_width:
-                text = text[: name_width - 2] + ".."
-            cells.append(f"{text:<{name_width}} {value:>7.2%}")
-        self._out.write("  ".join([f"{source:<{file_width}}", *cells]).rstrip() + "\n")
+            text = columns.without_end(shown(name), name_width) if is_cut else shown(name)
+            cells.append(f"{columns.left(text, name_width)} {value:>7.2%}")
+        self._out.write("  ".join([columns.left(source, file_width), *cells]).rstrip() + "\n")

@@ -18,9 +18,9 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.storage.url import SCHEMES, BucketUrl
 
-RETRY_S = 120.0
+RETRY_S = 90.0
 """Time after which an operation that fails again and again is given up, in seconds. The libraries themselves repeat a
-request for up to half a minute, so an operation fails after at most 2.5 minutes: before the watchdog's limit."""
+request for up to half a minute, so an operation fails after at most two minutes: before the watchdog's limit."""
 REQUEST_TIMEOUT_S = 30.0
 """Longest time of one request, in seconds."""
 _PART_BYTES = 16 << 20
@@ -72,6 +72,9 @@ class BucketFolder:
 
     def __str__(self) -> str:
         return str(self.url)
+
+    def make(self) -> None:
+        """Does nothing: a bucket has no folders."""
 
     def fenced(self, fence: Callable[[], None]) -> "BucketFolder":
         """The same folder, with a `fence`."""
@@ -133,9 +136,12 @@ class BucketFolder:
 
         self._repeated("write", name, put)
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
         """See `Folder`. Parts are read at the same time."""
-        size = self._repeated("read", name, lambda: int(_file_system(self.url.scheme).info(self._path(name))["size"]))
+        if size is None:
+            size = self._repeated(
+                "read", name, lambda: int(_file_system(self.url.scheme).info(self._path(name))["size"])
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
         try:
@@ -202,7 +208,7 @@ class BucketFolder:
             try:
                 return call()
             except FileNotFoundError as error:
-                if _names_bucket(error, self.url.bucket):
+                if action == "write" or _names_bucket(error, self.url.bucket):
                     raise StorageFailed(
                         f"{self.url}: there is no bucket {self.url.bucket!r}, or it may not be seen: make it, correct "
                         "its name, or ask for the permission"

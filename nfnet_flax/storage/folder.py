@@ -23,6 +23,9 @@ class Folder(Protocol):
 
     def __str__(self) -> str: ...
 
+    def make(self) -> None:
+        """Makes the folder, in places where that is needed."""
+
     def files(self, under: str = "") -> dict[str, int]:
         """Names of all files below the folder `under` -> size in bytes; empty if there is no such folder."""
 
@@ -38,8 +41,14 @@ class Folder(Protocol):
     def upload(self, source: Path, name: str) -> None:
         """Copies a file of this machine into the folder, like `put`."""
 
-    def download(self, name: str, target: Path) -> None:
-        """Copies a file to this machine; `target` appears when it is complete."""
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
+        """Copies a file to this machine; `target` appears when it is complete.
+
+        Args:
+          name: the file.
+          target: path of the copy.
+          size: its size in bytes, if it is known from `files`: that saves a request.
+        """
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes files; those that do not exist are ignored."""
@@ -62,6 +71,10 @@ class LocalFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def make(self) -> None:
+        """See `Folder`."""
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def files(self, under: str = "") -> dict[str, int]:
         """See `Folder`."""
@@ -99,7 +112,7 @@ class LocalFolder:
         shutil.copyfile(source, partial)
         partial.replace(self.path / name)
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
         """See `Folder`."""
         LocalFolder(target.parent).upload(self.path / name, target.name)
 

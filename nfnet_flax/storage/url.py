@@ -56,10 +56,10 @@ def bucket_url(field: str, value: str | os.PathLike[str]) -> BucketUrl | None:
     Raises:
       ConfigError: it is a URL that is not supported, or that names no valid bucket.
     """
-    text = os.fspath(value)
-    found = _URL.match(text)
+    found = _URL.match(os.fspath(value)) if isinstance(value, str | os.PathLike) else None
     if found is None:
         return None
+    text = os.fspath(value)
     scheme = found["scheme"].lower()
     if scheme not in SCHEMES:
         supported = ", ".join(f"{name}://BUCKET/FOLDER" for name in SCHEMES)

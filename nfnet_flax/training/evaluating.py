@@ -25,8 +25,7 @@ from nfnet_flax.models import ExecutionConfig
 from nfnet_flax.models.params import split
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
-from nfnet_flax.paths import hub_name, local_path
-from nfnet_flax.training import layout
+from nfnet_flax.paths import hub_name
 from nfnet_flax.training.evaluation import Weights, make_eval_step, make_row_step, run_evaluation
 from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.measuring import Measurement, measure, row_values
@@ -34,6 +33,7 @@ from nfnet_flax.training.reading import (
     Run,
     Which,
     checked_which,
+    is_run,
     preprocessing_of,
     read_checkpoint,
     shapes_of_run,
@@ -268,7 +268,7 @@ def evaluate_weights(
 
 def opened_weights(weights: str | os.PathLike[str]) -> tuple[WeightsInfo, HostArrays]:
     """The result of `open_weights`; raises `ConfigError` also for the folder of a run, which knows its own images."""
-    if hub_name(weights) is None and (local_path("weights", weights) / layout.RECIPE).is_file():
+    if hub_name(weights) is None and is_run("weights", weights):
         raise ConfigError(
             f"weights = {os.fspath(weights)!r}: is the folder of a run: give --workdir (in Python, evaluate), or make "
             "a weight file of it by `nfnet convert run`"

@@ -9,14 +9,15 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, check_types, require
+from nfnet_flax.config import ConfigError, FileIfAny, Shown, check_types, require
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.paths import check_not_input, local_path
 from nfnet_flax.training.measuring import Measurement
+from nfnet_flax.units import as_float32
 
 MAX_PICTURE_CLASSES = 100
 """Largest number of classes in a picture of a confusion matrix; the names of more cannot be read."""
@@ -30,16 +31,16 @@ _OTHERS = "(other classes)"
 class EvaluationFiles:
     """Where to write what; None: nowhere."""
 
-    json: str | None = None
+    json: Annotated[str | None, Shown("FILE|-")] = None
     """Metrics: a list with an object for each row of the table. `-`: they are printed in place of the table."""
-    per_class_csv: str | None = None
+    per_class_csv: FileIfAny = None
     """A row for each class of the images: class, num_examples, top1, top5."""
-    confusion_csv: str | None = None
+    confusion_csv: FileIfAny = None
     """Number of images for each class (rows) and prediction (columns), for all outputs of the network that count."""
-    confusion_png: str | None = None
+    confusion_png: FileIfAny = None
     """Picture of the confusion matrix of the classes of the images, at most 100: shares of each row. Predictions of
     other classes are one more column."""
-    predictions_csv: str | None = None
+    predictions_csv: FileIfAny = None
     """A row for each image: file, label, is_right, top1 to top5 and their probabilities. Several right labels are
     separated by `;`."""
     overwrite: bool = False
@@ -147,7 +148,7 @@ def _per_class_rows(measurement: Measurement) -> Iterable[Sequence[object]]:
     names = measurement.labelled.names
     yield ("class", "num_examples", "top1", "top5")
     for row in measurement.predictions.per_class(len(names)):
-        shares = (f"{count / row.num_examples:.6f}" for count in (row.num_top1, row.num_top5))
+        shares = (as_float32(count / row.num_examples) for count in (row.num_top1, row.num_top5))
         yield (names[row.label], row.num_examples, *shares)
 
 
@@ -169,7 +170,7 @@ def _prediction_rows(measurement: Measurement) -> Iterable[Sequence[object]]:
             labelled.source.describe(int(found.index[row])),
             ";".join(labelled.names[label] for label in found.right[row]),
             int(hits[0]),
-            *(cell for label, probability in best for cell in (labelled.names[label], f"{probability:.6f}")),
+            *(cell for label, probability in best for cell in (labelled.names[label], as_float32(probability))),
         )
 
 

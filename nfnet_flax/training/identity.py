@@ -31,10 +31,11 @@ from nfnet_flax.recipe import (
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.kept_code import OwnCode, changed_files, check_code, code_of, keep
 from nfnet_flax.training.record import has_trained, stored_class_names, stored_initial, stored_input
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.units import shown
 
 
-def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_s: float) -> None:
+def check_same_run(processes: Processes, recipe: Recipe, workdir: str, timeout_s: float) -> None:
     """Checks, before anything is computed, that all processes have the same settings.
 
     Raises:
@@ -56,7 +57,7 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: Path, timeout_
     facts = {
         **runtime.environment(),
         "devices of each process": str(jax.local_device_count()),
-        "workdir": str(workdir),
+        "workdir": workdir,
         **fields(settings, "recipe"),
         **{f"code {path}": digest for path, digest in code_of(recipe).digests().items()},
     }
@@ -80,7 +81,7 @@ class Identity:
     """The record of the weights that it starts from (`initial.InitialWeights`); None: random ones, or a checkpoint."""
 
 
-def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: float) -> list[str]:
+def claim(processes: Processes, folder: RunFolder, identity: Identity, timeout_s: float) -> list[str]:
     """Records the identity of a new run (in process 0), or checks that the folder belongs to the same run.
 
     Returns:
@@ -91,10 +92,13 @@ def claim(processes: Processes, workdir: Path, identity: Identity, timeout_s: fl
         initial weights, or is not the same folder in all processes.
     """
     lines = []
+    workdir = folder.path
     if processes.is_first:
         lines = _claim(workdir, identity)
+        folder.push()
     processes.barrier("claimed", timeout_s)
     if not processes.is_first:
+        folder.pull()
         remedy = f"is not the folder of process 0, as process {processes.index} finds no recipe.json in it: "
         remedy += "give one on a file system that all hosts share"
         require((workdir / layout.RECIPE).exists(), "workdir", str(workdir), remedy)

@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from nfnet_flax.config import ConfigError
+from nfnet_flax.paths import is_missing
 from nfnet_flax.training.fingerprints import Fingerprints, host_fingerprint
 from nfnet_flax.training.storage import StorageFailed, brief, storage_errors
 
@@ -55,6 +57,9 @@ NOTES = "notes"
 """Part of a checkpoint: folder of the notes, which are one file."""
 NOTES_FILE = "notes.json"
 
+COMMIT = "commit.json"
+"""In a bucket, the last object of a checkpoint (`mirror.py`)."""
+
 Notes = dict[str, Any]
 """Facts about a checkpoint besides its state, as JSON."""
 
@@ -67,6 +72,33 @@ error without a code means an invalid argument; here, this is content that canno
 
 class Damaged(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
     """A checkpoint differs from what was saved: a part is missing or too short, or a checksum differs."""
+
+
+def check_run(field: str, value: str | os.PathLike[str], workdir: Path) -> None:
+    """Checks that a folder which is to be read holds a run.
+
+    Args:
+      field: name of the value in the message, such as `workdir`.
+      value: the folder as the user gave it.
+      workdir: its path.
+
+    Raises:
+      ConfigError: it does not exist, is a file, or holds no recipe.
+    """
+    if not is_missing(workdir / RECIPE):
+        return
+    named, remedy = f"{field} = {os.fspath(value)!r}", "give the folder of a run, which nfnet train --workdir DIR made"
+    if is_missing(workdir):
+        raise ConfigError(f"{named}: there is no such folder: {remedy}")
+    if not workdir.is_dir():
+        raise ConfigError(f"{named}: is a file: {remedy}")
+    found = [name for name in (*CHECKPOINT_KINDS, METRICS) if not is_missing(workdir / name)]
+    if found:
+        raise ConfigError(
+            f"{named}: the folder holds {found[0]}, but no {RECIPE}: put it back, or start nfnet train with the run's "
+            "own recipe again, which writes it"
+        )
+    raise ConfigError(f"{named}: the folder holds no run (no {RECIPE}): {remedy}")
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -18,6 +18,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import secrets
 import socket
 import threading
 import time
@@ -28,7 +30,7 @@ from typing import Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
-from nfnet_flax.training.layout import OWNER
+from nfnet_flax.storage import Folder
 from nfnet_flax.training.storage import StorageFailed, storage_errors
 
 BEAT_INTERVAL_S = 5.0
@@ -56,7 +58,7 @@ class Owner:
     process_start: str
     """Start time of the process, as the kernel reports it, because a later process may get the same `pid`."""
     folder_id: str
-    """Device and inode of the folder `owner`, which are different for a copy of the folder."""
+    """`Folder.identity` of the folder `owner`, which is different for a copy of the folder."""
     since: str
     """When the process became the owner, in UTC."""
 
@@ -73,7 +75,7 @@ class Owner:
 class Lease:
     """The ownership of a run's folder by this process; made by `owning`."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Folder, number: int) -> None:
         self._folder = folder
         self._number = number
         self._num_beats = 0
@@ -88,10 +90,10 @@ class Lease:
         with storage_errors(self._folder, OSError):
             numbers = _numbers(self._folder)
             newest = max(numbers, default=0)
-            owner, _ = _read(self._folder, newest)
+            owner = _read(self._folder, newest)[0] if newest > self._number else None
         if newest > self._number:
             raise LeaseLost(
-                f"{self._folder.parent} belongs to {_describe(owner)} now: this process gave no sign of life for "
+                f"{_run_of(self._folder)} belongs to {_describe(owner)} now: this process gave no sign of life for "
                 f"more than {ELSEWHERE_TIMEOUT_S:g} s (was it suspended?), so another one took over. This process "
                 "ends, and the other one continues"
             )
@@ -102,27 +104,29 @@ class Lease:
         """Gives a sign of life, or records that the folder is free."""
         self._num_beats += 1
         beat = {"number": self._num_beats, "at": _now(), "is_released": is_released}
-        _beat_path(self._folder, self._number).write_text(json.dumps(beat))
+        self._folder.put(_beat_name(self._number), json.dumps(beat).encode())
 
 
 @contextlib.contextmanager
-def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Lease]:
+def owning(folder: Folder, on_lost: Callable[[LeaseLost], None]) -> Iterator[Lease]:
     """Makes this process the owner of a run's folder until the end of the context.
 
     Args:
-      workdir: folder of the run; made where it does not exist.
+      folder: the folder `owner` of the run; made where it does not exist.
       on_lost: called in a thread if the folder has another owner. It must end the process.
 
     Raises:
       ConfigError: another process owns the folder and is alive; the message says which. Or it cannot be written.
+      StorageFailed: the folder is in a bucket that fails.
     """
-    folder = workdir / OWNER
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.make()
         lease = Lease(folder, _take(folder))
         lease.beat()
     except OSError as error:
-        raise ConfigError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}): give another one") from error
+        raise ConfigError(
+            f"workdir {_run_of(folder)!r} cannot be written ({error.strerror}): give another one"
+        ) from error
     is_over = threading.Event()
 
     def give_signs_of_life() -> None:
@@ -148,12 +152,11 @@ def owning(workdir: Path, on_lost: Callable[[LeaseLost], None]) -> Iterator[Leas
             lease.beat(is_released=True)
 
 
-def owner_of(workdir: Path) -> tuple[Owner, str] | None:
+def owner_of(folder: Folder) -> tuple[Owner, str] | None:
     """The owner of a run's folder and the time of its last sign of life (UTC); None: there is no owner. Only reads.
 
     An owner on another host may have ended: finding that out takes `ELSEWHERE_TIMEOUT_S`, for which this does not wait.
     """
-    folder = workdir / OWNER
     number = max(_numbers(folder), default=0)
     if number == 0:
         return None
@@ -162,23 +165,23 @@ def owner_of(workdir: Path) -> tuple[Owner, str] | None:
     return None if is_free or owner is None else (owner, beat.get("at", owner.since))
 
 
-def _take(folder: Path) -> int:
+def _take(folder: Folder) -> int:
     """Becomes the owner; returns the number."""
     while True:
         newest = max(_numbers(folder), default=0)
         if newest != 0:
             _wait_until_free(folder, newest)
         number = newest + 1
-        me = dataclasses.asdict(_this_process(_folder_id(folder)))
-        if _create_only(_owner_path(folder, number), json.dumps(me)):
-            for old in _numbers(folder):
-                if old < number:  # only the files of the newest owner are needed
-                    _owner_path(folder, old).unlink(missing_ok=True)
-                    _beat_path(folder, old).unlink(missing_ok=True)
+        # A random text, as two starts at the same time must not write the same (`Folder.create`).
+        me = dataclasses.asdict(_this_process(folder.identity)) | {"start": secrets.token_hex(8)}
+        if folder.create(_owner_name(number), json.dumps(me).encode()):
+            old = [other for other in _numbers(folder) if other < number]  # only the newest owner is needed
+            with contextlib.suppress(StorageFailed):  # they do no harm
+                folder.delete([name for other in old for name in (_owner_name(other), _beat_name(other))])
             return number
 
 
-def _wait_until_free(folder: Path, number: int) -> None:
+def _wait_until_free(folder: Folder, number: int) -> None:
     """Waits until it is known that the owner `number` has ended; on the same host this is known at once.
 
     Raises:
@@ -189,8 +192,9 @@ def _wait_until_free(folder: Path, number: int) -> None:
         return
     if owner is not None and owner.is_of_this_host():
         raise _in_use(folder, owner, beat)
+    alive_at = beat.get("at", "(none yet)")
     warn(
-        f"{folder.parent} belongs to {_describe(owner)}, whose last sign of life is of {beat.get('at', '(none yet)')}: "
+        f"{_run_of(folder)} belongs to {_describe(owner)}, whose last sign of life is of {alive_at}: "
         f"waiting for up to {ELSEWHERE_TIMEOUT_S:g} s for another one"
     )
     deadline = time.monotonic() + ELSEWHERE_TIMEOUT_S
@@ -203,17 +207,17 @@ def _wait_until_free(folder: Path, number: int) -> None:
             raise _in_use(folder, *found)
 
 
-def _in_use(folder: Path, owner: Owner | None, beat: dict[str, Any]) -> ConfigError:
+def _in_use(folder: Folder, owner: Owner | None, beat: dict[str, Any]) -> ConfigError:
     here = owner is not None and owner.is_of_this_host()
     stop = f" (kill {owner.pid} lets it save and stop)" if owner is not None and here else ""
     if owner is not None and here and owner.pid == os.getpid():
         return ConfigError(
-            f"workdir {str(folder.parent)!r} is in use by this very process {owner.pid} on host {owner.host!r} (since "
+            f"workdir {_run_of(folder)!r} is in use by this very process {owner.pid} on host {owner.host!r} (since "
             f"{owner.since}): another call of train, in another thread, is running in it. Wait for its end, or give "
             "another workdir"
         )
     return ConfigError(
-        f"workdir {str(folder.parent)!r} is in use: {_describe(owner)} trains in it and gave its last sign of life at "
+        f"workdir {_run_of(folder)!r} is in use: {_describe(owner)} trains in it and gave its last sign of life at "
         f"{beat.get('at', '(none yet)')}. Wait for its end, stop it{stop}, or give another workdir"
     )
 
@@ -224,11 +228,11 @@ def _describe(owner: Owner | None) -> str:
     return f"process {owner.pid} on host {owner.host!r} (since {owner.since})"
 
 
-def _is_gone(owner: Owner, folder: Path) -> bool:
+def _is_gone(owner: Owner, folder: Folder) -> bool:
     """Whether it is known that an owner no longer runs; this is only known for an owner on this host."""
     if not owner.is_of_this_host():
         return False
-    return owner.folder_id != _folder_id(folder) or not owner.is_running()
+    return owner.folder_id != folder.identity or not owner.is_running()
 
 
 def _this_process(folder_id: str) -> Owner:
@@ -265,50 +269,36 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def _folder_id(folder: Path) -> str:
-    status = folder.stat()
-    return f"{status.st_dev}:{status.st_ino}"
-
-
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _owner_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.json"
+def _run_of(folder: Folder) -> str:
+    """The folder of the run, as text."""
+    return str(folder).rpartition("/")[0]
 
 
-def _beat_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.beat.json"
+def _owner_name(number: int) -> str:
+    return f"{number:08d}.json"
 
 
-def _numbers(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return [int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
+def _beat_name(number: int) -> str:
+    return f"{number:08d}.beat.json"
 
 
-def _read(folder: Path, number: int) -> tuple[Owner | None, dict[str, Any]]:
+def _numbers(folder: Folder) -> list[int]:
+    return [int(name.removesuffix(".json")) for name in folder.files() if re.fullmatch(r"[0-9]+\.json", name)]
+
+
+def _read(folder: Folder, number: int) -> tuple[Owner | None, dict[str, Any]]:
     """The owner (None while its file is still being written) and its sign of life (empty before the first one)."""
     try:
-        owner = Owner(**json.loads(_owner_path(folder, number).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        about = json.loads(folder.read(_owner_name(number)).decode())
+        owner = Owner(**{name: value for name, value in about.items() if name != "start"})
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         owner = None
     try:
-        beat = json.loads(_beat_path(folder, number).read_text())
+        beat = json.loads(folder.read(_beat_name(number)).decode())
     except (FileNotFoundError, ValueError):
         beat = {}
     return owner, beat if isinstance(beat, dict) else {}
-
-
-def _create_only(path: Path, text: str) -> bool:
-    """Writes a new file; returns False if it already exists."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return False
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return True

@@ -20,7 +20,6 @@ from nfnet_flax.optim import groups_table
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
-from nfnet_flax.paths import run_folder
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.training import checkpoint
@@ -35,6 +34,8 @@ from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
+from nfnet_flax.training.run_folder import RunFolder, place_of
+from nfnet_flax.training.run_folder import opened as open_folder
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, saving
 from nfnet_flax.training.setup import Setup, assemble
 from nfnet_flax.training.state import TrainState
@@ -87,7 +88,7 @@ def train(
 
     Args:
       recipe: the run.
-      workdir: folder of the run, which all processes can access.
+      workdir: folder of the run, which all processes can access: a path, or a URL such as `gs://BUCKET/FOLDER`.
       watchdog: is notified of what the loop is doing; None: there is no watchdog.
       on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, when they are
         written; an error that it raises ends the run.
@@ -111,45 +112,50 @@ def train(
     require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
     times_s = [started_at_s or time.perf_counter(), time.perf_counter()]
     prepare(reproducible=recipe.execution.reproducible)
-    workdir = run_folder("workdir", workdir)
+    place = place_of("workdir", workdir)
     recipe = with_absolute_paths(recipe)
-    recipe.data.source.check_outside("workdir", workdir)
+    if isinstance(place, Path):
+        recipe.data.source.check_outside("workdir", place)
     watchdog = watchdog or Watchdog(WatchdogConfig())
     processes = current()
-    check_same_run(processes, recipe, workdir, start_timeout_s)
+    check_same_run(processes, recipe, str(place), start_timeout_s)
     check_platform(recipe.platform)  # only for training: a run may be evaluated on any device
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
-        setup = assemble(recipe, fixed_class_names(workdir))
+        folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
+        setup = assemble(recipe, fixed_class_names(folder.path))
         class_names = setup.train_source.class_names
-        is_new = checkpoint.latest_step(workdir) is None
+        is_new = checkpoint.latest_step(folder.path) is None
         initial = initial_weights(recipe, class_names) if is_new else None
         if processes.is_first:
             say_unused(setup.train_source, setup.eval_source)
             for text in (spare_outputs(recipe.num_classes, class_names), initial.said if initial else None):
                 warn(text)
         check_same_start(processes, recipe, initial, timeout_s=start_timeout_s)
-        lease = opened.enter_context(owning(workdir, _end_at_once)) if processes.is_first else None
+        lease = None
+        if processes.is_first:
+            lease = opened.enter_context(owning(folder.owner_folder, _end_at_once))
+            folder.own(lease.check)
         identity = setup.identity(initial.record if initial else None)
-        for line in claim(processes, workdir, identity, start_timeout_s):
+        for line in claim(processes, folder, identity, start_timeout_s):
             warn(line)
         times_s.append(time.perf_counter())
-        restored = restore_newest(workdir, setup.abstract_state(), is_owner=True)
-        saver = opened.enter_context(saving(workdir, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
+        restored = restore_newest(folder, setup.abstract_state(), is_owner=True)
+        saver = opened.enter_context(saving(folder, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
         arrays = initial.arrays if initial else {}
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
         report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics)
         if report.is_shown:
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
             _print_start([*times_s, time.perf_counter()])
-        return _run(setup, workdir, start, saver, stop, watchdog, report)
+        return _run(setup, folder, start, saver, stop, watchdog, report)
 
 
 def _run(
     setup: Setup,
-    workdir: Path,
+    folder: RunFolder,
     start: tuple[TrainState, Notes],
     saver: Saver,
     stop: StopPoint,
@@ -161,13 +167,13 @@ def _run(
     start_step = step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
     if step > 0 and report.is_shown:
-        print(f"continuing from step {step} in {workdir}", flush=True)
+        print(f"continuing from step {step} in {folder}", flush=True)
     if step == num_steps and evaluated:
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
     saver.resume_at(step)
     with contextlib.ExitStack() as opened:
-        log = _open_log(workdir, recipe, step, evaluated, report.on_metrics)
+        log = _open_log(folder.path, recipe, step, evaluated, report.on_metrics)
         opened.callback(log.close)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
@@ -187,7 +193,7 @@ def _run(
                 if found is not None:
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
-                    _report_evaluation(progress, step, found)
+                    _report_evaluation(progress, step, found, recipe.checkpoint.best_metric)
                     saver.save_if_best(state, step, found, log)
                 progress.restart_clock(step)
             # 2. Save.
@@ -278,10 +284,11 @@ def _evaluate(
         )
 
 
-def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float]) -> None:
+def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float], best_metric: str) -> None:
     found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
+    best = best_metric.partition("/")[2]
     shown = []
-    for name in ["top1"] if "top1" in found else found:
+    for name in dict.fromkeys(["top1", best]) if "top1" in found else found:
         (heading, raw), (_, ema) = (metric_text(name, metrics[f"{prefix}/{name}"]) for prefix in ("eval", "eval_ema"))
         shown.append(f"{heading} {raw} raw, {ema} EMA")
     progress.say(f"step {step}: {'; '.join(shown)} on {metrics['eval/num_examples']:.0f} held-out examples")

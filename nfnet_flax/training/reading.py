@@ -16,14 +16,16 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier, build_model
 from nfnet_flax.models.params import split
-from nfnet_flax.paths import hub_name, local_path, run_folder
+from nfnet_flax.paths import hub_name, is_missing
 from nfnet_flax.recipe import Recipe, read_recipe
+from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.training import layout
 from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.layout import BEST, CHECKPOINTS, steps_in
 from nfnet_flax.training.metrics import Row, read_rows
 from nfnet_flax.training.record import stored_class_names
 from nfnet_flax.training.restoring import read_arrays
+from nfnet_flax.training.run_folder import place_of, reading
 from nfnet_flax.weights import network_of, open_weights
 from nfnet_flax.weights.convert import target_in
 from nfnet_flax.weights.entries import HostArrays
@@ -31,13 +33,19 @@ from nfnet_flax.weights.portable import Preprocessing, WeightsInfo, write_weight
 from nfnet_flax.weights.timm_folder import is_folder
 
 Which = Literal["newest", "best"] | int
-"""Which checkpoint of a run: the newest undamaged one, the best undamaged one, or the number of a step."""
+"""Which checkpoint of a run: the newest one, the best one, each with undamaged parameters, or the number of a step."""
 Parameters = Literal["ema", "raw"]
 _FIELDS: dict[Parameters, tuple[str, str]] = {
     "raw": ("params", "batch_stats"),
     "ema": ("ema_params", "ema_batch_stats"),
 }
 """Kind of parameters -> fields of `TrainState` with the parameters and with the running statistics."""
+
+
+_WEIGHTS_REMEDY = (
+    "give a weight file, the folder of a run, a folder with timm's config.json and model.safetensors, or a name in a "
+    "model hub, such as timm/eca_nfnet_l0.ra2_in1k"
+)
 
 
 class NoCheckpoint(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
@@ -47,18 +55,22 @@ class NoCheckpoint(ConfigError):  # noqa: N818 - it names what happened, as Keyb
 class Run:
     """The results of a run so far. Only its folder is needed: neither images nor particular devices."""
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], *, field: str = "workdir") -> None:
         """Reads the recipe.
 
         Args:
-          workdir: folder of the run, which may still be training.
+          workdir: folder of the run, which may still be training: a path, or a URL such as `gs://BUCKET/FOLDER`, of
+            which a copy is made on this machine. `workdir` of the result is the path of the files.
+          field: name of the folder in messages.
 
         Raises:
           CodeNotLoaded: the recipe names classes of a user's own code that is not loaded: import the code first, or
             pass its file to `nfnet_flax.load_code`.
           ConfigError: it is not the folder of a run.
         """
-        self.workdir = run_folder("workdir", workdir)
+        self._folder = reading(field, workdir)
+        self.workdir = self._folder.path
+        layout.check_run(field, workdir, self.workdir)
         try:
             self.recipe: Recipe = read_recipe(self.workdir / layout.RECIPE)
         except CodeNotLoaded as error:
@@ -79,6 +91,10 @@ class Run:
                 "copy it from where the run was trained"
             )
         return names
+
+    def refresh(self) -> None:
+        """Looks again which records and checkpoints there are; only needed for a run in a bucket."""
+        self._folder.pull()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first. Only names are read, so damaged checkpoints are included."""
@@ -135,6 +151,7 @@ def weights_at(run: Run, parameters: Parameters, checkpoint: Which) -> tuple[int
     """The result of `stored_weights`, and the step of the checkpoint; errors as for `Run.weights`."""
     require_one_of("parameters", parameters, _FIELDS)
     checkpoint = checked_which(checkpoint)
+    run.refresh()
     recipe = run.recipe
     warn(change_of_code(run.workdir, recipe))
     shapes = shapes_of_run(recipe)
@@ -173,9 +190,27 @@ def weights_of(
       StorageFailed: the folder of the run cannot be read.
       HubUnreachable: the model hub cannot be reached.
     """
-    if hub_name(reference) is None and (path := local_path(field, reference)).is_dir() and not is_folder(path):
-        return stored_weights(Run(run_folder(field, reference)), parameters, checkpoint)
+    if hub_name(reference) is None and is_run(field, reference):
+        return stored_weights(Run(reference, field=field), parameters, checkpoint)
     return open_weights(reference, field=field)
+
+
+def is_run(field: str, reference: str | os.PathLike[str]) -> bool:
+    """Whether a path or URL is the folder of a run, and not of weights.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    place, named = place_of(field, reference), f"{field} = {os.fspath(reference)!r}"
+    if isinstance(place, BucketUrl):
+        return layout.RECIPE in BucketFolder(place).files()
+    if is_missing(place):
+        raise ConfigError(f"{named}: there is no such file or folder: {_WEIGHTS_REMEDY}")
+    if not place.is_dir() or is_folder(place):
+        return False
+    if all(is_missing(place / name) for name in (layout.RECIPE, *layout.CHECKPOINT_KINDS)):
+        raise ConfigError(f"{named}: the folder holds neither a run nor weights: {_WEIGHTS_REMEDY}")
+    return True
 
 
 def preprocessing_of(data: DataConfig) -> Preprocessing:

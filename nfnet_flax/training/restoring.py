@@ -34,6 +34,8 @@ from nfnet_flax.training.layout import (
     reading,
     steps_in,
 )
+from nfnet_flax.training.mirror import fetch_state
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.state import TrainState
 
 _NUM_READERS = 8
@@ -44,11 +46,11 @@ _NO_STEP = -1
 _barrier_names = (f"checkpoint read {number}" for number in itertools.count())
 
 
-def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
+def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
     """The newest state that is undamaged, bit for bit; for each newer one a warning gives the reason.
 
     Args:
-      workdir: folder of the run.
+      run: folder of the run.
       abstract_state: shapes, types and shardings of the state on the present mesh.
       is_owner: whether this run owns the folder and will save there: then damaged checkpoints are moved away, and
         incomplete ones are deleted. Otherwise nothing in the folder is changed.
@@ -61,7 +63,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
         this recipe needs.
       StorageFailed: a checkpoint cannot be read for another reason than damage. Nothing was moved.
     """
-    folder = workdir / CHECKPOINTS
+    folder = run.path / CHECKPOINTS
     damaged: list[int] = []
     steps = iter(steps_in(folder) if jax.process_index() == 0 else ())
     while (step := _of_first_process(next(steps, _NO_STEP))) != _NO_STEP:
@@ -77,7 +79,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, *, is_owner: bool)
             )
         found = None
     if is_owner and jax.process_index() == 0:
-        _clear(workdir, damaged)
+        _clear(run, damaged)
     return found
 
 
@@ -121,6 +123,7 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
       Damaged: the notes or an array differ from what was saved.
       StorageFailed: they cannot be read; they need not be damaged.
     """
+    fetch_state(checkpoint)
     notes, saved = read_sealed(checkpoint)
     wanted = named_leaves(abstract_state)
     _check_matches(checkpoint, saved, wanted)
@@ -155,6 +158,7 @@ def read_arrays(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> dict[str
       Damaged: the notes or an array differ from what was saved.
       StorageFailed: they cannot be read.
     """
+    fetch_state(checkpoint)
     _, saved = read_sealed(checkpoint)
     leaves = named_leaves(wanted)
     _check_matches(checkpoint, {name: text for name, text in saved.items() if name.split(".")[0] in wanted}, leaves)
@@ -174,26 +178,29 @@ def _check_matches(checkpoint: Path, saved: Fingerprints, wanted: dict[str, Any]
         raise ConfigError(f"{checkpoint} does not fit this recipe ({len(names)} entries): " + "; ".join(lines))
 
 
-def _clear(workdir: Path, damaged: list[int]) -> None:
+def _clear(run: RunFolder, damaged: list[int]) -> None:
     """Deletes incomplete checkpoints and moves damaged ones away: they would hinder later saves, or would be
     counted."""
     for kind in (CHECKPOINTS, BEST):
-        for path in sorted((workdir / kind).glob("*.orbax-checkpoint-tmp*")):
+        for path in sorted((run.path / kind).glob("*.orbax-checkpoint-tmp*")):
             warn(f"{path} was never completed: deleted")
             shutil.rmtree(path)
     for step in damaged:
-        _set_aside(workdir / CHECKPOINTS / str(step))
+        _set_aside(run, run.path / CHECKPOINTS / str(step))
     # Of the best checkpoint only the notes are read, because a run uses only these when it continues.
-    for step in steps_in(workdir / BEST):
-        path = workdir / BEST / str(step)
+    for step in steps_in(run.path / BEST):
+        path = run.path / BEST / str(step)
         try:
             read_sealed(path)
         except Damaged as damage:
             warn(f"checkpoint {path} is damaged, so the best is chosen anew: {damage}")
-            _set_aside(path)
+            _set_aside(run, path)
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(run: RunFolder, path: Path) -> None:
+    if run.mirror is not None:
+        run.mirror.set_aside(path, "it differs from what was saved")
+        return
     target = free_place(path.parent.parent, f"{path.parent.name}-{path.name}")
     path.rename(target)
     warn(f"moved to {target}; delete it when you do not need it any more")

@@ -3,8 +3,8 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from nfnet_flax.recipe import CheckpointConfig
@@ -12,6 +12,8 @@ from nfnet_flax.training import checkpoint
 from nfnet_flax.training.layout import Notes
 from nfnet_flax.training.lease import Lease
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
+from nfnet_flax.training.publishing import Publisher
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.training.state import TrainState
 
 
@@ -41,8 +43,13 @@ class Saver:
         best: ocp.CheckpointManager,
         lease: Lease | None,
         log_every_steps: int,
+        *,
+        publisher: Publisher | None = None,
+        is_alone: bool = False,
     ) -> None:
         self._config = config
+        self._publisher = publisher
+        self._is_alone = is_alone
         self._newest = newest
         self._best = best
         self._lease = lease
@@ -72,6 +79,8 @@ class Saver:
         if step > 0 and step % self._log_every_steps == 0:
             checkpoint.check_written(self._newest)
             checkpoint.check_written(self._best)
+            if self._publisher is not None:
+                self._publisher.check()
             is_due |= self._clock.is_due()
         return step > 0 and is_due and step != self._saved_step
 
@@ -83,9 +92,7 @@ class Saver:
           LeaseLost: the folder belongs to another process now.
           StorageFailed: as for `checkpoint.save`.
         """
-        self._check_lease()
-        log.flush()
-        checkpoint.save(self._newest, state, step, notes)
+        self._write("checkpoints", self._newest, state, step, notes, log)
         self._clock.restart()
         self._saved_step = step
 
@@ -112,22 +119,39 @@ class Saver:
             sign = 1 if self._config.best_is == "highest" else -1
             if not is_replaced and math.isfinite(than) and sign * metrics[name] <= sign * than:
                 return
-        self._check_lease()
-        log.flush()
-        checkpoint.save(self._best, state, step, make_notes(evaluated=True, metrics=metrics))
+        self._write("best", self._best, state, step, make_notes(evaluated=True, metrics=metrics), log)
         self._lost_best = None
 
-    def _check_lease(self) -> None:
-        if self._lease is not None:
+    def _write(
+        self,
+        kind: checkpoint.Kind,
+        manager: ocp.CheckpointManager,
+        state: TrainState,
+        step: int,
+        notes: Notes,
+        log: MetricsLog | NoMetrics,
+    ) -> None:
+        if self._lease is not None and self._publisher is None:  # which makes sure of it by itself
             self._lease.check()
+        log.flush()
+        if self._publisher is not None:
+            # What failed to be written is never sent; and Orbax may delete what is still being sent.
+            checkpoint.wait_written(self._newest)
+            checkpoint.wait_written(self._best)
+            self._publisher.wait()
+        checkpoint.save(manager, state, step, notes, is_alone=self._is_alone)
+        if self._publisher is not None:
+            self._publisher.publish(kind, step)
 
 
 @contextlib.contextmanager
-def saving(workdir: Path, config: CheckpointConfig, lease: Lease | None, *, log_every_steps: int) -> Iterator[Saver]:
+def saving(
+    folder: RunFolder, config: CheckpointConfig, lease: Lease | None, *, log_every_steps: int
+) -> Iterator[Saver]:
     """Opens the checkpoints of a run; leaving the context waits for checkpoints that are still being written.
 
     Args:
-      workdir: folder of the run.
+      folder: folder of the run.
       config: when to save and how many checkpoints to keep.
       lease: ownership of the folder; None in processes other than the first.
       log_every_steps: interval, in steps, at which background writes are checked.
@@ -135,8 +159,25 @@ def saving(workdir: Path, config: CheckpointConfig, lease: Lease | None, *, log_
     Raises:
       StorageFailed: the folders cannot be made, or the last checkpoint could not be written.
     """
+    is_alone = folder.mirror is not None and jax.process_count() > 1
     with (
-        checkpoint.open_manager(workdir, "checkpoints", keep=config.keep_last) as newest,
-        checkpoint.open_manager(workdir, "best", keep=1) as best,
+        _publishing(folder, lease) as publisher,
+        checkpoint.open_manager(folder.path, "checkpoints", keep=config.keep_last, is_alone=is_alone) as newest,
+        checkpoint.open_manager(folder.path, "best", keep=1, is_alone=is_alone) as best,
     ):
-        yield Saver(config, newest, best, lease, log_every_steps)
+        yield Saver(config, newest, best, lease, log_every_steps, publisher=publisher, is_alone=is_alone)
+
+
+@contextlib.contextmanager
+def _publishing(folder: RunFolder, lease: Lease | None) -> Iterator[Publisher | None]:
+    """What sends checkpoints to the bucket of the run; None if the run is on a disk, or this is not its owner."""
+    if folder.mirror is None or lease is None:
+        yield None
+        return
+    publisher = Publisher(folder.mirror)
+    try:
+        yield publisher
+    except BaseException:
+        publisher.close(is_ok=False)
+        raise
+    publisher.close(is_ok=True)

@@ -76,11 +76,11 @@ def _card(run: Run, step: int, info: WeightsInfo, architecture: str) -> str:
         f"Network `{architecture}`, trained with nfnet_flax; {made} after {step} updates of {recipe.data.batch_size} "
         f"images.\n",
         "| | |\n|---|---|",
-        f"| classes | {info.num_classes}: {', '.join(names[:_MAX_CLASSES])}{more} |",
+        f"| classes | {info.num_classes}: {_cell(', '.join(names[:_MAX_CLASSES]))}{more} |",
         f"| images | {type(recipe.data.source).__name__}, {recipe.data.image_size} px in training |",
         f"| objective | {type(recipe.objective).__name__} |",
         f"| optimizer | {type(recipe.optim.method).__name__} |",
-        f"| start | {recipe.init_from or 'random parameters'} |",
+        f"| start | {_cell(recipe.init_from or 'random parameters')} |",
         f"| seed | {recipe.seed} |",
         *(f"| {name} | {text} |" for name, text in _results(run, step, info)),
         *_notes(info),
@@ -92,6 +92,11 @@ def _card(run: Run, step: int, info: WeightsInfo, architecture: str) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a Markdown table: it ends neither the cell nor the line."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _results(run: Run, step: int, info: WeightsInfo) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import nfnet_flax.weights
 from nfnet_flax.models.folding import fold
 from nfnet_flax.models.params import BatchStats, GraphDef, Params, merge, split
 from nfnet_flax.paths import hub_name, local_path
+from nfnet_flax.storage import bucket_url
 from nfnet_flax.weights.heads import for_classes
 from nfnet_flax.weights.portable import WeightsInfo
 from nfnet_flax.weights.reference import open_weights
@@ -73,7 +74,8 @@ def teacher_logits(path: str, images: jax.Array, arrays: dict[str, jax.Array]) -
 
 
 def _read(path: str) -> _Teacher:
-    file = None if hub_name(path) else local_path("objective.teacher", path)
+    is_here = hub_name(path) is None and bucket_url("objective.teacher", path) is None
+    file = local_path("objective.teacher", path) if is_here else None
     stat = file.stat() if file is not None and file.is_file() else None  # `open_weights` reports a missing file
     return _read_once(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
 

@@ -3,14 +3,14 @@
 # small machine that is not switched off.
 #
 #   tpu_vm.sh create    request the TPU and wait until it is ready
-#   tpu_vm.sh setup     copy this checkout to all hosts, install it, mount the shared disk
+#   tpu_vm.sh setup     copy this checkout to all hosts, install it, mount the shared disk if there is one
 #   tpu_vm.sh start     start training on all hosts; it continues without this machine
 #   tpu_vm.sh logs      follow what the first host prints
 #   tpu_vm.sh status    the state of the TPU, and of the run on each host: running, lost, or its exit code
 #   tpu_vm.sh run       create, setup and start, and start again until the run is done (exit code 0), cannot continue (2
 #                       or 3), or has failed MAX_FAILURES times; being stopped or preempted does not count as a failure
 #   tpu_vm.sh stop      send SIGTERM: save and exit with code 75. A `run` that is still active would start it again
-#   tpu_vm.sh delete    release the TPU; the shared disk is kept
+#   tpu_vm.sh delete    release the TPU; the bucket or shared disk is kept
 #
 # Every variable can be set in the environment. Needs gcloud, logged in (`gcloud auth login`).
 set -euo pipefail
@@ -21,8 +21,11 @@ NAME=${NAME:-nfnet}                                       # name of the TPU and 
 ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-256}       # 64 hosts of 4 chips; `nfnet plan` calls it v5e:16x16
 RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}   # image of the hosts; belongs to the accelerator type
 CAPACITY=${CAPACITY---spot}                               # --spot, --reserved, or empty: on demand
-NFS=${NFS:?set NFS to the shared disk, such as 10.0.0.2:/shared}
-SHARED=${SHARED:-/mnt/shared}                             # where the hosts mount it
+BUCKET=${BUCKET-}                                         # place of data and runs, such as gs://mine; or set NFS
+NFS=${NFS-}                                               # shared disk instead of a bucket, such as 10.0.0.2:/shared
+[[ -n $BUCKET || -n $NFS ]] || { echo "set BUCKET, such as gs://mine, or NFS, such as 10.0.0.2:/shared" >&2; exit 2; }
+[[ -z $BUCKET || -z $NFS ]] || { echo "set BUCKET or NFS, not both" >&2; exit 2; }
+SHARED=${SHARED:-${BUCKET:-/mnt/shared}}                  # the bucket, or where the hosts mount the shared disk
 DATA=${DATA:-$SHARED/imagenet}                            # what tools/prepare_imagenet.py wrote
 WORKDIR=${WORKDIR:-$SHARED/runs/f0}
 RECIPE=${RECIPE:-recipes/nfnet_imagenet.py:variant=f0}
@@ -87,7 +90,7 @@ setup() {
     on_host all "set -eu
 mkdir -p ~/nfnet_flax && cd ~/nfnet_flax
 tar -xzf ~/nfnet_flax.tar.gz
-if ! mountpoint -q '$SHARED'; then
+if [ -n '$NFS' ] && ! mountpoint -q '$SHARED'; then
     sudo apt-get -qq update
     sudo apt-get -qq install -y nfs-common
     sudo mkdir -p '$SHARED'
@@ -95,7 +98,7 @@ if ! mountpoint -q '$SHARED'; then
 fi
 python3 -m pip install --quiet --user uv   # the image's own Python may be older than 3.11
 [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv
-~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
+~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'"
 }
 
 start() { # each host stores the process id of the run's shell and, later, the run's exit code in ~/nfnet_flax

@@ -1,0 +1,39 @@
+"""Copies of files in buckets on this machine, for what is read as a whole, such as weights."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.storage.bucket import BucketFolder
+from nfnet_flax.storage.scratch import scratch_folder
+from nfnet_flax.storage.url import BucketUrl
+
+_for_process = contextlib.ExitStack()
+
+
+@functools.lru_cache(maxsize=16)
+def copy_of(field: str, url: BucketUrl, wanted: tuple[str, ...]) -> Path:
+    """The path of a copy of a file in a bucket, or of a folder there; it is kept until the process ends.
+
+    Args:
+      field: name of the value in messages.
+      url: place of the file or folder.
+      wanted: names of the files in a folder that are copied.
+
+    Raises:
+      ConfigError: there is neither a file nor such a folder, or the package for this kind of bucket is not installed.
+      StorageFailed: the bucket cannot be read.
+    """
+    target = _for_process.enter_context(scratch_folder())
+    if url.key:
+        with contextlib.suppress(FileNotFoundError):
+            BucketFolder(url.parent).download(url.name, target / url.name)
+            return target / url.name
+    folder = BucketFolder(url)
+    names = [name for name in wanted if name in folder.files()]
+    if not names:
+        raise ConfigError(f"{field} = {str(url)!r}: there is no such file, and no folder with {' or '.join(wanted)}")
+    for name in names:
+        folder.download(name, target / (url.name or url.bucket) / name)
+    return target / (url.name or url.bucket)
