@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -437,7 +436,8 @@ def test_copies_are_made_in_the_order_of_the_batches(bucket: Bucket, tmp_path: P
 def test_the_tool_writes_into_buckets_and_verifies_there(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))  # of the tool's worker processes
+    for name, value in (("PYTHONPATH", runs.ROOT), ("TMPDIR", tmp_path)):  # of the tool's worker processes
+        monkeypatch.setenv(name, str(value))
     out = f"{bucket.kind}://{stores.BUCKET}/made"
     options = prepare_imagenet.Options(
         out=out, folder=bucket.local.parent / "folder", expect_imagenet=False, verify=True, num_processes=1
@@ -459,7 +459,7 @@ def test_the_tool_writes_into_buckets_and_verifies_there(
         prepare_imagenet.run(dataclasses.replace(options, folder=None))
     assert re.search(rf"{out}/{NAME} record 1 is damaged", str(error.value))
     assert f"{out}/eval-00000-of-00002.array_record is missing" in str(error.value)
-    assert not list(Path(tempfile.gettempdir()).glob("nfnet_flax-*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_doctor_reads_the_bucket_and_looks_for_room(

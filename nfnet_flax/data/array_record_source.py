@@ -26,7 +26,7 @@ from nfnet_flax.data.array_records import (
     split_of,
 )
 from nfnet_flax.data.buckets import Place, in_order
-from nfnet_flax.data.cached_source import CachedSource, check_place
+from nfnet_flax.data.cached_source import CachedSource
 from nfnet_flax.data.random_access import (
     Copies,
     CorruptRecordError,
@@ -37,6 +37,7 @@ from nfnet_flax.data.random_access import (
     check_index,
     digest,
 )
+from nfnet_flax.paths import check_place
 from nfnet_flax.storage import BucketUrl
 
 # Reading the ends of a file means waiting for the disk or the network, so many are read at once.

@@ -2,28 +2,25 @@
 
 import hashlib
 import threading
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.ahead import Ahead
 from nfnet_flax.data.array_records import ENDS_BYTES, Shard, decode_record
 from nfnet_flax.data.bucket_shards import BucketShards
 from nfnet_flax.data.random_access import Copies, CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
 from nfnet_flax.data.record_index import read_index, record_of
 from nfnet_flax.storage import BucketUrl
-from nfnet_flax.storage.background import BackgroundThreads
 from nfnet_flax.storage.cache import ObjectCache, Wanted
 from nfnet_flax.storage.objects import ObjectFolder
 
 _NUM_OPEN_THREADS = 16
-_NUM_READERS = 32
-"""Number of records that are read directly at the same time."""
 
 
 class BucketRecords:
@@ -52,6 +49,7 @@ class BucketRecords:
         self._names = [str(url) for url, _ in found]
         self._about = [shard for _, shard in found]
         self._positions: dict[int, np.ndarray] = {}
+        self._ahead = Ahead()
         self._begin()
         with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
             list(threads.map(self._check, range(len(found))))
@@ -59,12 +57,10 @@ class BucketRecords:
     def _begin(self) -> None:
         self._files: dict[int, Any] = {}
         self._healed = set[int]()
-        self._ahead: defaultdict[tuple[int, int], deque[Future[bytes]]] = defaultdict(deque)
-        self._readers = BackgroundThreads(_NUM_READERS, "records")
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_files", "_healed", "_ahead", "_readers", "_lock")
+        left_out = ("_files", "_healed", "_lock")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,12 +79,7 @@ class BucketRecords:
           ConfigError: the shard has been replaced.
           OSError: the store failed.
         """
-        with self._lock:
-            waiting = self._ahead.get((shard, number))
-            future = waiting.popleft() if waiting else None
-            if waiting is not None and not waiting:
-                del self._ahead[shard, number]
-        if future is not None:
+        if (future := self._ahead.take((shard, number))) is not None:
             return future.result()
         if (path := self.shards.copy(self._names[shard])) is not None:
             file = self._opened(shard, path)
@@ -104,9 +95,7 @@ class BucketRecords:
         """Begins to read records of shards without a copy. Each of them is to be read once then."""
         for shard, number in wanted:
             if self.shards.copy(self._names[shard]) is None:
-                future = self._readers.submit(self._read_directly, shard, number)
-                with self._lock:
-                    self._ahead[shard, number].append(future)
+                self._ahead.begin((shard, number), self._read_directly, shard, number)
 
     def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
         """Begins to copy the shards in the background, in the order of the given numbers of shards; returns a function
@@ -116,11 +105,7 @@ class BucketRecords:
 
         def end() -> None:
             stop()
-            with self._lock:
-                futures = [future for waiting in self._ahead.values() for future in waiting]
-                self._ahead.clear()
-            for future in futures:
-                future.cancel()
+            self._ahead.clear()
 
         return end
 

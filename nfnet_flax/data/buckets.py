@@ -1,12 +1,15 @@
-"""Files of a set of images that lie in a bucket: which there are, and the errors of a store as those of a source."""
+"""Files of a set of images, on a disk or in a bucket: which there are; and the errors of a store as a source's."""
 
 import contextlib
 import fnmatch
+import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.paths import escaped
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.storage.cache import DamagedObject
 from nfnet_flax.storage.objects import ObjectFolder
@@ -32,6 +35,48 @@ def matching(pattern: BucketUrl) -> list[BucketUrl]:
     if pattern.name in names:
         return [pattern]
     return [pattern.parent / name for name in names if fnmatch.fnmatchcase(name, pattern.name)]
+
+
+def names_in(folder: Place) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders directly in a folder, sorted; none if there is no such folder. Hidden ones
+    are left out.
+
+    Raises:
+      OSError: they cannot be listed.
+    """
+    if isinstance(folder, BucketUrl):
+        with failing():
+            objects, folders = ObjectFolder(folder).listing()
+        files = list(objects)
+    else:
+        try:
+            with os.scandir(folder) as entries:
+                found = [(entry.name, entry.is_dir()) for entry in entries]
+        except (FileNotFoundError, NotADirectoryError):
+            return [], []
+        files, folders = ([name for name, is_dir in found if is_dir == wanted] for wanted in (False, True))
+    return (
+        sorted(name for name in files if not name.startswith(".")),
+        sorted(name for name in folders if not name.startswith(".")),
+    )
+
+
+def is_folder(place: Place) -> bool:
+    """Whether there is such a folder; in a bucket, whether there is anything in it."""
+    return place.is_dir() if isinstance(place, Path) else any(names_in(place))
+
+
+def is_file(place: Place) -> bool:
+    """Whether there is such a file."""
+    return place.is_file() if isinstance(place, Path) else place.name in names_in(place.parent)[0]
+
+
+def found_by(pattern: Place) -> list[str]:
+    """The files and folders of a disk, or the files of a bucket, whose paths match a shell-style pattern, sorted. In a
+    bucket the folder is taken literally."""
+    if isinstance(pattern, BucketUrl):
+        return sorted(map(str, matching(pattern)))
+    return sorted(glob.glob(escaped(pattern)))
 
 
 def content_of(file: BucketUrl) -> bytes:

@@ -8,14 +8,7 @@ from nfnet_flax.config import ConfigError, require
 from nfnet_flax.config_json import ADDED_LATER
 from nfnet_flax.data.random_access import SourceConfig
 from nfnet_flax.paths import check_path, local_path, user_cache
-from nfnet_flax.storage import bucket_url
 from nfnet_flax.storage.cache import ObjectCache
-
-
-def check_place(field: str, value: str) -> None:
-    """Raises ConfigError for a value that is neither a path of this machine nor the URL of a place in a bucket."""
-    if bucket_url(field, value) is None:
-        check_path(field, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

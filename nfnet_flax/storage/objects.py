@@ -44,19 +44,32 @@ class ObjectFolder(BucketFolder):
         Raises:
           StorageFailed: they cannot be listed.
         """
+        return self.listing()[0]
+
+    def listing(self) -> tuple[dict[str, StoredObject], list[str]]:
+        """`objects`, and the names of the folders directly in the folder.
+
+        Raises:
+          StorageFailed: they cannot be listed.
+        """
         start = len(self._root) + 1
 
-        def ls() -> dict[str, StoredObject]:
+        def ls() -> tuple[dict[str, StoredObject], list[str]]:
             fs = _file_system(self.url.scheme)
             try:
                 found = fs.ls(self._root, detail=True)
             except FileNotFoundError:
                 self._check_bucket(fs)
-                return {}
-            files = [about for about in found if about["type"] == "file" and about["name"][start:]]
-            return {about["name"][start:]: _described(self.url.scheme, about) for about in files}
+                return {}, []
+            inside = [(about["name"][start:].rstrip("/"), about) for about in found if about["name"][start:]]
+            files = {
+                name: _described(self.url.scheme, about)
+                for name, about in inside
+                if about["type"] == "file" and not about["name"].endswith("/")
+            }
+            return files, [name for name, about in inside if about["type"] == "directory"]
 
-        return {name: found for name, found in self._repeated("list", "", ls).items() if not name.endswith("/")}
+        return self._repeated("list", "", ls)
 
     def object(self, name: str) -> StoredObject:
         """What the store says about a file.
