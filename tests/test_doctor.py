@@ -274,11 +274,11 @@ def test_a_small_limit_of_open_files_and_a_full_disk_are_named(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert few == f"at most 512 open files: ulimit -n 1024 (the hard limit is {limits[1]})"
 
-    assert problems(check_disks(tmp_path)) == []
+    assert problems(check_disks(RunFolder(tmp_path))) == []
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     (tmp_path / "checkpoints" / "20" / "state").touch()
     os.truncate(tmp_path / "checkpoints" / "20" / "state", 2**43)  # sparse: it takes no room, and needs twice as much
-    (full,) = problems(check_disks(tmp_path))
+    (full,) = problems(check_disks(RunFolder(tmp_path)))
     assert full.startswith("workdir: only ")
     assert full.endswith("make room; 16.0 TiB should be")
 

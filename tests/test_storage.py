@@ -119,6 +119,8 @@ def test_urls(text: str, url: BucketUrl | None) -> None:
         ("az://bucket/run", "kind that is not supported"),
         ("http://host/run", "kind that is not supported"),
         ("gs:/bucket/run", "one slash"),
+        ("gs:bucket/run", "without its slashes"),
+        ("s3://bucket/" + "n" * 900, "longer than 850 bytes"),
         ("gs://B_/run", "no name of a bucket"),
         ("gs:///run", "no name of a bucket"),
         ("gs://bucket/../run", "holds . or .."),

@@ -62,7 +62,7 @@ def examine(
     if folder is not None:
         until_s = time.monotonic() + timeout_s / 2  # reading a large checkpoint must not look like a disk that hangs
         yield "workdir", _within(timeout_s, functools.partial(check_workdir, folder, recipe, until_s=until_s))
-    yield "disks", _within(timeout_s, functools.partial(check_disks, workdir))
+    yield "disks", _within(timeout_s, functools.partial(check_disks, folder))
 
 
 def _check_recipe(workdir: Path | None, recipe_path: str | None, recipes: "list[Recipe]") -> list[Finding]:

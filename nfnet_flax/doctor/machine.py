@@ -6,12 +6,14 @@ import os
 import platform
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nfnet_flax
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
 from nfnet_flax.training.layout import CHECKPOINT_KINDS
+from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.units import human_size
 
 if TYPE_CHECKING:
@@ -60,14 +62,16 @@ def check_machine(recipe: "Recipe | None") -> list[Finding]:
     return findings
 
 
-def check_disks(workdir: Path | None) -> list[Finding]:
+def check_disks(folder: RunFolder | None) -> list[Finding]:
     """Free space where the run writes."""
     places = {"compilation cache": _compilation_cache()}
     wanted = {}
-    if workdir is not None:
-        places = {"workdir": workdir, **places}
-        sizes = [tree_bytes(path) for kind in CHECKPOINT_KINDS for path in (workdir / kind).glob("*")]
-        wanted["workdir"] = 2 * max(sizes, default=0)  # a new checkpoint is complete before an old one is deleted
+    if folder is not None:
+        is_here = folder.mirror is None
+        name, place = ("workdir", folder.path) if is_here else ("temporary files", Path(tempfile.gettempdir()))
+        places = {name: place, **places}
+        sizes = [tree_bytes(path) for kind in CHECKPOINT_KINDS for path in (folder.path / kind).glob("*")]
+        wanted[name] = 2 * max(sizes, default=0)  # a new checkpoint is complete before an old one is deleted
     findings = []
     for name, path in places.items():
         if path is None:

@@ -155,9 +155,14 @@ class BucketFolder:
                     ]:
                         done.result()
             partial.replace(target)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # of the disk
+                raise StorageFailed(
+                    f"{target.parent}: cannot hold a copy of {self.url}/{name} ({error.strerror}): make room there; "
+                    "for a folder for temporary files, set TMPDIR to another one"
+                ) from error
             raise
 
     def _download_part(self, name: str, file: int, start: int, end: int) -> None:

@@ -10,6 +10,10 @@ SCHEMES = {"gs": "gcs", "s3": "s3"}
 """Scheme of a URL -> extra of this package that supports it."""
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
 """A URL, also with a single slash, which `pathlib.Path` makes of two."""
+_NO_SLASHES = re.compile(rf"(?P<scheme>{'|'.join(SCHEMES)}):[^/]", re.IGNORECASE)
+"""A URL whose slashes were forgotten: as a path it would be a folder of this machine."""
+_MAX_KEY_BYTES = 850
+"""Longest name of a folder: the stores take 1024 bytes, and the names of the files in it come after it."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -56,10 +60,16 @@ def bucket_url(field: str, value: str | os.PathLike[str]) -> BucketUrl | None:
     Raises:
       ConfigError: it is a URL that is not supported, or that names no valid bucket.
     """
-    found = _URL.match(os.fspath(value)) if isinstance(value, str | os.PathLike) else None
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    if (short := _NO_SLASHES.match(text)) is not None:
+        scheme = short["scheme"].lower()
+        raise ConfigError(
+            f"{field} = {text!r}: looks like a URL without its slashes: write {scheme}://BUCKET/FOLDER (a folder that "
+            f"is really named so: ./{text})"
+        )
+    found = _URL.match(text)
     if found is None:
         return None
-    text = os.fspath(value)
     scheme = found["scheme"].lower()
     if scheme not in SCHEMES:
         supported = ", ".join(f"{name}://BUCKET/FOLDER" for name in SCHEMES)
@@ -79,4 +89,8 @@ def bucket_url(field: str, value: str | os.PathLike[str]) -> BucketUrl | None:
         raise ConfigError(f"{field} = {text!r}: holds . or .., which have no meaning in a bucket: give the full name")
     if bad := sorted({character for character in rest if ord(character) < 32 or character in "\x7f"}):
         raise ConfigError(f"{field} = {text!r}: holds {bad[0]!r}, which names in a bucket cannot: rename the folder")
+    if len("/".join(parts).encode()) > _MAX_KEY_BYTES:
+        raise ConfigError(
+            f"{field} = {text!r}: the name in the bucket is longer than {_MAX_KEY_BYTES} bytes: shorten it"
+        )
     return BucketUrl(scheme, bucket, "/".join(parts))

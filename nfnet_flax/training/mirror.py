@@ -4,6 +4,9 @@ Objects have the names of the files (`layout.py`), and are written whole. In add
 
     checkpoints/STEP/commit.json    written after all other objects of the checkpoint, which it lists with sizes and
                                     digests: without it, there is no checkpoint
+    checkpoints/STEP/begun.json     written before all other objects, and deleted at the end: what has it, and no
+                                    commit.json, is incomplete. A checkpoint that somebody copied here has neither, and
+                                    is taken as it is
     checkpoints/STEP/damaged.json   marks a checkpoint that was found damaged, and says why; its objects are kept
 
 The same for `best/STEP`. Records (everything but checkpoints and `owner/`) are put before the checkpoint that relies on
@@ -18,6 +21,7 @@ import re
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,10 +33,16 @@ from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.storage.bucket import RETRY_S
 from nfnet_flax.training.layout import (
     CHECKPOINT_KINDS,
+    CLASSES,
+    CODE,
     COMMIT,
+    ENVIRONMENT,
+    INITIAL,
+    INPUT,
+    METRICS,
     NOTES,
     NOTES_FILE,
-    OWNER,
+    RECIPE,
     SET_ASIDE,
     TENSORBOARD,
     Damaged,
@@ -40,7 +50,17 @@ from nfnet_flax.training.layout import (
 )
 from nfnet_flax.training.storage import StorageFailed
 
+BEGUN = "begun.json"
 DAMAGED = "damaged.json"
+_IN_BUCKET = ".in_bucket.json"
+"""File in the folder of a checkpoint on this machine whose arrays are still only in the bucket: it says where."""
+_SMALL = (f"{NOTES}/{NOTES_FILE}", "_CHECKPOINT_METADATA")
+"""Files of a checkpoint that are copied at once: the notes, and one that Orbax reads when it looks for checkpoints."""
+_RECORD = re.compile(
+    rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}"
+    rf"|({CODE}|{TENSORBOARD}|{SET_ASIDE})/.+"
+)
+"""Names of records. Whatever else is in the folder, such as another run, is not touched."""
 _STEP = re.compile(rf"(?P<kind>{'|'.join(CHECKPOINT_KINDS)})/(?P<step>[0-9]+)/(?P<name>.+)")
 _CHECK_INTERVAL_S = 5.0
 """Time for which it is taken for granted that this process still owns the run: less than another one would wait."""
@@ -91,7 +111,7 @@ class Mirror:
                     shutil.rmtree(self.path / kind / str(step), ignore_errors=True)
             wanted = [(kind, step) for kind, ones in steps.items() for step, is_good in ones.items() if is_good]
             with ThreadPoolExecutor(_NUM_THREADS) as readers:
-                list(readers.map(lambda one: self._pull_notes(*one), wanted))
+                list(readers.map(lambda one: self._pull_notes(one[0], one[1], found), wanted))
             if any(not is_good for ones in steps.values() for is_good in ones.values()):
                 (self.path / SET_ASIDE).mkdir(exist_ok=True)
 
@@ -110,22 +130,34 @@ class Mirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _pull_notes(self, kind: str, step: int) -> None:
+    def _pull_notes(self, kind: str, step: int, found: dict[str, int]) -> None:
         checkpoint = self.path / kind / str(step)
         if checkpoint.exists():
             return
+        prefix = f"{kind}/{step}/"
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-            commit = json.loads(self._bucket.read(f"{kind}/{step}/{COMMIT}").decode())
+            files = self._files_of(prefix, found)
             partial = checkpoint.parent / f".{step}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            notes = f"{NOTES}/{NOTES_FILE}"
-            if notes in commit["files"]:
-                with contextlib.suppress(FileNotFoundError):  # then it is damaged, as its reader will find
-                    (partial / notes).parent.mkdir(parents=True)
-                    (partial / notes).write_bytes(self._bucket.read(f"{kind}/{step}/{notes}"))
-            partial.mkdir(parents=True, exist_ok=True)
-            write_json(partial / COMMIT, {**commit, "url": str(self.url / kind / str(step))})
+            partial.mkdir(parents=True)
+            for name in _SMALL:
+                if name in files:
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    with contextlib.suppress(FileNotFoundError):  # then it is damaged, as its reader will find
+                        (partial / name).write_bytes(self._bucket.read(prefix + name))
+            write_json(partial / _IN_BUCKET, {"files": files, "url": str(self.url / kind / str(step))})
             partial.rename(checkpoint)
+
+    def _files_of(self, prefix: str, found: dict[str, int]) -> dict[str, Any]:
+        """Name of each file of a checkpoint -> its size and digest; there is no digest if somebody copied it here."""
+        if prefix + COMMIT not in found:
+            inside = [name for name in found if name.startswith(prefix)]
+            return {name.removeprefix(prefix): [found[name], None] for name in inside}
+        try:
+            files = json.loads(self._bucket.read(prefix + COMMIT).decode())["files"]
+        except (ValueError, KeyError, TypeError):  # then the notes are missing, too, and its reader will say so
+            return {}
+        return files if isinstance(files, dict) else {}
 
     def push(self) -> None:
         """Copies records that changed, and deletes those in the bucket that were deleted here."""
@@ -150,11 +182,13 @@ class Mirror:
         checkpoint = self.path / kind / str(step)
         names = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
         old = [name for name in self._bucket.files(f"{kind}/{step}") if name]
+        begun = f"{kind}/{step}/{BEGUN}"
+        self._bucket.put(begun, b"{}")
         # What says that the old objects are a checkpoint goes first.
         last = [f"{kind}/{step}/{name}" for name in (COMMIT, DAMAGED)]
         self._bucket.delete(name for name in last if name in old)
         with contextlib.suppress(StorageFailed):  # what the new list does not name does no harm
-            self._bucket.delete(name for name in old if name not in last)
+            self._bucket.delete(name for name in old if name not in (*last, begun))
 
         def upload(name: str) -> tuple[str, list[Any]]:
             self._bucket.upload(checkpoint / name, f"{kind}/{step}/{name}")
@@ -163,6 +197,8 @@ class Mirror:
         with ThreadPoolExecutor(_NUM_THREADS) as writers:
             files = dict(writers.map(upload, names))
         self._bucket.put(f"{kind}/{step}/{COMMIT}", json.dumps({"files": files}, indent=1).encode())
+        with contextlib.suppress(StorageFailed):  # as above
+            self._bucket.delete([begun])
 
     def clean(self, kind: str) -> None:
         """Deletes checkpoints in the bucket that are not kept here any more, and objects of incomplete ones.
@@ -177,8 +213,11 @@ class Mirror:
                 if steps.get(step) is False:  # marked as damaged
                     continue
                 names = [name for name in found if name.startswith(f"{kind}/{step}/")]
+                begun = f"{kind}/{step}/{BEGUN}"  # so that what is left is not taken for a checkpoint
+                self._bucket.put(begun, b"{}")
                 self._bucket.delete(name for name in names if name.endswith(f"/{COMMIT}"))
-                self._bucket.delete(names)
+                self._bucket.delete(name for name in names if name != begun)
+                self._bucket.delete([begun])
         except StorageFailed as error:
             warn(f"old checkpoints could not be deleted, which does no harm but takes room: {error}")
 
@@ -202,7 +241,7 @@ def fetch_state(checkpoint: Path) -> None:
         is no folder any more.
       StorageFailed: the bucket cannot be read.
     """
-    path = checkpoint / COMMIT
+    path = checkpoint / _IN_BUCKET
     if not path.exists():
         return
     commit = json.loads(path.read_bytes().decode())
@@ -221,7 +260,7 @@ def fetch_state(checkpoint: Path) -> None:
             bucket.download(name, target, size=size)
         except FileNotFoundError as error:
             raise Damaged(f"{name} is missing") from error
-        if _digest(target) != digest:
+        if digest is not None and _digest(target) != digest:
             raise Damaged(f"{name} is not what was saved")
 
     there = bucket.files()
@@ -229,7 +268,7 @@ def fetch_state(checkpoint: Path) -> None:
         with ThreadPoolExecutor(_NUM_THREADS) as readers:
             list(readers.map(download, commit["files"]))
     except Damaged:
-        if COMMIT not in bucket.files():
+        if not bucket.files():
             shutil.rmtree(checkpoint, ignore_errors=True)
         raise
     path.unlink()
@@ -256,16 +295,15 @@ def _at_most_every(interval_s: float, check: Callable[[], None]) -> Callable[[],
 
 
 def _is_record(name: str) -> bool:
-    top = name.partition("/")[0]
     is_partial = any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))
-    return top not in (*CHECKPOINT_KINDS, OWNER, SET_ASIDE) and not is_partial
+    return _RECORD.fullmatch(name) is not None and not is_partial
 
 
 def _records_of(path: Path) -> list[str]:
     found = []
     for folder, folders, files in os.walk(path):
         if Path(folder) == path:  # other threads make and delete files in the folders of checkpoints
-            folders[:] = [name for name in folders if _is_record(f"{name}/")]
+            folders[:] = [name for name in folders if name in (CODE, TENSORBOARD, SET_ASIDE)]
         found += [Path(folder, name).relative_to(path).as_posix() for name in files]
     return [name for name in found if _is_record(name)]
 
@@ -280,14 +318,14 @@ def _state_of(path: Path) -> tuple[int, int]:
 
 def _steps_of(names: dict[str, int]) -> dict[str, dict[int, bool]]:
     """Kind -> step of a complete checkpoint -> whether it is not marked as damaged."""
+    of_step: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name in names:
+        if (match := _STEP.fullmatch(name)) is not None:
+            of_step[match["kind"], int(match["step"])].add(match["name"])
     found: dict[str, dict[int, bool]] = {kind: {} for kind in CHECKPOINT_KINDS}
-    matches = [match for name in names if (match := _STEP.fullmatch(name))]
-    for match in matches:
-        if match["name"] == COMMIT:
-            found[match["kind"]].setdefault(int(match["step"]), True)
-    for match in matches:
-        if match["name"] == DAMAGED:
-            found[match["kind"]][int(match["step"])] = False
+    for (kind, step), ones in of_step.items():
+        if COMMIT in ones or DAMAGED in ones or BEGUN not in ones:
+            found[kind][step] = DAMAGED not in ones
     return found
 
 

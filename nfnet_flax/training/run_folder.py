@@ -6,10 +6,13 @@ there when Orbax has completed it.
 """
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.messages import renamed
 from nfnet_flax.paths import run_folder
 from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket_url
@@ -91,7 +94,15 @@ def opened(field: str, value: str | os.PathLike[str], *, is_first: bool) -> Iter
     with scratch_folder() as path, renamed(str(path), str(place)):
         folder = RunFolder(path, Mirror(place, path, with_curves=is_first))
         folder.pull()
-        yield folder
+        try:
+            yield folder
+        except StorageFailed as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            remedy = (
+                f"files are written to {tempfile.gettempdir()} first: make room there, or set TMPDIR to another folder"
+            )
+            raise StorageFailed(f"{error}: {remedy}") from error
 
 
 def reading(field: str, value: str | os.PathLike[str]) -> RunFolder:
