@@ -180,3 +180,28 @@ def test_a_store_that_fails_ends_the_run_with_the_reason_and_older_checkpoints_a
         set_rules([])
         assert_equal(whole, place)
         assert os.environ[next(iter(stores.environment(kind, url)))] == url
+
+
+def test_a_run_that_is_copied_by_hand_continues_on_either_side(whole: Path, place: BucketUrl, tmp_path: Path) -> None:
+    """A run of a disk that is copied into a bucket, and back, object by object."""
+    folder = BucketFolder(place)
+    for path in whole.rglob("*"):
+        name = path.relative_to(whole).as_posix()
+        if path.is_file() and not name.startswith((f"checkpoints/{LAST}", "owner")):
+            folder.upload(path, name)
+    folder.upload(whole / "recipe.json", "below/recipe.json")  # another run, which nobody touches
+    folder.upload(whole / "metrics.jsonl", "below/metrics.jsonl")
+    first = start(place, tmp_path / "first")
+    printed = runs.finish(first)
+    assert first.returncode == EXIT_DONE, printed
+    assert f"continuing from step 8 in {place}" in printed
+    assert_equal(whole, place)
+    assert {"below/recipe.json", "below/metrics.jsonl"} <= folder.files().keys()
+    copy = tmp_path / "copy"
+    for name in folder.files():
+        if not name.startswith("owner"):
+            folder.download(name, copy / name)
+    process = runs.start(copy, *OPTIONS)
+    printed = runs.finish(process)
+    assert process.returncode == EXIT_DONE, printed
+    assert "continuing from step 12" in printed
