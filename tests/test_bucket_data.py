@@ -117,6 +117,12 @@ def shards_of(source: object) -> BucketShards:
     return source._records.shards
 
 
+def copied(shards: BucketShards, shard: str) -> Path:
+    """The copy of a shard, made if necessary."""
+    with shards.held(shard) as path:
+        return path
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
     while not condition():
@@ -234,7 +240,7 @@ def test_faults_of_the_store_pass(bucket: Bucket, tmp_path: Path) -> None:
     for rule in (cut, {"do": "status", "status": 503, "times": 1, "method": "GET"}):
         bucket.set_rules([rule])
         for shard in shards_of(source):
-            path = shards_of(source).local(shard)
+            path = copied(shards_of(source), shard)
             assert path.read_bytes() == (bucket.local / Path(shard).name).read_bytes()
             path.unlink()
 
@@ -250,7 +256,7 @@ def test_an_object_that_was_replaced_is_refused_by_name(bucket: Bucket, tmp_path
     with pytest.raises(ConfigError, match=refused):
         sources[0][12]
     with pytest.raises(ConfigError, match=refused):
-        shards_of(sources[1]).local(f"{bucket.url}/{NAME}")
+        copied(shards_of(sources[1]), f"{bucket.url}/{NAME}")
     config = DataConfig(source=bucket.source(tmp_path / "cache"), batch_size=12, image_size=16, num_threads=1)
     share = {"process_index": 0, "num_processes": 1}
     with (
@@ -266,7 +272,7 @@ def test_an_object_that_was_replaced_is_refused_by_name(bucket: Bucket, tmp_path
 
 
 READ = """
-import sys
+import contextlib, sys
 from pathlib import Path
 from nfnet_flax.config_json import from_json
 from nfnet_flax.data.source_config import SourceConfig
@@ -274,9 +280,10 @@ import json
 source = from_json(SourceConfig, json.loads(sys.argv[1])).open("train", 0)
 print("opened", flush=True)
 sys.stdin.readline()
-for shard in source._records.shards:
-    print(source._records.shards.local(shard), flush=True)
-sys.stdin.readline()
+with contextlib.ExitStack() as held:
+    for shard in source._records.shards:
+        print(held.enter_context(source._records.shards.held(shard)), flush=True)
+    sys.stdin.readline()
 """
 
 
@@ -348,7 +355,7 @@ def test_without_room_records_are_read_directly(
     monkeypatch.setattr(os, "posix_fallocate", full)
     source = open_source(bucket.source(tmp_path / "full"), "train", 0)
     with pytest.raises(ConfigError, match=rf"no room for it in {tmp_path}/full \(.* are free.*cache-dir"):
-        shards_of(source).local(f"{bucket.url}/{NAME}")
+        copied(shards_of(source), f"{bucket.url}/{NAME}")
     assert records(source) == whole
     blocked = tmp_path / "blocked"
     blocked.write_text("a file")
@@ -368,9 +375,9 @@ def test_copies_that_nobody_uses_make_room(bucket: Bucket, tmp_path: Path) -> No
         go_on(process)
         lines(process, 3)
         with pytest.raises(ConfigError, match="no room"):
-            held_out.local(next(iter(held_out)))
+            copied(held_out, next(iter(held_out)))
     for shard in held_out:  # the process has ended, by a kill
-        held_out.local(shard)
+        copied(held_out, shard)
     left = {path.name.partition("-")[2] for path in tmp_path.glob("*/*.array_record")}
     assert {f"eval-0000{number}-of-00002.array_record" for number in (0, 1)} <= left
     assert len(left) < 5
@@ -382,7 +389,7 @@ def test_damaged_and_old_copies_are_replaced(
 ) -> None:
     whole = records(open_source(bucket.local_source(), "train", 0))
     config, shard = bucket.source(tmp_path / "cache"), f"{bucket.url}/{NAME}"
-    path = shards_of(open_source(config, "train", 0)).local(shard)
+    path = copied(shards_of(open_source(config, "train", 0)), shard)
     good = path.read_bytes()
     damaged = bytearray(good)
     damaged[1000] ^= 1
@@ -396,9 +403,9 @@ def test_damaged_and_old_copies_are_replaced(
         if same_time and len(content) == len(good):
             assert f"{path} is damaged, and is copied again" in capsys.readouterr().err
             wait_until(path.exists)
-        assert shards_of(source).local(shard).read_bytes() == good
+        assert copied(shards_of(source), shard).read_bytes() == good
     path.with_name(f"{path.name}.json").unlink()
-    assert shards_of(open_source(config, "train", 0)).local(shard).read_bytes() == good
+    assert copied(shards_of(open_source(config, "train", 0)), shard).read_bytes() == good
 
     other = tmp_path / "other"
     image_sets.make_folder(other / "folder", num_train=11)
@@ -406,7 +413,7 @@ def test_damaged_and_old_copies_are_replaced(
     for found in (other / "set").glob("[a-z]*"):
         bucket.folder.upload(found, found.name)
     source = open_source(config, "train", 0)
-    assert shards_of(source).local(shard).read_bytes() == (other / "set" / NAME).read_bytes()
+    assert copied(shards_of(source), shard).read_bytes() == (other / "set" / NAME).read_bytes()
     assert records(source) == records(
         open_source(ArrayRecordSource(train=(f"{other}/set/train-*",), eval=("x",)), "train", 0)
     )

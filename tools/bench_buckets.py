@@ -16,6 +16,7 @@ the rows, and do not take them for what a real store does.
 
 import argparse
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -28,6 +29,7 @@ import numpy as np
 
 from nfnet_flax.data.array_record_source import ArrayRecords, ArrayRecordSource
 from nfnet_flax.data.bucket_records import BucketRecords
+from nfnet_flax.data.bucket_shards import BucketShards
 from nfnet_flax.data.prefetch import Batches, Rows, ThreadLane
 from tests import stores
 from tools.prepare_imagenet import Options, run
@@ -59,6 +61,12 @@ def source_of(way: str, folder: Path, url: str, cache: Path) -> ArrayRecords:
     return config.open("train", 0)
 
 
+def fetch(shards: BucketShards, shard: str) -> None:
+    """Waits until there is a copy of a shard."""
+    with shards.held(shard):
+        pass
+
+
 def read_epochs(way: str, source: ArrayRecords, batch_size: int) -> tuple[float, list[float]]:
     """Seconds to the first batch, and records/s of two epochs."""
     order = grain.MapDataset.range(len(source)).shuffle(seed=0).repeat()
@@ -73,7 +81,7 @@ def read_epochs(way: str, source: ArrayRecords, batch_size: int) -> tuple[float,
             assert isinstance(records, BucketRecords)
             shards = {source.describe(index).split(" record ")[0] for index in wanted}
             with ThreadPoolExecutor(4) as threads:
-                list(threads.map(records.shards.local, shards))
+                list(threads.map(functools.partial(fetch, records.shards), shards))
         else:
             source.read_ahead(iter(wanted))
         return {"num_bytes": np.array([len(source[index]["image"]) for index in wanted])}

@@ -12,9 +12,11 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.buckets import failing
@@ -22,6 +24,7 @@ from nfnet_flax.data.random_access import Copies
 from nfnet_flax.messages import warn
 from nfnet_flax.storage.cache import ObjectCache, Outcome, Wanted
 from nfnet_flax.storage.objects import ObjectChanged, ObjectFolder
+from nfnet_flax.storage.url import is_url
 from nfnet_flax.units import human_size
 
 _NUM_COPIED = 4
@@ -32,6 +35,15 @@ _PAUSE_S = 30.0
 """Time until copying begins again after the store or the disk failed, in seconds."""
 _ORDER_LENGTH = 20_000
 """Number of examples from which the order of copying is taken."""
+
+
+_OPEN: "weakref.WeakValueDictionary[str, BucketShards]" = weakref.WeakValueDictionary()
+"""URL of a shard -> the set that was opened with it, last, and is still in use."""
+
+
+def shards_with(shard: str) -> "BucketShards | None":
+    """The opened set in which a shard is; None for a path of this machine."""
+    return _OPEN[shard] if is_url(shard) else None
 
 
 class BucketShards:
@@ -47,6 +59,20 @@ class BucketShards:
         self.cache = cache
         self._wanted = {str(one.url): one for one in wanted}
         self._failure: str | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._num_served = 0
+        self._lock = threading.Lock()
+        for shard in self._wanted:
+            _OPEN[shard] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_num_served", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def __len__(self) -> int:
         return len(self._wanted)
@@ -61,24 +87,56 @@ class BucketShards:
         except OSError:  # a folder that cannot be read is as good as none; who copies reports it
             return None
 
-    def local(self, shard: str) -> Path:
-        """The copy of a shard, which is made if there is none; for readers that need a file.
+    def part(self, shards: Iterable[str]) -> "BucketShards":
+        """Some of the shards, as an object of their own."""
+        return BucketShards([self._wanted[shard] for shard in shards], self.cache)
+
+    def size(self, shard: str) -> int:
+        """Number of bytes of a shard."""
+        return self._wanted[shard].about.size
+
+    def stamp(self, shard: str) -> str:
+        """A text that changes if the shard does."""
+        about = self._wanted[shard].about
+        return f"{about.size} bytes, {about.checksum}"
+
+    @contextlib.contextmanager
+    def held(self, shard: str) -> Iterator[Path]:
+        """The copy of a shard, which is made if there is none, and stays there as long as the context lasts.
 
         Raises:
           ConfigError: the shard has been replaced, or there is no room for it.
           OSError: the store or the disk failed.
         """
         wanted = self._wanted[shard]
-        with failing():
-            self.cache.claim([wanted])
-        while True:
-            if (path := self.copy(shard)) is not None:
-                return path
-            outcome = self.fetch(shard)
-            if outcome == "no room":
-                raise ConfigError(f"{shard} ({human_size(wanted.about.size)}): {self.no_room()}")
-            if outcome == "busy":
-                time.sleep(_LOOK_S)
+        self.cache.claim([wanted])
+        with self._lock:
+            self._num_served += 1
+        try:
+            while (path := self.copy(shard)) is None:
+                outcome = self.fetch(shard)
+                if outcome == "no room":
+                    self._wait_for_room(shard)
+                elif outcome == "busy":
+                    time.sleep(_LOOK_S)
+            yield path
+        finally:
+            with self._lock:
+                self._num_served -= 1
+            self.cache.release([wanted])
+
+    def _wait_for_room(self, shard: str) -> None:
+        """Waits for other threads, which may release copies; raises ConfigError if there are none."""
+        with self._lock:
+            self._num_served -= 1
+            are_others = self._num_served > 0
+        try:
+            if not are_others:
+                raise ConfigError(f"{shard} ({human_size(self.size(shard))}): {self.no_room()}")
+            time.sleep(_LOOK_S)
+        finally:
+            with self._lock:
+                self._num_served += 1
 
     def read(self, shard: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (not included) of a shard, from its copy if there is one.

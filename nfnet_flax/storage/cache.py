@@ -97,8 +97,13 @@ class ObjectCache:
         return path
 
     def claim(self, wanted: Iterable[Wanted]) -> None:
-        """Keeps other processes from deleting copies, also future ones, as long as this object lives."""
+        """Keeps copies, also future ones, from being deleted for others, as long as this object lives or until they are
+        released."""
         self.room.claim([self.path(one) for one in wanted])
+
+    def release(self, wanted: Iterable[Wanted]) -> None:
+        """Takes back a claim."""
+        self.room.release([self.path(one) for one in wanted])
 
     def discard(self, wanted: Wanted) -> None:
         """Deletes the copy of an object, as it turned out to be damaged."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class CacheRoom:
         self.limit_bytes = limit_bytes
         self._claims = folder / "claims"
         self._claim: tuple[Path, int] | None = None
-        self._claimed: set[str] = set()
+        self._claimed: Counter[str] = Counter()
 
     def free_bytes(self) -> int:
         """Number of bytes that copies may still take, if none is deleted; may be negative."""
@@ -46,10 +47,9 @@ class CacheRoom:
         return min(on_disk, self.limit_bytes - sum(copy.num_bytes for copy in self._copies()))
 
     def claim(self, paths: Iterable[Path]) -> None:
-        """Adds copies to those that are not deleted as long as this object lives. They need not be there yet."""
-        names = {str(path.relative_to(self.folder)) for path in paths} - self._claimed
-        if not names and self._claim is not None:
-            return
+        """Adds copies to those that are not deleted as long as this object lives, or until they are released as often
+        as they were claimed. They need not be there yet."""
+        names = [str(path.relative_to(self.folder)) for path in paths]
         self._claims.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "room.lock", wait=True):
             if self._claim is None:
@@ -58,13 +58,22 @@ class CacheRoom:
                 assert descriptor is not None
                 self._claim = path, descriptor
                 weakref.finalize(self, _release, path, descriptor)
-            self._claimed |= names
-            text = json.dumps(sorted(self._claimed)).encode()
-            os.ftruncate(self._claim[1], 0)
-            os.pwrite(self._claim[1], text, 0)
+            self._claimed.update(names)
+            self._write_claims()
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(self.folder / f"{name}.json")  # the time of its last use
+
+    def release(self, paths: Iterable[Path]) -> None:
+        """Takes back a claim."""
+        with locked(self.folder / "room.lock", wait=True):
+            self._claimed -= Counter(str(path.relative_to(self.folder)) for path in paths)
+            self._write_claims()
+
+    def _write_claims(self) -> None:
+        assert self._claim is not None
+        os.ftruncate(self._claim[1], 0)
+        os.pwrite(self._claim[1], json.dumps(sorted(self._claimed)).encode(), 0)
 
     def reserve(self, partial: Path, num_bytes: int) -> bool:
         """Makes the file of a copy that is to be made, with all of its room; deletes other copies if needed.
