@@ -81,6 +81,8 @@ def test_a_run_that_is_killed_while_it_saves_continues_on_another_machine(
     second = start(place, tmp_path / "second")
     printed = runs.signal_at(second, 10, signal.SIGTERM)
     assert second.returncode == EXIT_STOPPED, printed
+    damaged = folder.read("metrics.jsonl") + b"no row\n"
+    folder.put("metrics.jsonl", damaged)
     third = start(place, tmp_path / "third")
     printed = runs.finish(third)
     assert third.returncode == EXIT_DONE, printed
@@ -88,6 +90,8 @@ def test_a_run_that_is_killed_while_it_saves_continues_on_another_machine(
     assert continued is not None
     assert int(continued[1]) >= 10, printed
     assert str(tmp_path) not in printed
+    assert folder.read("damaged/metrics.jsonl") == damaged
+    assert f"kept as {place}/damaged/metrics.jsonl" in printed
     assert_equal(whole, place)
     for machine in ("second", "third"):
         assert list((tmp_path / machine).iterdir()) == []
