@@ -68,7 +68,7 @@ def _check_copies(sources: "list[Source]") -> list[Finding]:
     folder, free, limit = found[0].folder, found[0].free_bytes, found[0].limit_bytes
     size = sum(copies.missing_bytes for copies in found)
     counts = f"{sum(c.num_files - c.num_missing for c in found)} of {sum(c.num_files for c in found)} shards"
-    findings = [seen(f"copies: {counts} are in {folder}; the others have {human_size(size)}")]
+    findings = [seen(f"copies: {counts} are in {folder}" + (f"; the others have {human_size(size)}" if size else ""))]
     if size and not os.access(existing := nearest(folder), os.W_OK | os.X_OK):
         remedy = (
             "change its permissions, or give another folder by --data.source.cache-dir; now each record is a request"
