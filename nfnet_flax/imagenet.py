@@ -92,8 +92,8 @@ def imagenet_recipe(
 
 
 def _source(data: str) -> SourceConfig:
-    """The source of the images in a folder; ArrayRecord files if it is in a bucket (a recipe does not look there), is not
-    there, or holds nothing that is known."""
+    """The source of the images in a folder; ArrayRecord files if it is in a bucket, where a recipe does not look, or if
+    it is not there or holds nothing that is known."""
     if (url := bucket_url("data", data)) is not None:
         return ArrayRecordSource(train=(f"{url}/train-*.array_record",), eval=(f"{url}/eval-*.array_record",))
     path = local_path("data", data)

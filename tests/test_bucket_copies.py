@@ -1,6 +1,8 @@
 """Records in buckets are read whatever happens to the store, the copies, and the processes that make them."""
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 from nfnet_flax.config import ConfigError
@@ -17,7 +20,11 @@ from nfnet_flax.config_json import to_json
 from nfnet_flax.data import copying, pipeline
 from nfnet_flax.data.array_record_source import ArrayRecordSource
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.random_access import begin_copying
 from nfnet_flax.data.sources import open_source
+from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.storage.cache import DamagedObject, ObjectCache, Wanted
+from nfnet_flax.storage.objects import ObjectFolder
 from tests import image_sets, stores
 from tests.bucket_sets import NAME, Bucket, copied, records, shards_of, wait_until
 
@@ -133,7 +140,7 @@ def test_without_room_records_are_read_directly(
     whole = records(open_source(bucket.local_source(), "train", 0))
     size = (bucket.local / NAME).stat().st_size
     source = open_source(bucket.source(tmp_path / "small", 1.5 * size / 2**30), "train", 0)
-    stop = source.begin_copying(iter(range(len(source))))  # type: ignore[attr-defined]
+    stop = begin_copying(source, range(len(source)))
     wait_until(lambda: "no room" in capsys.readouterr().err)
     stop()
     assert records(source) == whole
@@ -151,7 +158,7 @@ def test_without_room_records_are_read_directly(
     blocked = tmp_path / "blocked"
     blocked.write_text("a file")
     source = open_source(bucket.source(blocked), "train", 0)
-    stop = source.begin_copying(iter(range(len(source))))  # type: ignore[attr-defined]
+    stop = begin_copying(source, range(len(source)))
     wait_until(lambda: "shards cannot be copied" in capsys.readouterr().err)
     stop()
     assert records(source) == whole
@@ -216,7 +223,7 @@ def test_copying_goes_on_after_the_store_failed(
     monkeypatch.setattr(copying, "_PAUSE_S", 0.2)
     source = open_source(bucket.source(tmp_path), "train", 0)
     bucket.set_rules([{"do": "status", "status": 403, "times": 2, "method": "GET", "url": NAME}])
-    stop = source.begin_copying(iter(range(len(source))))  # type: ignore[attr-defined]
+    stop = begin_copying(source, range(len(source)))
     wait_until(lambda: source.copies().num_missing == 0)  # type: ignore[attr-defined]
     stop()
     assert "permission is missing" in capsys.readouterr().err
@@ -229,3 +236,50 @@ def test_copies_are_made_in_the_order_of_the_batches(bucket: Bucket, tmp_path: P
     assert [order._next(), order._next(), order._next()] == [names[2], names[0], None]
     long = copying.Copying(shards, itertools.chain([names[1]], itertools.repeat(names[0])))
     assert [long._next(), long._next(), long._next()] == [names[1], names[0], names[2]]
+
+
+def test_a_shard_that_is_not_the_one_of_the_manifest_is_refused(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((bucket.local / "train.json").read_text())
+    manifest["shards"][1]["blake2b"] = manifest["shards"][0]["blake2b"]  # what lies between the ends may differ
+    bucket.folder.put("train.json", json.dumps(manifest).encode())
+    source = open_source(bucket.source(tmp_path), "train", 0)
+    stop = begin_copying(source, range(len(source)))
+    wait_until(lambda: f"{NAME} is not the file that its manifest describes" in capsys.readouterr().err)
+    stop()
+    with pytest.raises(ConfigError, match="its BLAKE2b differs"):
+        records(source)
+
+
+def test_checksums_of_every_kind(bucket: Bucket, tmp_path: Path) -> None:
+    cache, content = ObjectCache(tmp_path / "cache", None), os.urandom(36_000_000)
+    (tmp_path / "large").write_bytes(content)
+    bucket.folder.upload(tmp_path / "large", "large")  # in parts: S3 then says no checksum of the whole
+    folder, url = ObjectFolder(bucket.folder.url), bucket.folder.url / "large"
+    try:
+        about = folder.object("large")
+        assert about.checksum.partition(":")[0] == {"gs": "md5", "s3": "etag"}[bucket.kind]
+        good = hashlib.blake2b(content).hexdigest()
+        crc32c = google_crc32c.Checksum(content).digest().hex()
+        for wanted in (
+            Wanted(url, about),
+            Wanted(url, about, good),
+            Wanted(url, dataclasses.replace(about, checksum=f"crc32c:{crc32c}")),
+        ):
+            cache.discard(wanted)
+            assert cache.fetch(wanted) == "there"
+            path = cache.copy(wanted)
+            assert path is not None
+            assert path.read_bytes() == content
+        cache.discard(Wanted(url, about))
+        with pytest.raises(DamagedObject, match="its BLAKE2b differs"):
+            cache.fetch(Wanted(url, about, hashlib.blake2b(b"other").hexdigest()))
+        other = Wanted(url, dataclasses.replace(about, checksum=f"md5:{'0' * 32}"))
+        if bucket.kind == "s3":  # as of an object that is encrypted by a key of KMS
+            assert cache.fetch(other) == "there"
+        else:
+            with pytest.raises(StorageFailed, match="another checksum than the store says"):
+                cache.fetch(other)
+    finally:
+        bucket.folder.delete(["large"])
