@@ -11,6 +11,7 @@ from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import SGD, Cosine, OptimConfig
 from nfnet_flax.paths import local_path
 from nfnet_flax.recipe import CheckpointConfig, Recipe
+from nfnet_flax.storage import bucket_url
 
 RESNET_OPTIM = OptimConfig(
     learning_rate_per_256=0.1,
@@ -50,8 +51,9 @@ def imagenet_recipe(
       batch_size: number of images of one update, over all devices.
       images_per_part: number of images in each of the equal parts into which the batch is cut. There can be at most as
         many devices as parts, and BatchNorm averages over a part.
-      data: folder of the images: the ArrayRecord files that `tools/prepare_imagenet.py --out` wrote; or Parquet or tar
-        files, see `ParquetSource` and `WebDatasetSource`; or `train/` and `val/` with a folder for each class.
+      data: folder of the images: the ArrayRecord files that `tools/prepare_imagenet.py --out` wrote, also in a bucket
+        (`gs://BUCKET/FOLDER`, `s3://`); or Parquet or tar files, see `ParquetSource` and `WebDatasetSource`; or
+        `train/` and `val/` with a folder for each class.
       randaugment: RandAugment, in addition to random crops and flips.
       mixing: mixup and CutMix.
       checkpoint_every_steps: a checkpoint is written each time the step is a multiple of this.
@@ -90,7 +92,10 @@ def imagenet_recipe(
 
 
 def _source(data: str) -> SourceConfig:
-    """The source of the images in a folder; ArrayRecord files if it is not there or holds nothing that is known."""
+    """The source of the images in a folder; ArrayRecord files if it is in a bucket, where a recipe does not look, or if
+    it is not there or holds nothing that is known."""
+    if (url := bucket_url("data", data)) is not None:
+        return ArrayRecordSource(train=(f"{url}/train-*.array_record",), eval=(f"{url}/eval-*.array_record",))
     path = local_path("data", data)
     if not any(path.glob("*.array_record")):
         if (found := packed_source(data, path, image="image", label="label")) is not None:

@@ -17,6 +17,7 @@ import jaxlib
 import pytest
 
 from nfnet_flax.data.workers import STOP_SIGNALS
+from tests import bucket_sets, image_sets, stores
 from tests.image_sets import make_sets
 
 os.environ.setdefault("NPROC", "8")
@@ -63,3 +64,32 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images as `folder`, `array_record`, `tfds`, `parquet` and `webdataset`. A test that changes them takes
     `image_sets.copied`."""
     return make_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("set")
+    image_sets.make_folder(root / "folder", num_train=12)
+    image_sets.prepare(root / "set", f"--folder={root / 'folder'}", "--num-processes=1")
+    return root / "set"
+
+
+@pytest.fixture(scope="module", params=stores.KINDS)
+def served(request: pytest.FixtureRequest, small_set: Path) -> Iterator[bucket_sets.Bucket]:
+    with stores.proxied(request.param, []) as (proxy, set_rules), pytest.MonkeyPatch.context() as patch:
+        stores.use(patch, request.param, proxy)
+        found = bucket_sets.Bucket(
+            request.param, f"{request.param}://{stores.BUCKET}/data [v2]/set", proxy, small_set, set_rules
+        )
+        found.fill()
+        yield found
+
+
+@pytest.fixture
+def bucket(served: bucket_sets.Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[bucket_sets.Bucket]:
+    stores.use(monkeypatch, served.kind, served.proxy)
+    before = bucket_sets.contents(served)
+    yield served
+    served.set_rules([])
+    if bucket_sets.contents(served) != before:
+        served.fill()

@@ -325,8 +325,8 @@ def test_parts_and_numbers_that_are_no_series(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"train": ()}, r"source\.train = \(\): give at least the name of a split"),
-        ({"root": "gs://bucket/set"}, r"source\.root = 'gs://bucket/set': is a URL"),
-        ({"eval": ("s3://bucket/val",)}, r"source\.eval = 's3://bucket/val': is a URL"),
+        ({"root": "az://bucket/set"}, r"source\.root = .az://bucket/set.: is a URL"),
+        ({"eval": ("s3:/bucket/val",)}, r"source\.eval = 's3:/bucket/val': has one slash"),
         ({"class_names": ("a", "a")}, r"source\.class_names .*must all be different"),
         (
             {"class_names": ("a",), "class_names_file": "b"},

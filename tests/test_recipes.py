@@ -95,6 +95,9 @@ def test_the_images_may_be_in_another_folder_and_form(family: str, sets: Path) -
         source = load_recipe(f"{RECIPES / family}_imagenet.py:data={sets / kind}").data.source
         assert len(source.open("train", 0)) == 12
         assert type(source) is type(config_of(kind, sets))
+    source = load_recipe(f"{RECIPES / family}_imagenet.py:data=gs://bucket/imagenet").data.source
+    assert isinstance(source, ArrayRecordSource)
+    assert source.train == ("gs://bucket/imagenet/train-*.array_record",)
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

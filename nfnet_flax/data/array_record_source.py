@@ -206,7 +206,7 @@ def _opened(config: ArrayRecordSource, split: Split, found: _Found) -> _Records:
         raise ConfigError(f"source.{split} = {patterns!r}: gives both paths and URLs: give files of one place")
     from nfnet_flax.data.bucket_records import BucketRecords
 
-    return BucketRecords(remote, config.cache())
+    return BucketRecords(remote, config.kept_copies())
 
 
 def _check_apart(config: ArrayRecordSource) -> None:

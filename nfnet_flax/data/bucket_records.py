@@ -13,12 +13,12 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.ahead import Ahead
 from nfnet_flax.data.array_records import ENDS_BYTES, Shard, decode_record
 from nfnet_flax.data.bucket_shards import BucketShards
+from nfnet_flax.data.buckets import listing
 from nfnet_flax.data.random_access import Copies, CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
 from nfnet_flax.data.record_index import read_index, record_of
 from nfnet_flax.storage import BucketUrl
 from nfnet_flax.storage.cache import ObjectCache, Wanted
-from nfnet_flax.storage.objects import ObjectFolder
 
 _NUM_OPEN_THREADS = 16
 
@@ -37,7 +37,7 @@ class BucketRecords:
           ConfigError: a shard is missing, or is not what its manifest describes.
           OSError: the store failed.
         """
-        objects = {folder: ObjectFolder(folder).objects() for folder in {url.parent for url, _ in found}}
+        objects = {folder: listing(folder)[0] for folder in {url.parent for url, _ in found}}
         wanted = []
         for url, shard in found:
             about = objects[url.parent].get(url.name)

@@ -8,34 +8,23 @@ is read directly for good: to copy a shard again and again for a few records wou
 """
 
 import contextlib
-import itertools
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.buckets import failing
+from nfnet_flax.data.copying import LOOK_S, Copying
 from nfnet_flax.data.random_access import Copies
 from nfnet_flax.messages import warn
 from nfnet_flax.storage.cache import ObjectCache, Outcome, Wanted
 from nfnet_flax.storage.objects import ObjectChanged, ObjectFolder
 from nfnet_flax.storage.url import is_url
 from nfnet_flax.units import human_size
-
-_NUM_COPIED = 4
-"""Number of shards that a process copies at the same time."""
-_LOOK_S = 0.2
-"""Time between looks at a copy that another process makes, in seconds."""
-_PAUSE_S = 30.0
-"""Time until copying begins again after the store or the disk failed, in seconds."""
-_ORDER_LENGTH = 20_000
-"""Number of examples from which the order of copying is taken."""
-
 
 _OPEN: "weakref.WeakValueDictionary[str, BucketShards]" = weakref.WeakValueDictionary()
 """URL of a shard -> the set that was opened with it, last, and is still in use."""
@@ -118,7 +107,7 @@ class BucketShards:
                 if outcome == "no room":
                     self._wait_for_room(shard)
                 elif outcome == "busy":
-                    time.sleep(_LOOK_S)
+                    time.sleep(LOOK_S)
             yield path
         finally:
             with self._lock:
@@ -133,7 +122,7 @@ class BucketShards:
         try:
             if not are_others:
                 raise ConfigError(f"{shard} ({human_size(self.size(shard))}): {self.no_room()}")
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
         finally:
             with self._lock:
                 self._num_served += 1
@@ -196,9 +185,8 @@ class BucketShards:
             return lambda: None
         with contextlib.suppress(OSError):  # reported by the threads
             self.cache.claim(self._wanted.values())
-        copying = _Copying(self, order)
-        for index in range(_NUM_COPIED):
-            threading.Thread(target=copying.run, name=f"copying shards {index}", daemon=True).start()
+        copying = Copying(self, order)
+        copying.start()
         return copying.stop
 
     def say_missing(self) -> None:
@@ -257,67 +245,3 @@ class BucketShards:
             "files): make room, or give another folder by --data.source.cache-dir"
             + ("" if limit is None else ", or a larger --data.source.cache-gib")
         )
-
-
-class _Copying:
-    """Shards that are being copied, for several threads."""
-
-    def __init__(self, shards: BucketShards, order: Iterable[str]) -> None:
-        self._shards = shards
-        self._order = order
-        self._left: deque[str] | None = None
-        self._lock = threading.Lock()
-        self._end = threading.Event()
-        self._said_s = -_PAUSE_S
-
-    def stop(self) -> None:
-        """Ends it once the shards that were begun are there; does not wait for that."""
-        self._end.set()
-
-    def run(self) -> None:
-        """Copies shards until all are there, there is no room, or one of them has been replaced."""
-        while not self._end.is_set() and (shard := self._next()) is not None:
-            try:
-                outcome = self._shards.fetch(shard)
-            except ConfigError as error:
-                self._end.set()
-                self._shards.fail(str(error))
-            except OSError as error:
-                self._say_failing(error)
-                self._again(shard)
-                self._end.wait(_PAUSE_S)
-            else:
-                if outcome == "no room" and not self._end.is_set():
-                    self._end.set()
-                    warn(f"{shard} and others are read from the bucket, which is slower: {self._shards.no_room()}")
-                elif outcome == "busy":
-                    self._again(shard)
-                    self._end.wait(_LOOK_S)
-
-    def _next(self) -> str | None:
-        with self._lock:
-            if self._left is None:
-                self._left = deque(self._in_order())
-            return self._left.popleft() if self._left else None
-
-    def _in_order(self) -> list[str]:
-        """The shards that are wanted first, then, if the order is long, all others."""
-        found = dict[str, None]()
-        names = iter(self._order)
-        for shard in itertools.islice(names, _ORDER_LENGTH):
-            found[shard] = None
-            if len(found) == len(self._shards):
-                return list(found)
-        return list(found) if next(names, None) is None else list(found | dict.fromkeys(self._shards))
-
-    def _again(self, shard: str) -> None:
-        with self._lock:
-            assert self._left is not None
-            self._left.append(shard)
-
-    def _say_failing(self, error: OSError) -> None:
-        with self._lock:
-            is_new = time.monotonic() > self._said_s + _PAUSE_S
-            self._said_s = time.monotonic() if is_new else self._said_s
-        if is_new:
-            warn(f"shards cannot be copied ({error}): they are read from the bucket until that passes")

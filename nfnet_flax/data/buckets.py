@@ -1,22 +1,60 @@
 """Files of a set of images, on a disk or in a bucket: which there are; and the errors of a store as a source's."""
 
 import contextlib
+import contextvars
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.paths import escaped
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.storage.cache import DamagedObject
-from nfnet_flax.storage.objects import ObjectFolder
+from nfnet_flax.storage.objects import ObjectFolder, StoredObject
 from nfnet_flax.storage.url import is_url
 
 Place = Path | BucketUrl
 """A file or folder of a set of images."""
+T = TypeVar("T")
+_answers: contextvars.ContextVar[dict[object, Any] | None] = contextvars.ContextVar("answers", default=None)
+
+
+@contextlib.contextmanager
+def asking_once() -> Iterator[None]:
+    """Within the context, no folder of a bucket is listed twice, and no manifest is read twice: all checks of a set see
+    the same state of it, and a start needs few requests."""
+    if _answers.get() is not None:
+        yield
+        return
+    token = _answers.set({})
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def _asked(question: object, ask: Callable[[], T]) -> T:
+    answers = _answers.get()
+    if answers is None:
+        return ask()
+    if question not in answers:
+        answers[question] = ask()
+    found: T = answers[question]
+    return found
+
+
+def listing(folder: BucketUrl) -> tuple[dict[str, StoredObject], list[str]]:
+    """What is directly in a folder of a bucket: the files, with what the store says about them, and the folders.
+
+    Raises:
+      OSError: they cannot be listed.
+    """
+    with failing():
+        return _asked(folder, ObjectFolder(folder).listing)
 
 
 def in_order(place: Place) -> tuple[str, ...]:
@@ -30,8 +68,7 @@ def matching(pattern: BucketUrl) -> list[BucketUrl]:
     Raises:
       OSError: they cannot be listed.
     """
-    with failing():
-        names = ObjectFolder(pattern.parent).objects()
+    names, _ = listing(pattern.parent)
     if pattern.name in names:
         return [pattern]
     return [pattern.parent / name for name in names if fnmatch.fnmatchcase(name, pattern.name)]
@@ -45,8 +82,7 @@ def names_in(folder: Place) -> tuple[list[str], list[str]]:
       OSError: they cannot be listed.
     """
     if isinstance(folder, BucketUrl):
-        with failing():
-            objects, folders = ObjectFolder(folder).listing()
+        objects, folders = listing(folder)
         files = list(objects)
     else:
         try:
@@ -87,7 +123,7 @@ def content_of(file: BucketUrl) -> bytes:
       OSError: it cannot be read.
     """
     with failing():
-        return BucketFolder(file.parent).read(file.name)
+        return _asked((file, "content"), lambda: BucketFolder(file.parent).read(file.name))
 
 
 def refuse_images(field: str, value: str) -> None:

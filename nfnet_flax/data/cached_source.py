@@ -31,7 +31,7 @@ class CachedSource(SourceConfig):
         remedy = "must not be negative"
         require(self.cache_gib is None or self.cache_gib >= 0, "source.cache_gib", self.cache_gib, remedy)
 
-    def cache(self) -> ObjectCache:
+    def kept_copies(self) -> ObjectCache:
         """The copies of files from buckets. Nothing is made yet.
 
         Raises:

@@ -1,4 +1,5 @@
-"""Keeps the indexes of shards: beside the shards, or where nothing can be written there, in a folder of the user.
+"""Keeps the indexes of shards: beside the shards, or where nothing can be written there (as in a bucket, into which
+training does not write), in a folder of the user.
 
 An index is used if it belongs to the shard as it is now (`shard_stamp`); it is made again if it does not, or if it is
 damaged. Of several processes that start at the same time, one makes the indexes, and the others wait for it.
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.buckets import Place
 from nfnet_flax.data.random_access import digest
-from nfnet_flax.data.shard_files import shard_stamp
+from nfnet_flax.data.shard_files import folder_of, shard_file, shard_size, shard_stamp
 from nfnet_flax.data.shard_index import DamagedIndex, ShardIndex
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import user_cache
+from nfnet_flax.storage import BucketUrl
 from nfnet_flax.units import human_size
 
 FOLDER = ".nfnet_index"
@@ -33,6 +36,10 @@ _PARTIAL_SUFFIX = ".partial"
 # Reading a small file, or finding the members of a large one, mostly means waiting for the disk or the network.
 _NUM_READERS, _NUM_MAKERS = 16, 4
 _SAY_EVERY_S = 30.0
+
+
+class NoIndexYet(ConfigError):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
+    """Files in a bucket have no index, and none may be written."""
 
 
 class Maker(Protocol):
@@ -74,16 +81,23 @@ class IndexStore:
         """The indexes of shards, in their order.
 
         Raises:
+          NoIndexYet: files are in a bucket, have no index, and none is to be written.
           ConfigError, OSError: as for `Maker.make`; or there is no room for the copies, or the chosen folder cannot be
             written.
         """
         with ThreadPoolExecutor(_NUM_READERS) as threads:
             found = dict(zip(shards, threads.map(lambda shard: self._kept(shard, maker), shards), strict=True))
-        of_folder: dict[Path, list[str]] = {}
+        of_folder: dict[Place, list[str]] = {}
         for shard in shards:
             if found[shard] is None:
-                of_folder.setdefault(Path(shard).parent, []).append(shard)
+                of_folder.setdefault(folder_of(shard), []).append(shard)
         for parent, missing in of_folder.items():
+            if not self.is_kept and isinstance(parent, BucketUrl):
+                size = human_size(sum(map(shard_size, missing)))
+                raise NoIndexYet(
+                    f"{len(missing)} files in {parent} have no index yet: the first start with source.keep_index makes "
+                    f"it, for which it reads all of them ({size}), once on each host"
+                )
             folder = self._writable(parent) if self.is_kept else None
             with contextlib.nullcontext() if folder is None else _sole_maker(folder):
                 # Another process may have made them while this one waited.
@@ -92,11 +106,11 @@ class IndexStore:
                 found |= again | self._made(rest, maker, folder)
         return [index for shard in shards if (index := found[shard]) is not None]
 
-    def _folders(self, parent: Path) -> list[Path]:
+    def _folders(self, parent: Place) -> list[Path]:
         """Folders in which the indexes of the shards of a folder may be, in the order in which they are tried."""
         if self.cache is not None:
             return [self.cache / digest(str(parent))]
-        folders = [parent / FOLDER]
+        folders = [parent / FOLDER] if isinstance(parent, Path) else []
         with contextlib.suppress(RuntimeError):  # there is no home folder
             folders.append(user_cache("index") / digest(str(parent)))
         return folders
@@ -104,7 +118,7 @@ class IndexStore:
     def _kept(self, shard: str, maker: Maker) -> ShardIndex | None:
         """The index of a shard if there is one that belongs to it as it is now, with all that is wanted."""
         stamp = shard_stamp(shard)
-        for folder in self._folders(Path(shard).parent):
+        for folder in self._folders(folder_of(shard)):
             path = folder / _index_name(shard, maker)
             try:
                 index = ShardIndex.from_bytes(path.read_bytes(), stamp)
@@ -129,7 +143,7 @@ class IndexStore:
             is_whole = False
         return dataclasses.replace(index, facts={**index.facts, "copy": str(path)}) if is_whole else None
 
-    def _writable(self, parent: Path) -> Path | None:
+    def _writable(self, parent: Place) -> Path | None:
         """The first folder that can be written, made if necessary; None, with a warning, if there is none."""
         reasons = []
         for folder in self._folders(parent):
@@ -153,7 +167,7 @@ class IndexStore:
         """New indexes, which are written to the folder."""
         if not shards:
             return {}
-        parent = Path(shards[0]).parent
+        parent = folder_of(shards[0])
         if folder is not None and self.copies:
             _announce_copies(shards, maker, folder)
         found: dict[str, ShardIndex] = {}
@@ -172,9 +186,11 @@ class IndexStore:
     def _make(self, shard: str, maker: Maker, folder: Path | None) -> ShardIndex:
         stamp = shard_stamp(shard)
         if folder is None:
-            return maker.make(shard, None)
+            with shard_file(shard):  # all of it is needed
+                return maker.make(shard, None)
         try:
-            index = self._written(shard, stamp, maker, folder)
+            with shard_file(shard):
+                index = self._written(shard, stamp, maker, folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -221,7 +237,7 @@ def _announce_copies(shards: Sequence[str], maker: Maker, folder: Path) -> None:
     if not sizes:
         return
     needed, free = sum(sizes), shutil.disk_usage(folder).free
-    where = f"{len(sizes)} of {len(shards)} files in {Path(shards[0]).parent} have compressed images"
+    where = f"{len(sizes)} of {len(shards)} files in {folder_of(shards[0])} have compressed images"
     if needed > free:
         raise ConfigError(
             f"{where}, which random access needs as a copy of {human_size(needed)}, and {folder} has "

@@ -1,15 +1,19 @@
 """A split whose images lie in the shards of Parquet files or tar files, as a source of examples."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.random_access import Record, Unused, check_index, digest, fixed_order
+from nfnet_flax.data.ahead import Ahead
+from nfnet_flax.data.bucket_shards import BucketShards
+from nfnet_flax.data.random_access import Copies, Record, Unused, check_index, digest, fixed_order
 from nfnet_flax.data.shard_files import read_bytes
 from nfnet_flax.data.shard_index import ShardIndex
+from nfnet_flax.storage.url import is_url
 from nfnet_flax.units import shown
 
 _MAX_CLASSES = 2**20
@@ -37,6 +41,19 @@ class PlainBytes:
 
     def read(self, offset: int, size: int) -> bytes:
         return read_bytes(self.file, offset, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketBytes:
+    """Images that lie in a file of a bucket as they are."""
+
+    shard: str
+    """The URL of the file."""
+    shards: BucketShards
+    """The set that it is in."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.shards.read(self.shard, offset, min(offset + size, self.shards.size(self.shard)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +91,7 @@ class PackedImages:
         class_names: Sequence[str] | None,
         unused: Sequence[Unused],
         contents: str | None,
+        in_bucket: BucketShards | None = None,
     ) -> None:
         """Joins the indexes of the shards.
 
@@ -83,6 +101,7 @@ class PackedImages:
           class_names: names of the classes, in the order of the labels; None: those that occur, sorted, or the numbers.
           unused: what is not used besides what the indexes say.
           contents: digest of what is known about the contents; None: of the sizes of the images.
+          in_bucket: the shards, if they are in a bucket.
 
         Raises:
           ConfigError: there are no examples, or a label has no class.
@@ -92,6 +111,12 @@ class PackedImages:
             raise ConfigError(f"{names}: has no image in it: give files with images{_because(shards)}")
         self._kind, self._shards = kind, tuple(shard.name for shard in shards)
         self._readers = tuple(shard.reader for shard in shards)
+        self._ahead = Ahead()
+        self._in_bucket: BucketShards | None = None
+        self._is_remote = [is_url(shard.name) and _reads(shard.reader, shard.name) for shard in shards]
+        if in_bucket is not None and any(self._is_remote):
+            self._in_bucket = in_bucket.part(itertools.compress(self._shards, self._is_remote))
+            self._readers = tuple(_from_bucket(reader, self._in_bucket) for reader in self._readers)
         self.class_names, labels = _classes(kind, shards, class_names)
         joined = {
             name: np.concatenate([getattr(shard.index, name) for shard in shards])
@@ -117,13 +142,44 @@ class PackedImages:
     def __getitem__(self, index: int) -> Record:
         index = check_index(index, len(self))
         size = int(self._sizes[index])
-        image = self._readers[self._shard_of[index]].read(int(self._offsets[index]), size)
+        future = self._ahead.take(index)
+        image = self._read(index) if future is None else future.result()
         if len(image) < size:
             raise ConfigError(
                 f"{self.describe(index)} has {len(image)} bytes, not {size}: the file was cut off or replaced since "
                 "this start: copy it again, and start again"
             )
         return {"image": image, "label": self._labels[index]}
+
+    def _read(self, index: int) -> bytes:
+        return self._readers[self._shard_of[index]].read(int(self._offsets[index]), int(self._sizes[index]))
+
+    def read_ahead(self, indexes: Iterable[int]) -> None:
+        """See `Prepares`."""
+        if self._in_bucket is None:
+            return
+        for index in indexes:
+            shard = self._shard_of[index]
+            if self._is_remote[shard] and self._in_bucket.copy(self._shards[shard]) is None:
+                self._ahead.begin(index, self._read, index)
+
+    def begin_copying(self, order: Iterable[int]) -> Callable[[], None]:
+        """See `Prepares`."""
+        if self._in_bucket is None:
+            return lambda: None
+        self._in_bucket.say_missing()
+        shards = (self._shard_of[index] for index in order)
+        stop = self._in_bucket.begin_copying(self._shards[shard] for shard in shards if self._is_remote[shard])
+
+        def end() -> None:
+            stop()
+            self._ahead.clear()
+
+        return end
+
+    def copies(self) -> Copies | None:
+        """See `Prepares`."""
+        return None if self._in_bucket is None else self._in_bucket.copies()
 
     def fingerprint(self) -> str:
         """Digest of the classes, and of the names, labels and order of the images."""
@@ -149,6 +205,15 @@ class PackedImages:
         counts = np.bincount(self._shard_of, minlength=len(self._shards))
         starts = np.cumsum(counts) - counts
         return _file_names(self._names, starts[self._shard_of] + self._number), self._labels
+
+
+def _reads(reader: Reader, shard: str) -> bool:
+    """Whether the images of a shard are read from the shard, and not from a copy of them."""
+    return not isinstance(reader, PlainBytes) or reader.file == shard
+
+
+def _from_bucket(reader: Reader, shards: BucketShards) -> Reader:
+    return BucketBytes(reader.file, shards) if isinstance(reader, PlainBytes) and is_url(reader.file) else reader
 
 
 def _file_names(names: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:

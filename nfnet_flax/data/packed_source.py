@@ -3,34 +3,46 @@
 import abc
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
 from nfnet_flax.config import ConfigError, require
-from nfnet_flax.data.array_records import ends_digest
+from nfnet_flax.data.bucket_shards import BucketShards
+from nfnet_flax.data.buckets import listing
+from nfnet_flax.data.cached_source import CachedSource
 from nfnet_flax.data.index_store import IndexStore, Maker
 from nfnet_flax.data.packed_images import Kind, PackedImages, Reader, Shard
 from nfnet_flax.data.random_access import SourceConfig, Split, Unused
-from nfnet_flax.data.shard_files import ShardKind, find_shards, local_shard, shards_in
+from nfnet_flax.data.shard_files import ShardKind, find_shards, folder_of, read_bytes, shard_size, shards_in
 from nfnet_flax.data.shard_index import ShardIndex
-from nfnet_flax.paths import check_path, local_path
+from nfnet_flax.paths import check_path, check_place, local_path
+from nfnet_flax.storage import bucket_url
+from nfnet_flax.storage.cache import Wanted
+from nfnet_flax.storage.url import is_url
 from nfnet_flax.units import shown
+
+_ENDS_BYTES = 1 << 16
+"""Number of bytes at both ends of two files by which files of the same size are compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedSource(SourceConfig, abc.ABC):
+class PackedSource(CachedSource, abc.ABC):
     """A set whose images lie in shards."""
 
-    place_fields: ClassVar[tuple[str, ...]] = ("root", "train", "eval", "class_names_file", "cache", "keep_index")
+    place_fields: ClassVar[tuple[str, ...]] = (
+        *("root", "train", "eval", "class_names_file", "cache", "keep_index"),
+        *CachedSource.place_fields,
+    )
     kind: ClassVar[Kind]
     """How examples are named."""
     shard_kind: ClassVar[ShardKind]
     """Which files are shards."""
 
     root: str
-    """Folder of the files; `~` is the home folder."""
+    """Folder of the files: a path, where `~` is the home folder, or a URL such as `gs://BUCKET/FOLDER` (`s3://`)."""
     train: tuple[str, ...] = ("train",)
     """Training files: the name of the split (files in `root` or `root/data` whose names contain it as a word, or all
     files of a folder of that name), a folder (`.` is `root` itself), files, or patterns with `*` or `{0000..1023}`."""
@@ -41,8 +53,8 @@ class PackedSource(SourceConfig, abc.ABC):
     class_names_file: str | None = None
     """Text file with a class name on each line, in place of `class_names`."""
     cache: str | None = None
-    """Folder for the index of the images; None: a hidden folder beside the files, or where that cannot be written, a
-    folder in `~/.cache/nfnet_flax`."""
+    """Folder for the index of the images; None: a hidden folder beside the files, or, where that cannot be written and
+    for a bucket, a folder in `~/.cache/nfnet_flax`."""
     keep_index: bool = True
     """Whether the index is written. Without it, it is made at each start, and nothing is copied."""
 
@@ -52,8 +64,9 @@ class PackedSource(SourceConfig, abc.ABC):
             value = getattr(self, name)
             require(bool(value), f"source.{name}", value, "give at least the name of a split, a file or a pattern")
             for entry in value:
-                check_path(f"source.{name}", entry)
-        for name in ("root", "class_names_file", "cache"):
+                check_place(f"source.{name}", entry)
+        check_place("source.root", self.root)
+        for name in ("class_names_file", "cache"):
             if (value := getattr(self, name)) is not None:
                 check_path(f"source.{name}", value)
         is_known = len(set(self.class_names)) == len(self.class_names) and "" not in self.class_names
@@ -105,15 +118,16 @@ class PackedSource(SourceConfig, abc.ABC):
     def with_absolute_places(self) -> Self:
         changes = {
             name: os.path.abspath(os.path.expanduser(value))
-            for name in ("root", "class_names_file", "cache")
-            if (value := getattr(self, name)) is not None
+            for name in ("root", "class_names_file", "cache", "cache_dir")
+            if (value := getattr(self, name)) is not None and not is_url(value)
         }
         return dataclasses.replace(self, **changes)
 
     def with_training_of(self, trained: SourceConfig) -> Self:
         if not isinstance(trained, PackedSource) or type(trained) is not type(self):
             return self
-        return dataclasses.replace(self, train=tuple(os.path.join(trained.root, entry) for entry in trained.train))
+        entries = [entry if is_url(entry) else os.path.join(trained.root, entry) for entry in trained.train]
+        return dataclasses.replace(self, train=tuple(entries))
 
     def without_writing(self) -> Self:
         return dataclasses.replace(self, keep_index=False)
@@ -125,14 +139,27 @@ class PackedSource(SourceConfig, abc.ABC):
           ConfigError: as for `find_shards`.
         """
         entries = self.train if split == "train" else self.eval
-        return find_shards(f"source.{split}", local_path("source.root", self.root), entries, self.shard_kind)
+        root = bucket_url("source.root", self.root) or local_path("source.root", self.root)
+        return find_shards(f"source.{split}", root, entries, self.shard_kind)
+
+    def _in_bucket(self, shards: Sequence[str]) -> BucketShards | None:
+        """The shards that are in a bucket. They can be read as long as the object lives."""
+        urls = [url for shard in shards if (url := bucket_url("shard", shard)) is not None]
+        objects = {folder: listing(folder)[0] for folder in {url.parent for url in urls}}
+        if gone := [url for url in urls if url.name not in objects[url.parent]]:
+            raise ConfigError(f"{gone[0]} was deleted while the set was opened: put it back")
+        wanted = [Wanted(url, objects[url.parent][url.name]) for url in urls]
+        return BucketShards(wanted, self.kept_copies()) if wanted else None
 
     def check_splits(self) -> None:
         try:
             train, held_out = self.shards("train"), self.shards("eval")
         except ConfigError:  # reported when that split is opened
             return
-        if shared := _shared(train, held_out):
+        in_bucket = self._in_bucket([*train, *held_out])  # is needed to read them
+        shared = _shared(train, held_out)
+        del in_bucket
+        if shared:
             raise ConfigError(
                 f"source.train = {self.train!r} and source.eval = {self.eval!r} share {len(shared)} files, such as "
                 f"{shared[0]!r}: an evaluation on training images means nothing; give other files, or hold images out "
@@ -144,7 +171,7 @@ class PackedSource(SourceConfig, abc.ABC):
         splits: tuple[Split, ...] = ("train", "eval")
         for split in splits:
             with contextlib.suppress(ConfigError):  # reported when the split is opened
-                folders |= {Path(shard).parent for shard in self.shards(split)}
+                folders |= {folder for shard in self.shards(split) if isinstance(folder := folder_of(shard), Path)}
         if place in folders:
             raise ConfigError(
                 f"{field} = {str(place)!r}: is the folder of the {self.shard_kind.what}s: give another one"
@@ -172,6 +199,7 @@ class PackedSource(SourceConfig, abc.ABC):
                 raise
             hint = "a run that has not begun can hold out training images by --data.num-held-out 1000"
             raise ConfigError(f"{error}; {hint}") from error
+        in_bucket = self._in_bucket(shards)
         cache = None if self.cache is None else local_path("source.cache", self.cache)
         indexes = IndexStore(cache, self.keep_index, copies).indexes(shards, self.maker())
         own, given = self.own_names(shards, indexes), self._given_names()
@@ -182,7 +210,7 @@ class PackedSource(SourceConfig, abc.ABC):
             )
         found = [Shard(name, index, self.reader(name, index)) for name, index in zip(shards, indexes, strict=True)]
         unused = [*self._other_files(split, shards), *_slow(indexes, copies), *self.remarks(shards, indexes)]
-        return PackedImages(self.kind, found, given or own, unused, self.known_contents(indexes))
+        return PackedImages(self.kind, found, given or own, unused, self.known_contents(indexes), in_bucket)
 
     def _other_files(self, split: Split, shards: Sequence[str]) -> list[Unused]:
         """The files in the folders of a split that no split reads."""
@@ -190,7 +218,7 @@ class PackedSource(SourceConfig, abc.ABC):
         with contextlib.suppress(ConfigError):  # a split may be missing
             used |= set(self.shards("eval" if split == "train" else "train"))
         unused = []
-        for folder in sorted({Path(shard).parent for shard in shards}):
+        for folder in dict.fromkeys(map(folder_of, shards)):
             if other := [shard for shard in shards_in(folder, self.shard_kind) if shard not in used]:
                 text = f"{folder}: not used are {len(other)} files of no split that is read, such as {other[0]!r}"
                 unused.append(Unused(len(other), text))
@@ -215,13 +243,14 @@ def _shared(train: Sequence[str], held_out: Sequence[str]) -> list[str]:
         return same
     sizes: dict[int, list[str]] = {}
     for shard in held_out:
-        sizes.setdefault(os.stat(local_shard(shard)).st_size, []).append(shard)
+        sizes.setdefault(shard_size(shard), []).append(shard)
     return [
         shard
         for shard in train
-        if (like := sizes.get(os.stat(local_shard(shard)).st_size)) and _ends(shard) in {_ends(other) for other in like}
+        if (like := sizes.get(shard_size(shard))) and _ends(shard) in {_ends(other) for other in like}
     ]
 
 
-def _ends(shard: str) -> str:
-    return ends_digest(Path(local_shard(shard)))
+def _ends(shard: str) -> bytes:
+    end = max(0, shard_size(shard) - _ENDS_BYTES)
+    return hashlib.blake2b(read_bytes(shard, 0, _ENDS_BYTES) + read_bytes(shard, end, _ENDS_BYTES)).digest()

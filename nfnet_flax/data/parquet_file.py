@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.shard_files import check_is_no_pointer, local_shard, read_bytes
+from nfnet_flax.data.shard_files import check_is_no_pointer, read_bytes, shard_size, shard_source
 
 _MAGIC = b"PAR1"
 _ENDS_BYTES = 8
@@ -51,7 +50,7 @@ def opened(shard: str) -> Iterator[Any]:
     check_is_no_pointer(shard)
     footer_bytes(shard)
     try:
-        with pyarrow.parquet.ParquetFile(local_shard(shard), pre_buffer=False, buffer_size=_READ_BYTES) as file:
+        with pyarrow.parquet.ParquetFile(shard_source(shard), pre_buffer=False, buffer_size=_READ_BYTES) as file:
             yield file
     except MemoryError:
         raise
@@ -68,7 +67,7 @@ def footer_bytes(shard: str) -> bytes:
       DamagedFile: the file does not begin and end like a Parquet file.
       OSError: it cannot be read.
     """
-    size = os.stat(local_shard(shard)).st_size
+    size = shard_size(shard)
     start, end = read_bytes(shard, 0, len(_MAGIC)), read_bytes(shard, max(0, size - _ENDS_BYTES), _ENDS_BYTES)
     length = int.from_bytes(end[:4], "little")
     if start != _MAGIC:

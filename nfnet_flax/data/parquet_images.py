@@ -17,7 +17,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.data.parquet_file import AGAIN, DamagedFile, opened
 from nfnet_flax.data.parquet_pages import NotPlain, plain_values
 from nfnet_flax.data.random_access import CorruptRecordError
-from nfnet_flax.data.shard_files import local_shard
+from nfnet_flax.data.shard_files import shard_file
 
 _IMAGES_AT_ONCE = 16
 
@@ -28,7 +28,8 @@ def plain_places(file: Any, shard: str, column: str) -> tuple[np.ndarray, np.nda
     metadata, number = file.metadata, _number_of(file, column)
     described = file.schema.column(number)
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    descriptor = os.open(local_shard(shard), os.O_RDONLY | os.O_CLOEXEC)
+    with shard_file(shard) as path:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for group in range(metadata.num_row_groups):
             chunk = metadata.row_group(group).column(number)

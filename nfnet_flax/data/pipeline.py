@@ -17,6 +17,7 @@ import numpy as np
 
 from nfnet_flax.config import require
 from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.data.buckets import asking_once
 from nfnet_flax.data.config import RESUMABLE_FIELDS, DataConfig
 from nfnet_flax.data.examples import eval_example, rand_augment_example, rand_augment_rows, train_example
 from nfnet_flax.data.mixing import mix
@@ -53,13 +54,15 @@ def open_split(config: DataConfig, split: Split, class_names: Sequence[str] | No
 
 @contextlib.contextmanager
 def reading(split: Split) -> Iterator[None]:
-    """Turns a failure of the disk or the network, while a split is opened, into `InputFailed`.
+    """Turns a failure of the disk or the network, while a split is opened, into `InputFailed`; a bucket is asked for
+    nothing twice.
 
     Raises:
       InputFailed: the disk or the network failed.
     """
     try:
-        yield
+        with asking_once():
+            yield
     except OSError as error:
         raise InputFailed(f"the {split} split cannot be read: {error}") from error
 

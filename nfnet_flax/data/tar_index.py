@@ -16,7 +16,7 @@ import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.decode import IMAGE_SUFFIXES
-from nfnet_flax.data.shard_files import check_is_no_pointer, local_shard
+from nfnet_flax.data.shard_files import check_is_no_pointer, shard_file
 from nfnet_flax.data.shard_index import NotUsed, ShardIndex, as_numbers, labels_of, short_name
 
 LABEL_ENDINGS = ("cls", "txt", "json")
@@ -69,8 +69,7 @@ def tar_index(shard: str, label: str | None, json_key: str) -> ShardIndex:
       OSError: it cannot be read.
     """
     check_is_no_pointer(shard)
-    path = local_shard(shard)
-    with open(path, "rb") as file:
+    with shard_file(shard) as path, open(path, "rb") as file:
         _check_uncompressed(file, shard)
         contents = _contents_of(file, shard, label)
     ending = label or _ending_of(shard, contents)

@@ -20,6 +20,7 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     """Opens both splits and decodes one image of each; compares them with the images that the run began with."""
     from nfnet_flax.data.classes import spare_outputs
     from nfnet_flax.data.held_out import check_distinct
+    from nfnet_flax.data.index_store import NoIndexYet
     from nfnet_flax.data.pipeline import input_changes, input_identity, open_split, source_record
     from nfnet_flax.training.record import fixed_class_names, has_trained
 
@@ -32,6 +33,8 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
             sources[split] = open_split(data, split, class_names)
             findings.append(seen(f"{split}: {_first_example(sources[split])}"))
             findings += [seen(found.text) for found in sources[split].unused]
+        except NoIndexYet as error:  # to make it would take long, and would write
+            return [*findings, seen(f"{split}: {error}; until then the images are not looked at here")]
         except ConfigError as error:  # its message says what to do
             return [*findings, Finding(text=str(error), is_wrong=True)]
     findings += _check_copies(list(sources.values()))
@@ -65,7 +68,7 @@ def _check_copies(sources: "list[Source]") -> list[Finding]:
     folder, free, limit = found[0].folder, found[0].free_bytes, found[0].limit_bytes
     size = sum(copies.missing_bytes for copies in found)
     counts = f"{sum(c.num_files - c.num_missing for c in found)} of {sum(c.num_files for c in found)} shards"
-    findings = [seen(f"copies: {counts} are in {folder}; the others have {human_size(size)}")]
+    findings = [seen(f"copies: {counts} are in {folder}" + (f"; the others have {human_size(size)}" if size else ""))]
     if size and not os.access(existing := nearest(folder), os.W_OK | os.X_OK):
         remedy = (
             "change its permissions, or give another folder by --data.source.cache-dir; now each record is a request"

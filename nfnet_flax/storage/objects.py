@@ -37,17 +37,9 @@ class StoredObject:
 class ObjectFolder(BucketFolder):
     """A folder in a bucket whose objects are read by their versions."""
 
-    def objects(self) -> dict[str, StoredObject]:
-        """Names of the files directly in the folder -> what the store says about them; empty if there is no such
-        folder.
-
-        Raises:
-          StorageFailed: they cannot be listed.
-        """
-        return self.listing()[0]
-
     def listing(self) -> tuple[dict[str, StoredObject], list[str]]:
-        """`objects`, and the names of the folders directly in the folder.
+        """Names of the files directly in the folder -> what the store says about them, and the names of the folders
+        there; both empty if there is no such folder.
 
         Raises:
           StorageFailed: they cannot be listed.
