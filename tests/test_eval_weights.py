@@ -360,7 +360,7 @@ def test_bad_input_is_named(weights: Path, images: Path, tmp_path: Path, capsys:
         (["eval", "--weights", str(weights), "--workdir", "run", *source], "both of them are given"),
         (["eval", "--weights", str(weights)], "--weights: give the images: --data.source.root DIR"),
         (["eval", "--weights", str(tmp_path / "none.safetensors"), *source], "there is no such file or folder"),
-        (["eval", "--weights", str(tmp_path / "folder"), *source], "holds no config.json"),
+        (["eval", "--weights", str(tmp_path / "folder"), *source], "holds neither a run nor weights"),
         (["eval", "--weights", str(weights), "--data.source.root", str(images)], "a single dot if the folders"),
         (command(weights, stranger), "class 'unicorn' is unknown"),
         (command(weights, damaged), f"{broken} (example "),

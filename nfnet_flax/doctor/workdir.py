@@ -78,8 +78,7 @@ def _check_checkpoints(folder: Path, until_s: float) -> list[Finding]:
             unread += [] if is_read else [step]
     findings = []
     if good:
-        newest = folder / str(good[0])
-        about = f"newest {good[0]} of {human_size(tree_bytes(newest))}, {_age(newest)} old"
+        about = _about(folder / str(good[0]))
         findings.append(seen(f"{folder.name}: steps {', '.join(map(str, reversed(good)))}; {about}"))
     if unread:
         steps = ", ".join(map(str, unread))
@@ -88,6 +87,13 @@ def _check_checkpoints(folder: Path, until_s: float) -> list[Finding]:
         findings.append(seen(f"{path} is being written, or was when the run was killed; it is no checkpoint"))
     findings += [_describe_problem(folder / str(step), problems[step], good) for step in sorted(problems)]
     return findings or [seen(f"{folder.name}: none")]
+
+
+def _about(newest: Path) -> str:
+    try:
+        return f"newest {newest.name} of {human_size(tree_bytes(newest))}, {_age(newest)} old"
+    except FileNotFoundError:
+        return f"newest {newest.name}, which the run has deleted meanwhile"
 
 
 def _problem_of(checkpoint: Path, until_s: float) -> tuple[Damaged | StorageFailed | None, bool]:
