@@ -1,6 +1,7 @@
 """The promise: a run that was stopped or killed ends with the same bits as one that was not."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -39,9 +40,13 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     process = start(workdir)
     saved = workdir / "checkpoints" / "20" if request.param is signal.SIGKILL else None
     printed = runs.signal_at(process, 31, request.param, saved)
+    stopped: list[int] = []
     if request.param is signal.SIGTERM:
         assert process.returncode == EXIT_STOPPED
         assert "run the same command again" in printed
+        stopped = [int(step) for step in re.findall(r"^stopping at step (\d+): SIGTERM", printed, re.MULTILINE)]
+        assert len(stopped) == 1
+        assert 31 <= stopped[0] < 60
     else:
         assert process.returncode == -signal.SIGKILL
     process = start(workdir)
@@ -50,8 +55,8 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if request.param is signal.SIGKILL:
         assert any(f"continuing from step {step} " in printed for step in (20, 40)), printed
     else:
-        # Stopped within the steps in flight, and nothing that was done is done again.
-        assert any(f"continuing from step {step} " in printed for step in range(31, 36)), printed
+        # Nothing that was done is done again. How many steps passed before the signal came, the machine's load decides.
+        assert f"continuing from step {stopped[0]} " in printed, printed
     return workdir
 
 
