@@ -3,11 +3,15 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nfnet_flax.data import pipeline
 from nfnet_flax.data.array_record_source import ArrayRecords, ArrayRecordSource
 from nfnet_flax.data.bucket_records import BucketRecords
 from nfnet_flax.data.bucket_shards import BucketShards
+from nfnet_flax.data.config import DataConfig
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.storage.objects import ObjectFolder
 from tests import stores
@@ -75,3 +79,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def batches(config: DataConfig, start: int, count: int, index: int, num_processes: int) -> list[dict[str, np.ndarray]]:
+    """Batches of a training as one of its processes gets them."""
+    source = pipeline.open_split(config, "train")
+    share = {"process_index": index, "num_processes": num_processes}
+    with pipeline.train_batches(config, source, seed=3, start_step=start, num_steps=start + count, **share) as found:
+        return list(found)
+
+
+def identity_of(config: DataConfig) -> dict[str, Any]:
+    """What a run records of its input."""
+    train, held_out = (pipeline.open_split(config, split) for split in ("train", "eval"))
+    return pipeline.input_identity(config, seed=0, train_source=train, eval_source=held_out)

@@ -183,9 +183,14 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 def copied(url: str, step: int) -> Path:
     """A copy of a run in a bucket, with the arrays of one checkpoint."""
-    folder = reading("workdir", url).path
-    fetch_state(folder / "checkpoints" / str(step))
-    return folder
+    folder = reading("workdir", url)
+    _COPIES.append(folder)
+    fetch_state(folder.path / "checkpoints" / str(step))
+    return folder.path
+
+
+_COPIES: list[RunFolder] = []
+"""What `copied` returned, as a copy is deleted with its value."""
 
 
 def damage(checkpoint: Path) -> None:

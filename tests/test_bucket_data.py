@@ -24,15 +24,8 @@ from nfnet_flax.open_config import with_absolute_places
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from tests import runs, stores
-from tests.bucket_sets import NAME, Bucket, records
+from tests.bucket_sets import NAME, Bucket, batches, identity_of, records
 from tools import prepare_imagenet
-
-
-def batches(config: DataConfig, start: int, count: int, index: int, num_processes: int) -> list[dict[str, np.ndarray]]:
-    source = pipeline.open_split(config, "train")
-    share = {"process_index": index, "num_processes": num_processes}
-    with pipeline.train_batches(config, source, seed=3, start_step=start, num_steps=start + count, **share) as found:
-        return list(found)
 
 
 def assert_equal(rows: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> None:
@@ -56,16 +49,7 @@ def test_batches_and_identity_are_those_of_local_files(bucket: Bucket, tmp_path:
     assert sorted(path.read_bytes() for path in copies) == sorted(
         path.read_bytes() for path in bucket.local.glob("train-*")
     )
-    identities = [
-        pipeline.input_identity(
-            config,
-            seed=0,
-            train_source=pipeline.open_split(config, "train"),
-            eval_source=pipeline.open_split(config, "eval"),
-        )
-        for config in (on_disk, config)
-    ]
-    assert identities[0] == identities[1]
+    assert identity_of(on_disk) == identity_of(config)
 
 
 def test_records_of_held_out_images_and_their_names(bucket: Bucket, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from nfnet_flax.open_config import with_absolute_places
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from tests import image_sets, packed_sets, runs, stores
-from tests.bucket_sets import wait_until
+from tests.bucket_sets import batches, identity_of, wait_until
 
 
 class Packed(NamedTuple):
@@ -72,13 +72,6 @@ def records(source: Source) -> list[tuple[bytes, int]]:
     return [(record["image"], int(record["label"])) for record in map(source.__getitem__, range(len(source)))]
 
 
-def batches(config: DataConfig, start: int, count: int, index: int, num_processes: int) -> list[dict[str, np.ndarray]]:
-    source = pipeline.open_split(config, "train")
-    share = {"process_index": index, "num_processes": num_processes}
-    with pipeline.train_batches(config, source, seed=3, start_step=start, num_steps=start + count, **share) as found:
-        return list(found)
-
-
 def test_batches_and_identity_are_those_of_local_files(packed: Packed, tmp_path: Path) -> None:
     on_disk = DataConfig(source=packed.source(packed.local, tmp_path / "of files"), batch_size=8, image_size=16)
     wanted = [batches(on_disk, start, count, 0, 1) for start, count in ((0, 5), (1_000_000, 1))]
@@ -97,16 +90,7 @@ def test_batches_and_identity_are_those_of_local_files(packed: Packed, tmp_path:
                     assert np.array_equal(value, np.concatenate([rows[name] for rows in found])), num_processes
     in_worker = batches(dataclasses.replace(remote, num_workers=1), 1, 1, 0, 1)[0]
     assert np.array_equal(in_worker["image"], wanted[0][1]["image"])
-    identities = [
-        pipeline.input_identity(
-            config,
-            seed=0,
-            train_source=pipeline.open_split(config, "train"),
-            eval_source=pipeline.open_split(config, "eval"),
-        )
-        for config in (on_disk, remote)
-    ]
-    assert identities[0] == identities[1]
+    assert identity_of(on_disk) == identity_of(remote)
 
 
 def test_an_index_is_made_with_room_for_one_file(

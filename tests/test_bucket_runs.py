@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +47,16 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield BucketUrl(request.param, stores.BUCKET, "runs/a")
 
 
-def start(place: BucketUrl, machine: Path, *options: str) -> "runs.subprocess.Popen[str]":
+READ_WITH_SMALL_FILES = """
+import resource, sys
+import nfnet_flax
+nfnet_flax.Run  # loads what it needs
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+nfnet_flax.Run(sys.argv[1]).weights()
+"""
+
+
+def start(place: BucketUrl, machine: Path, *options: str) -> subprocess.Popen[str]:
     """Starts the run on a machine that has its own folder for temporary files."""
     machine.mkdir(exist_ok=True)
     return runs.start(str(place), *OPTIONS, *options, environment={"TMPDIR": str(machine)})
@@ -209,3 +221,7 @@ def test_a_run_that_is_copied_by_hand_continues_on_either_side(whole: Path, plac
     printed = runs.finish(process)
     assert process.returncode == EXIT_DONE, printed
     assert "continuing from step 12" in printed
+    # Another reader has a disk that takes no files of this size.
+    reader = [sys.executable, "-c", READ_WITH_SMALL_FILES, str(place)]
+    done = subprocess.run(reader, capture_output=True, text=True, check=False, cwd=runs.ROOT)
+    assert f"StorageFailed: the folder for temporary files, {tempfile.gettempdir()}, cannot hold" in done.stderr

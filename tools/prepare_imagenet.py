@@ -278,9 +278,17 @@ def run(options: Options) -> None:
       InputFailed: the input cannot be read.
     """
     options = options.with_resolved_paths()
-    listings: dict[str, Listing] = {}
     place = options.place()
-    index = place / INDEX if isinstance(place, Path) else Path(tempfile.mkdtemp())
+    if isinstance(place, Path):
+        _run(options, place, place / INDEX)
+        return
+    with tempfile.TemporaryDirectory(prefix="nfnet_flax-") as index:
+        _run(options, place, Path(index))
+
+
+def _run(options: Options, place: Place, index: Path) -> None:
+    """Like `run`; the index of Parquet or tar files is kept in the folder `index` meanwhile."""
+    listings: dict[str, Listing] = {}
     if options.folder is not None:
         if isinstance(place, Path):
             FolderSource(root=str(options.folder)).check_outside("--out", place)

@@ -1,6 +1,8 @@
 """Reads the options of a command by tyro, and what `--help` says of them."""
 
 import dataclasses
+import functools
+import operator
 import re
 import types
 import typing
@@ -95,9 +97,9 @@ def _with_words(hint: Any) -> Any:
         words = [_text(word) if arguments[0] is str else tyro.conf.arg(metavar=word) for word in shown]
         return Annotated[(_with_words(arguments[0]), *arguments[1:], *words)]
     if origin in (types.UnionType, typing.Union):
-        return typing.Union[tuple(map(_with_words, arguments))]  # noqa: UP007
+        return functools.reduce(operator.or_, map(_with_words, arguments))
     if origin is tuple:
-        return tuple[tuple(map(_with_words, arguments))]  # type: ignore[misc]
+        return types.GenericAlias(tuple, tuple(map(_with_words, arguments)))
     return hint
 
 

@@ -177,12 +177,9 @@ def _predictor(options: PredictOptions) -> "Predictor":
     from nfnet_flax.prediction import load_predictor
     from nfnet_flax.training.reading import Run
 
-    if options.workdir is not None:
-        weights: str | os.PathLike[str] = Run(options.workdir).workdir
-    else:
-        weights = options.weights or ""
+    run = None if options.workdir is None else Run(options.workdir)  # kept: with it, a copy from a bucket is deleted
     return load_predictor(
-        weights,
+        (options.weights or "") if run is None else run.workdir,
         field="weights" if options.workdir is None else "workdir",
         parameters=options.parameters or "ema",
         checkpoint="newest" if options.checkpoint is None else options.checkpoint,

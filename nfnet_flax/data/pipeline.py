@@ -211,7 +211,7 @@ _Order = Callable[[int], Iterable[int]]
 
 @dataclasses.dataclass(frozen=True)
 class _Announced:
-    """A table of batches; the source is told which examples of a batch it will be asked for."""
+    """A table of batches. Before a batch is read, its source gets the list of the examples in it, to read ahead."""
 
     batches: BatchTable
     source: Source

@@ -17,7 +17,8 @@ from nfnet_flax.data.random_access import CorruptRecordError
 _BLOCK_BYTES = 1 << 16
 _BLOCK_HEADER_BYTES = 24
 _CHUNK_HEADER = struct.Struct("<QQQBxxxxxxxQ")
-"""Of a chunk: its checksum, size of the data, their checksum, type (and number of records), size of the values."""
+"""Header of a chunk, which is a group of records: checksum of the header, size of the data in bytes, checksum of the
+data, type of the chunk (the number of records, which follows, is not read), size of the decoded data in bytes."""
 _SIMPLE, _UNCOMPRESSED = ord("r"), 0
 _MAGIC = 0x71930E704FDAE05E
 """What the last block holds in every ArrayRecord file."""

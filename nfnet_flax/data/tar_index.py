@@ -135,7 +135,7 @@ def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
         # Names are only compared and printed, and nothing is unpacked, so a malicious name can do no harm.
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all
+                tar.members = []  # type: ignore[attr-defined]  # `tarfile` would keep every member in memory
                 if member.offset_data + member.size > end:
                     raise ConfigError(f"{shard!r} is cut off within {member.name!r}: {_AGAIN}")
                 if not member.isdir():

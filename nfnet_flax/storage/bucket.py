@@ -155,14 +155,9 @@ class BucketFolder:
                     ]:
                         done.result()
             partial.replace(target)
-        except BaseException as error:
+        except BaseException:  # also if the user stops it: half a file is never left
             with contextlib.suppress(OSError):
                 partial.unlink()
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # of the disk
-                raise StorageFailed(
-                    f"{target.parent}: cannot hold a copy of {self.url}/{name} ({error.strerror}): make room there; "
-                    "for a folder for temporary files, set TMPDIR to another one"
-                ) from error
             raise
 
     def _download_part(self, name: str, file: int, start: int, end: int) -> None:
@@ -258,9 +253,9 @@ def _may_pass(error: Exception, code: int | None) -> bool:
         return False
     if code is not None:
         return code in _RETRIED
-    named = type(error).__name__
-    if "Credential" in named or "Auth" in named or "Token" in named:
+    if _is_about_login(error):
         return False
+    named = type(error).__name__
     from aiohttp import ClientError
 
     # The libraries raise their own kinds for a connection that was cut or an answer that was too short.
@@ -268,9 +263,13 @@ def _may_pass(error: Exception, code: int | None) -> bool:
     return isinstance(error, OSError | TimeoutError | ClientError) or any(word in named for word in connection)
 
 
+def _is_about_login(error: Exception) -> bool:
+    return any(word in type(error).__name__ for word in ("Credential", "Auth", "Token"))
+
+
 def _explained(place: str, scheme: str, action: str, error: Exception, code: int | None) -> str:
     text = f"{place}: cannot {action}: {_brief(error)}"
-    if code == 401 or (code is None and not isinstance(error, OSError)):
+    if code == 401 or _is_about_login(error):
         login = {"gs": "gcloud auth application-default login", "s3": "aws configure, or AWS_ACCESS_KEY_ID and others"}
         return f"{text}: log in ({login[scheme]}), or give this machine a service account"
     if code == 403 or isinstance(error, PermissionError):

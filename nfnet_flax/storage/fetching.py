@@ -1,20 +1,18 @@
 """Copies of files in buckets on this machine, for what is read as a whole, such as weights."""
 
 import contextlib
-import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.storage.bucket import BucketFolder
-from nfnet_flax.storage.scratch import scratch_folder
+from nfnet_flax.storage.scratch import scratch_errors, scratch_folder
 from nfnet_flax.storage.url import BucketUrl
 
-_for_process = contextlib.ExitStack()
 
-
-@functools.lru_cache(maxsize=16)
-def copy_of(field: str, url: BucketUrl, wanted: tuple[str, ...]) -> Path:
-    """The path of a copy of a file in a bucket, or of a folder there; it is kept until the process ends.
+@contextlib.contextmanager
+def copy_of(field: str, url: BucketUrl, wanted: tuple[str, ...]) -> Iterator[Path]:
+    """The path of a copy of a file in a bucket, or of a folder there; it is deleted at the end of the context.
 
     Args:
       field: name of the value in messages.
@@ -25,7 +23,13 @@ def copy_of(field: str, url: BucketUrl, wanted: tuple[str, ...]) -> Path:
       ConfigError: there is neither a file nor such a folder, or the package for this kind of bucket is not installed.
       StorageFailed: the bucket cannot be read.
     """
-    target = _for_process.enter_context(scratch_folder())
+    with scratch_folder() as folder:
+        with scratch_errors():
+            path = _copied(field, url, wanted, folder)
+        yield path
+
+
+def _copied(field: str, url: BucketUrl, wanted: tuple[str, ...], target: Path) -> Path:
     if url.key:
         with contextlib.suppress(FileNotFoundError):
             BucketFolder(url.parent).download(url.name, target / url.name)

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.identity import check_same_run, claim
 from nfnet_flax.training.initial import check_same_start, initial_weights
-from nfnet_flax.training.lease import LeaseLost, owning
+from nfnet_flax.training.lease import Lease, LeaseLost, owning
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics, OnMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
@@ -112,8 +113,7 @@ def train(
     require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
     times_s = [started_at_s or time.perf_counter(), time.perf_counter()]
     prepare(reproducible=recipe.execution.reproducible)
-    place = place_of("workdir", workdir)
-    recipe = with_absolute_paths(recipe)
+    recipe, place = with_absolute_paths(recipe), place_of("workdir", workdir)
     if isinstance(place, Path):
         recipe.data.source.check_outside("workdir", place)
     watchdog = watchdog or Watchdog(WatchdogConfig())
@@ -134,10 +134,7 @@ def train(
             for text in (spare_outputs(recipe.num_classes, class_names), initial.said if initial else None):
                 warn(text)
         check_same_start(processes, recipe, initial, timeout_s=start_timeout_s)
-        lease = None
-        if processes.is_first:
-            lease = opened.enter_context(owning(folder.owner_folder, _end_at_once))
-            folder.own(lease.check)
+        lease = opened.enter_context(_owned(folder)) if processes.is_first else None
         identity = setup.identity(initial.record if initial else None)
         for line in claim(processes, folder, identity, start_timeout_s):
             warn(line)
@@ -151,6 +148,13 @@ def train(
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
             _print_start([*times_s, time.perf_counter()])
         return _run(setup, folder, start, saver, stop, watchdog, report)
+
+
+@contextlib.contextmanager
+def _owned(folder: RunFolder) -> Iterator[Lease]:
+    with owning(folder.owner_folder, _end_at_once) as lease:
+        folder.own(lease.check)
+        yield lease
 
 
 def _run(

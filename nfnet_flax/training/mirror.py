@@ -3,14 +3,14 @@
 Objects have the names of the files (`layout.py`), and are written whole. In addition:
 
     checkpoints/STEP/commit.json    written after all other objects of the checkpoint, which it lists with sizes and
-                                    digests: without it, there is no checkpoint
+                                    digests
     checkpoints/STEP/begun.json     written before all other objects, and deleted at the end: what has it, and no
                                     commit.json, is incomplete. A checkpoint that somebody copied here has neither, and
                                     is taken as it is
-    checkpoints/STEP/damaged.json   marks a checkpoint that was found damaged, and says why; its objects are kept
+    checkpoints/STEP/damaged.json   marks a checkpoint that was found damaged; its objects are kept
 
-The same for `best/STEP`. Records (everything but checkpoints and `owner/`) are put before the checkpoint that relies on
-them. Only the owner of the run writes; before each attempt it makes sure that it still is.
+The same for `best/STEP`. Records (the run's files besides checkpoints and `owner/`) are put before the checkpoint that
+relies on them. Only the owner of the run writes; before each attempt it makes sure that it still is.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from nfnet_flax.json_files import write_json, write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.storage.bucket import RETRY_S
+from nfnet_flax.storage.scratch import scratch_errors
 from nfnet_flax.training.layout import (
     CHECKPOINT_KINDS,
     CLASSES,
@@ -96,7 +97,7 @@ class Mirror:
 
     def pull(self) -> None:
         """Copies records, and the notes of complete checkpoints; what the bucket does not hold is removed here."""
-        with self._lock:
+        with self._lock, scratch_errors():
             found = self._bucket.files()
             records = {name for name in found if _is_record(name)}
             if not self._with_curves:
@@ -221,10 +222,12 @@ class Mirror:
         except StorageFailed as error:
             warn(f"old checkpoints could not be deleted, which does no harm but takes room: {error}")
 
-    def set_aside(self, checkpoint: Path, damage: str) -> None:
-        """Marks a checkpoint as damaged, and removes it here."""
+    def set_aside(self, checkpoint: Path) -> None:
+        """Marks a checkpoint as damaged, and removes it here; does nothing if it was deleted meanwhile."""
+        if not checkpoint.exists():
+            return
         kind, step = checkpoint.parent.name, checkpoint.name
-        self._bucket.put(f"{kind}/{step}/{DAMAGED}", json.dumps({"reason": damage}).encode())
+        self._bucket.put(f"{kind}/{step}/{DAMAGED}", b"{}")
         shutil.rmtree(checkpoint)
         (self.path / SET_ASIDE).mkdir(exist_ok=True)
         warn(
@@ -265,7 +268,7 @@ def fetch_state(checkpoint: Path) -> None:
 
     there = bucket.files()
     try:
-        with ThreadPoolExecutor(_NUM_THREADS) as readers:
+        with scratch_errors(), ThreadPoolExecutor(_NUM_THREADS) as readers:
             list(readers.map(download, commit["files"]))
     except Damaged:
         if not bucket.files():

@@ -22,15 +22,18 @@ class Publisher:
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._work: queue.Queue[tuple[str, int] | None] = queue.Queue()
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._is_abandoned = threading.Event()
+        # In turn with checkpoints, so that an old one is never deleted before its successor counts.
+        for kind in CHECKPOINT_KINDS:
+            self._work.put(functools.partial(mirror.clean, kind))
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def publish(self, kind: str, step: int) -> None:
         """Sends a checkpoint as soon as Orbax has completed it."""
-        self._work.put((kind, step))
+        self._work.put(functools.partial(self._send, kind, step))
 
     def check(self) -> None:
         """Raises the error of an earlier checkpoint, if there was one, without waiting."""
@@ -43,7 +46,12 @@ class Publisher:
         self.check()
 
     def close(self, *, is_ok: bool) -> None:
-        """Ends the thread. If the run goes well, this waits until everything is sent, and raises an error otherwise."""
+        """Ends the thread when everything is sent, the last records included.
+
+        Args:
+          is_ok: whether the run goes well. Otherwise a checkpoint that Orbax has not completed is not waited for, and
+            the records are sent if that succeeds: they show why the run ended.
+        """
         if not is_ok:
             self._is_abandoned.set()
         self._work.put(None)
@@ -51,10 +59,10 @@ class Publisher:
         if is_ok:
             self.check()
             self._mirror.push()
+        elif self._error is None:
+            self._try(self._mirror.push)
 
     def _run(self) -> None:
-        for kind in CHECKPOINT_KINDS:
-            self._try(functools.partial(self._mirror.clean, kind))
         while True:
             try:
                 item = self._work.get(timeout=_RECORDS_INTERVAL_S)
@@ -65,7 +73,7 @@ class Publisher:
                 if item is None:
                     return
                 if self._error is None:
-                    self._try(functools.partial(self._send, *item))
+                    self._try(item)
             finally:
                 self._work.task_done()
 
@@ -75,7 +83,7 @@ class Publisher:
                 self._mirror.push()
             except StorageFailed as error:  # the next checkpoint needs it, and reports it if it still fails
                 warn(f"metrics could not be sent: {error}")
-            except BaseException as error:
+            except BaseException as error:  # as in `_try`
                 self._error = error
 
     def _send(self, kind: str, step: int) -> None:
@@ -87,7 +95,7 @@ class Publisher:
     def _try(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except BaseException as error:
+        except BaseException as error:  # raised again by `check` in the thread that trains
             self._error = error
 
 

@@ -199,7 +199,7 @@ def _clear(run: RunFolder, damaged: list[int]) -> None:
 
 def _set_aside(run: RunFolder, path: Path) -> None:
     if run.mirror is not None:
-        run.mirror.set_aside(path, "it differs from what was saved")
+        run.mirror.set_aside(path)
         return
     target = free_place(path.parent.parent, f"{path.parent.name}-{path.name}")
     path.rename(target)

@@ -8,7 +8,7 @@ there when Orbax has completed it.
 import contextlib
 import errno
 import os
-import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.messages import renamed
 from nfnet_flax.paths import run_folder
 from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket_url
-from nfnet_flax.storage.scratch import scratch_folder
+from nfnet_flax.storage.scratch import no_scratch_text, scratch_folder
 from nfnet_flax.training.layout import OWNER
 from nfnet_flax.training.mirror import Mirror
 
@@ -96,28 +96,24 @@ def opened(field: str, value: str | os.PathLike[str], *, is_first: bool) -> Iter
         folder.pull()
         try:
             yield folder
-        except StorageFailed as error:
+        except StorageFailed as error:  # Orbax and the metrics write to this machine, too
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise
-            remedy = (
-                f"files are written to {tempfile.gettempdir()} first: make room there, or set TMPDIR to another folder"
-            )
-            raise StorageFailed(f"{error}: {remedy}") from error
+            raise StorageFailed(f"{no_scratch_text()} ({error})") from error
 
 
 def reading(field: str, value: str | os.PathLike[str]) -> RunFolder:
-    """The folder of a run that is only read; for a run in a bucket, the copy is deleted when the process ends.
+    """The folder of a run that is only read; for a run in a bucket, the copy is deleted with the value.
 
     Raises: as for `opened`.
     """
     place = place_of(field, value)
     if isinstance(place, Path):
         return RunFolder(place)
-    path = _for_process.enter_context(scratch_folder())
-    _for_process.enter_context(renamed(str(path), str(place)))
-    folder = RunFolder(path, Mirror(place, path, with_curves=False))
-    folder.pull()
-    return folder
-
-
-_for_process = contextlib.ExitStack()
+    with contextlib.ExitStack() as opened:
+        path = opened.enter_context(scratch_folder())
+        opened.enter_context(renamed(str(path), str(place)))
+        folder = RunFolder(path, Mirror(place, path, with_curves=False))
+        folder.pull()
+        weakref.finalize(folder, opened.pop_all().close)
+        return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.paths import hub_name, local_path
@@ -34,11 +35,18 @@ def open_weights(reference: str | os.PathLike[str], *, field: str = "weights") -
         info, arrays = read_folder(fetched.folder)
         return dataclasses.replace(info, source=fetched.source), arrays
     url = bucket_url(field, reference)
-    path = local_path(field, reference) if url is None else copy_of(field, url, (CONFIG, WEIGHTS))
+    if url is None:
+        return _read_from(local_path(field, reference), f"{field} = {os.fspath(reference)!r}")
+    with copy_of(field, url, (CONFIG, WEIGHTS)) as path:
+        info, arrays = _read_from(path, f"{field} = {str(url)!r}")
+    return dataclasses.replace(info, source=str(url)), arrays
+
+
+def _read_from(path: Path, named: str) -> tuple[WeightsInfo, HostArrays]:
     if path.is_dir():
         if not is_folder(path):
             raise ConfigError(
-                f"{field} = {os.fspath(reference)!r}: the folder holds no {CONFIG} with {WEIGHTS}: give a weight file, "
+                f"{named}: the folder holds no {CONFIG} with {WEIGHTS}: give a weight file, "
                 "or such a folder (of the folder of a run, `nfnet convert run` makes a weight file)"
             )
         return read_folder(path)
