@@ -13,8 +13,8 @@ from nfnet_flax.json_files import write_whole
 class Folder(Protocol):
     """A folder. Names are relative to it, with slashes; each file is read and written whole.
 
-    If the storage fails, each method raises `StorageFailed` in a bucket, and `OSError` on a disk, which includes the disk
-    that `download` writes to. `FileNotFoundError` means that a file that is to be read does not exist.
+    If the storage fails, each method raises `StorageFailed` in a bucket, and `OSError` on a disk (`download`: also for
+    the disk that it writes to). `FileNotFoundError` means that a file that is to be read does not exist.
     """
 
     @property
