@@ -18,6 +18,7 @@ from nfnet_flax.parallel.processes import Platform
 from nfnet_flax.parallel.reduce import Reduction
 from nfnet_flax.paths import hub_name, local_path
 from nfnet_flax.storage import bucket_url
+from nfnet_flax.telemetry.config import TelemetryConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ class Recipe:
     seconds at each start."""
     eval_every_steps: int = 100
     """The held-out set is evaluated each time the step is a multiple of this, and at the end."""
+    telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig, metadata=ADDED_LATER)
+    """What is recorded about the run besides its metrics."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -230,6 +233,7 @@ def _with_free_fields_of(recipe: Recipe, other: Recipe) -> Recipe:
         log_every_steps=other.log_every_steps,
         eval_every_steps=other.eval_every_steps,
         tensorboard=other.tensorboard,
+        telemetry=other.telemetry,
     )
 
 

@@ -106,8 +106,7 @@ def environment() -> dict[str, str]:
 
     The number of devices and processes is not included, as results do not depend on it.
     """
-    facts = {"nfnet_flax": nfnet_flax.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
-    facts |= {name: _version(name) for name in _PACKAGES}
+    facts = versions()
     device = jax.local_devices()[0]
     facts |= {"platform": device.platform, "device_kind": device.device_kind}
     if device.platform == "cpu":
@@ -119,6 +118,12 @@ def environment() -> dict[str, str]:
     flags = {name: value for name, value in sorted(xla_flags().items()) if not _FREE_FLAGS.fullmatch(name)}
     facts["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in flags.items())
     return facts | {name: os.environ.get(name, "") for name in _VARIABLES}
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of Python, of this package, and of the packages on which the bits of a result depend."""
+    facts = {"nfnet_flax": nfnet_flax.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    return facts | {name: _version(name) for name in _PACKAGES}
 
 
 def xla_flags() -> dict[str, str]:

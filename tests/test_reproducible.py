@@ -83,7 +83,7 @@ from nfnet_flax.training.step import make_train_step
 # Kernels of so few channels that a share fills no vector register: there, sums of two products were rounded otherwise.
 config = NFNetConfig(widths=(8,), depths=(1,), group_width=4, drop_rate=0.2)
 
-def run(num_devices, num_shares):
+def run(num_devices, num_shares, measures=True):
     structure = model_structure(config, 10, ExecutionConfig(num_microbatches=4))
     schedule = Cosine().learning_rate(0.05, RunLength(warmup_steps=2, num_steps=20, steps_per_epoch=1.0))
     optimizer = make_optimizer(OptimConfig(ema_decay=0.9), schedule, structure.shapes)
@@ -95,17 +95,24 @@ def run(num_devices, num_shares):
     for i in range(4):
         rows = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "label": rng.integers(0, 10, 16)}
         batch = to_global(rows, mesh)
+        flag = (np.bool_(i % 2),) if measures else ()
         if i == 0:
-            compiled = step.lower(state, batch).compile()
+            compiled = step.lower(state, batch, {}, *flag).compile()
             moved = sum(collective_bytes(parse(compiled.as_text())).values())
             share = moved / (4 * sum(leaf.size for leaf in state.params.values()))
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, {}, *flag)
         losses.append({name: np.asarray(value).tobytes() for name, value in metrics.items()})
     return share, losses, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 _, want_losses, want = run(1, 1)
 share, losses, got = run(4, 4)
 assert losses == want_losses
+assert got == want
+# What is measured of an update changes no bit of it.
+assert any(want_losses[1]["agc/unit_ratios"]) and not any(want_losses[2]["agc/unit_ratios"])
+_, losses, got = run(1, 1, measures=False)
+measured = {"agc/unit_ratios", "train/param_norm", "train/update_norm"}
+assert losses == [{name: row[name] for name in row if name not in measured} for row in want_losses]
 assert got == want
 # Gathered once, scattered once, and as the kernels are small, some for sums over them.
 assert share < 2.2, share

@@ -1,9 +1,9 @@
 """Times exported ONNX files in onnxruntime against timm's own ONNX export of the same network with the same weights.
 
 `pip install 'nfnet_flax[export,bench]' onnxscript`, then `python tools/bench_export.py [NAME ...]`. Both files run
-alternately in one process on `--threads` threads. Printed are the median times of a call with the median of the ratios
-of calls that follow one another, and the shortest times with their ratio, which other work on the machine disturbs
-less. Both take (N, C, H, W).
+alternately in one process on `--threads` threads; each timed call follows an untimed one of the same file. Printed are
+the median times of a call with the median of the ratios of calls that follow one another, and the shortest times with
+their ratio, which other work on the machine disturbs less. Both take (N, C, H, W).
 """
 
 import argparse
@@ -78,6 +78,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
         times: list[list[float]] = [[], []]
         for round_number in range(options.rounds):
             for which in (0, 1) if round_number % 2 else (1, 0):
+                # The threads of a session spin for a while after a call, which slows down a call of another session.
+                calls[which][0].run(None, calls[which][1])
                 start = time.perf_counter()
                 calls[which][0].run(None, calls[which][1])
                 times[which].append(1000 * (time.perf_counter() - start))

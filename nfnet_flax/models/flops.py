@@ -18,6 +18,22 @@ def forward_flops(model: Classifier, image_size: int) -> int:
     Convolutions and matrix products are counted; additions of biases, activations and pools are not. Nothing is
     computed: the network may be abstract (`nnx.eval_shape`).
     """
+    return sum(_counts(model, image_size))
+
+
+def training_flops(model: Classifier, image_size: int) -> int:
+    """Floating-point operations of one image's forward and backward pass, counted in the same way.
+
+    A multiplication and an addition are two operations. The backward pass computes the gradient of each layer's
+    parameters and of its input, except for the input of the first layer: the image. What a step computes a second time
+    (rematerialization), or twice on purpose (SAM), is not counted; neither is it left out if layers are frozen.
+    """
+    first, *others = _counts(model, image_size)
+    return 2 * (2 * first + 3 * sum(others))
+
+
+def _counts(model: Classifier, image_size: int) -> list[int]:
+    """Multiply-adds of each convolution and matrix product, in order."""
     graphdef, params, batch_stats = split(model)
 
     def forward(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
@@ -27,7 +43,8 @@ def forward_flops(model: Classifier, image_size: int) -> int:
             return network(images)
 
     images = jax.ShapeDtypeStruct((1, image_size, image_size, model.config.in_channels), jnp.float32)
-    return sum(map(_multiply_adds, _equations(jax.make_jaxpr(forward)(params, batch_stats, images).jaxpr)))
+    found = map(_multiply_adds, _equations(jax.make_jaxpr(forward)(params, batch_stats, images).jaxpr))
+    return [count for count in found if count]
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -76,7 +76,7 @@ def prepare(params: Params, form: StandardizationName, division: Division = UNDI
 
     def sums_of(name: str, kernel: jax.Array, *rough: jax.Array) -> tuple[jax.Array, ...]:
         # Here, beside the cast to the type of the computation, the norm costs no pass over the kernel of its own.
-        return standardization.kernel_sums(kernel, *rough) if rough else (_unit_squares(kernel),)
+        return standardization.kernel_sums(kernel, *rough) if rough else (unit_squares(kernel),)
 
     given = {name: (kernel, rough[name]) if name in rough else (kernel,) for name, kernel in kernels.items()}
     prepared = dict(params)
@@ -146,7 +146,7 @@ def unit_gradients(
         name: str, dy: jax.Array, kernel: jax.Array | None = None, *statistics: jax.Array
     ) -> tuple[jax.Array, ...]:
         if kernel is None:
-            return (_unit_squares(dy),)
+            return (unit_squares(dy),)
         return standardization.gradient_sums(dy, kernel, KernelStatistics(*statistics))
 
     given = {
@@ -190,6 +190,6 @@ def pull_back(
     return {name: value for name, value in result.items() if name not in frozen}
 
 
-def _unit_squares(kernel: jax.Array) -> jax.Array:
+def unit_squares(kernel: jax.Array) -> jax.Array:
     """Sum of squares over each output channel of a kernel (I, O) or HWIO: (O,)."""
     return jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))

@@ -1,6 +1,7 @@
 """The optimizer of a run: clipping, methods, schedules and parameter groups, as frozen configurations."""
 
 from nfnet_flax.optim.agc import adaptive_grad_clip
+from nfnet_flax.optim.agc_statistics import AGCStatistics, ClippedUnits, agc_statistics
 from nfnet_flax.optim.clipping import AGC, Clipping, ClipValue, GlobalNorm
 from nfnet_flax.optim.groups_table import groups_table
 from nfnet_flax.optim.methods import LAMB, SGD, Adafactor, AdamW, Lion, Method, Muon, RAdam, RMSProp
@@ -13,9 +14,11 @@ __all__ = [
     "AGC",
     "LAMB",
     "SGD",
+    "AGCStatistics",
     "Adafactor",
     "AdamW",
     "ClipValue",
+    "ClippedUnits",
     "Clipping",
     "Constant",
     "Cosine",
@@ -35,6 +38,7 @@ __all__ = [
     "Schedule",
     "Steps",
     "adaptive_grad_clip",
+    "agc_statistics",
     "assign",
     "groups_table",
     "layer_decay",

@@ -1,6 +1,7 @@
 """Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171, section 3 and equation 3)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,11 @@ class AdaptiveGradClipState(NamedTuple):
 
     clipped_fraction: jax.Array
     """Share of units whose gradient was scaled down."""
+    unit_ratios: Any = None
+    """With `keeps_ratios`, a tree like the parameters: the ratio of gradient to parameter norm of each unit, (units,),
+    or None for an exempt parameter; see `agc_statistics`. Otherwise None."""
+    clipping: jax.Array | None = None
+    """With `keeps_ratios`, lambda. Otherwise None."""
 
 
 def unitwise_norm(x: jax.Array) -> jax.Array:
@@ -71,8 +77,39 @@ def _with_norms(
     return [found.get(index, known[index]) if flag else None for index, flag in enumerate(flags)]
 
 
+def num_units(shape: tuple[int, ...]) -> int:
+    """Number of units of a parameter of this shape, each with a norm of its own; see `unitwise_norm`."""
+    return 1 if len(shape) <= 1 else math.prod(shape[1:]) if len(shape) < 4 else shape[-1]
+
+
+def ratios_of(norm: jax.Array, weight_norm: jax.Array, *, eps: float) -> jax.Array:
+    """The ratio that clipping limits, norm of the gradient to norm of the parameters, of each unit: (units,)."""
+    return jnp.ravel(norm / jnp.maximum(weight_norm, eps)).astype(jnp.float32)
+
+
+def unit_ratios(
+    gradient: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array],
+    unit_norms: Mapping[str, tuple[jax.Array, jax.Array] | None],
+    clipped: Container[str],
+    *,
+    eps: float,
+) -> dict[str, jax.Array]:
+    """The ratios of those parameters that are clipped, by name; arguments as for `adaptive_grad_clip`."""
+    names = [name for name in gradient if name in clipped]
+    known = [unit_norms.get(name) for name in names]
+    norms_of = _with_norms(
+        [gradient[name] for name in names], [params[name] for name in names], [True] * len(names), known
+    )
+    return {name: ratios_of(*norms, eps=eps) for name, norms in zip(names, norms_of, strict=True) if norms is not None}
+
+
 def adaptive_grad_clip(
-    clipping: float, *, eps: float = 1e-3, mask: Any | Callable[[Any], Any] | None = None
+    clipping: float,
+    *,
+    eps: float = 1e-3,
+    mask: Any | Callable[[Any], Any] | None = None,
+    keeps_ratios: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each unit's gradient down to at most `clipping` times the norm of its parameters.
 
@@ -81,6 +118,8 @@ def adaptive_grad_clip(
       eps: lower bound of the parameter norm, without which units that start at zero would never change.
       mask: tree of booleans, or a function that makes one from the parameters; False exempts a parameter. The published
         recipe exempts the kernel of the final dense layer. None: all parameters are clipped.
+      keeps_ratios: whether the state holds the ratio of gradient to parameter norm of each unit, a float32 each, for
+        `agc_statistics`.
 
     Returns:
       A transformation to put first in an `optax.chain`; its update needs the parameters. It also takes `unit_norms`, a
@@ -93,9 +132,21 @@ def adaptive_grad_clip(
     require(clipping > 0, "adaptive_grad_clip: clipping", clipping, "must be positive")
     require(eps > 0, "adaptive_grad_clip: eps", eps, "must be positive")
 
+    def state_of(fraction: jax.Array, ratios: Any) -> AdaptiveGradClipState:
+        limit = jnp.asarray(clipping, jnp.float32) if keeps_ratios else None
+        return AdaptiveGradClipState(fraction, ratios if keeps_ratios else None, limit)
+
+    def flags_of(tree: Any, params: optax.Params) -> list[bool]:
+        chosen = mask(params) if callable(mask) else mask
+        return [True] * tree.num_leaves if chosen is None else tree.flatten_up_to(chosen)
+
     def init(params: optax.Params) -> AdaptiveGradClipState:
-        del params
-        return AdaptiveGradClipState(jnp.zeros((), jnp.float32))
+        tree: Any = jax.tree.structure(params)
+        ratios = [
+            jnp.zeros(num_units(leaf.shape), jnp.float32) if flag else None
+            for leaf, flag in zip(jax.tree.leaves(params), flags_of(tree, params), strict=True)
+        ]
+        return state_of(jnp.zeros((), jnp.float32), tree.unflatten(ratios))
 
     def update(
         updates: optax.Updates,
@@ -110,16 +161,16 @@ def adaptive_grad_clip(
             raise ValueError("adaptive_grad_clip compares gradients with parameters: call update(..., params=params)")
         tree: Any = jax.tree.structure(updates)
         gradients = jax.tree.leaves(updates)
-        chosen = mask(params) if callable(mask) else mask
-        flags = [True] * len(gradients) if chosen is None else tree.flatten_up_to(chosen)
+        flags = flags_of(tree, params)
         known = [None] * len(gradients) if unit_norms is None else tree.flatten_up_to(unit_norms)
         norms_of = _with_norms(gradients, tree.flatten_up_to(params), flags, known)
         clipped, are_too_large = list(gradients), []
+        ratios = [norms and ratios_of(*norms, eps=eps) for norms in norms_of]
         for index, norms in enumerate(norms_of):
             if norms is not None:
                 clipped[index], too_large = clip_units(gradients[index], *norms, clipping=clipping, eps=eps)
                 are_too_large.append(too_large)
-        num_units = sum(too_large.size for too_large in are_too_large)
-        return tree.unflatten(clipped), AdaptiveGradClipState(sum_of_all(are_too_large) / max(num_units, 1))
+        count = sum(too_large.size for too_large in are_too_large)
+        return tree.unflatten(clipped), state_of(sum_of_all(are_too_large) / max(count, 1), tree.unflatten(ratios))
 
     return optax.GradientTransformationExtraArgs(init, update)

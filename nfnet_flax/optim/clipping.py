@@ -5,7 +5,7 @@ To add a way of clipping, derive a frozen dataclass from `Clipping`.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import optax
 
 from nfnet_flax.config import require
 from nfnet_flax.open_config import OpenConfig, declare_kinds
-from nfnet_flax.optim.agc import AdaptiveGradClipState, adaptive_grad_clip
+from nfnet_flax.optim.agc import AdaptiveGradClipState, adaptive_grad_clip, unit_ratios
 from nfnet_flax.optim.param_groups import ParamGroup, assign, require_flags
 
 
@@ -53,6 +53,25 @@ class Clipping(OpenConfig, abc.ABC):
     def metrics(self, state: Any) -> dict[str, jax.Array]:
         """Metrics that are read from the transformation's state after an update: name -> scalar."""
         del state
+        return {}
+
+    def unit_ratios(
+        self,
+        names: Sequence[str],
+        gradient: Mapping[str, jax.Array],
+        params: Mapping[str, jax.Array],
+        unit_norms: Mapping[str, tuple[jax.Array, jax.Array] | None],
+    ) -> dict[str, jax.Array]:
+        """What is shown of each unit, if the gradient is clipped by units: name of a parameter -> the ratio of its
+        gradient's norm to its own, (units,); by default nothing.
+
+        Args:
+          names: names of all parameters of the network.
+          gradient: before clipping.
+          params: the parameters.
+          unit_norms: as for `adaptive_grad_clip`.
+        """
+        del names, gradient, params, unit_norms
         return {}
 
 
@@ -95,6 +114,15 @@ class AGC(Clipping):
 
     def metrics(self, state: AdaptiveGradClipState) -> dict[str, jax.Array]:
         return {"agc/clipped_fraction": state.clipped_fraction}
+
+    def unit_ratios(
+        self,
+        names: Sequence[str],
+        gradient: Mapping[str, jax.Array],
+        params: Mapping[str, jax.Array],
+        unit_norms: Mapping[str, tuple[jax.Array, jax.Array] | None],
+    ) -> dict[str, jax.Array]:
+        return unit_ratios(gradient, params, unit_norms, self.clipped(names), eps=self.eps)
 
 
 class GlobalNormState(NamedTuple):

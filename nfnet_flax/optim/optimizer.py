@@ -22,6 +22,8 @@ from nfnet_flax.optim.sam import SAMConfig
 from nfnet_flax.optim.schedules import Cosine, RunLength, Schedule
 
 Value = TypeVar("Value")
+_Arrays = Mapping[str, jax.Array]
+_UnitNorms = Mapping[str, tuple[jax.Array, jax.Array] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,8 @@ class Optimizer:
     """Whether a device can update a share of each kernel by itself, see `Method.is_divisible`."""
     metrics: Callable[[optax.OptState], dict[str, jax.Array]]
     """Function that reads metrics from the optimizer's state after an update."""
+    unit_ratios: Callable[[_Arrays, _Arrays, _UnitNorms], dict[str, jax.Array]]
+    """Function of the gradient, the parameters and the norms of their units, `Clipping.unit_ratios`."""
 
 
 def learning_rate_factors(config: OptimConfig, names: Iterable[str]) -> dict[str, float]:
@@ -252,6 +256,9 @@ def make_optimizer(
     def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         return {} if config.clipping is None else config.clipping.metrics(state[0])
 
+    def ratios(gradient: _Arrays, params: _Arrays, unit_norms: _UnitNorms) -> dict[str, jax.Array]:
+        return {} if config.clipping is None else config.clipping.unit_ratios(names, gradient, params, unit_norms)
+
     return Optimizer(
         init=init,
         update=update,
@@ -262,6 +269,7 @@ def make_optimizer(
         starts=starts,
         is_divisible=config.is_divisible,
         metrics=metrics,
+        unit_ratios=ratios,
     )
 
 

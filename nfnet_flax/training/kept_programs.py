@@ -45,6 +45,7 @@ _DECIDE_NO_PROGRAM = (
     "log_every_steps",
     "eval_every_steps",
     "tensorboard",
+    "telemetry",
     "platform",
 )
 """Fields of a recipe that no program depends on. A change of any other field means another program here."""

@@ -11,6 +11,8 @@
     best/STEP          the best checkpoint
     damaged/           checkpoints and files that were found damaged
     metrics.jsonl      one JSON object for each step that has metrics
+    agc.jsonl          what adaptive gradient clipping does in each layer
+    events.jsonl       when the run started, worked, waited and ended
     tensorboard/       the same numbers as TensorBoard scalars
 
 A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
@@ -49,6 +51,8 @@ BEST = "best"
 CHECKPOINT_KINDS = (CHECKPOINTS, BEST)
 SET_ASIDE = "damaged"
 METRICS = "metrics.jsonl"
+AGC = "agc.jsonl"
+EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 
 STATE = "state"

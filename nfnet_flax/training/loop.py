@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import sys
 import time
@@ -23,13 +22,16 @@ from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
-from nfnet_flax.training import checkpoint
+from nfnet_flax.telemetry.ledger import Ledger
+from nfnet_flax.training import checkpoint, layout
+from nfnet_flax.training.activity import Activity
 from nfnet_flax.training.copies import check_copies
 from nfnet_flax.training.evaluation import run_evaluation, weights_to_evaluate
 from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.identity import check_same_run, claim
 from nfnet_flax.training.initial import check_same_start, initial_weights
 from nfnet_flax.training.lease import Lease, LeaseLost, owning
+from nfnet_flax.training.log_step import LogStep
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics, OnMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
 from nfnet_flax.training.progress import Progress
@@ -37,8 +39,8 @@ from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run_folder import RunFolder, place_of
 from nfnet_flax.training.run_folder import opened as open_folder
-from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, saving
-from nfnet_flax.training.setup import Setup, assemble
+from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
+from nfnet_flax.training.setup import Setup, assemble, facts_of
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
@@ -111,12 +113,13 @@ def train(
     """
     require(isinstance(recipe, Recipe), "recipe", recipe, "give a Recipe; nfnet_flax.load_recipe(file) makes one")
     require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
-    times_s = [started_at_s or time.perf_counter(), time.perf_counter()]
+    ledger = Ledger(started_at_s or time.perf_counter())
+    joined_s = ledger.totals()["start"]
     prepare(reproducible=recipe.execution.reproducible)
     recipe, place = with_absolute_paths(recipe), place_of("workdir", workdir)
     if isinstance(place, Path):
         recipe.data.source.check_outside("workdir", place)
-    watchdog = watchdog or Watchdog(WatchdogConfig())
+    activity = Activity(watchdog or Watchdog(WatchdogConfig()), ledger)
     processes = current()
     check_same_run(processes, recipe, str(place), start_timeout_s)
     check_platform(recipe.platform)  # only for training: a run may be evaluated on any device
@@ -135,19 +138,27 @@ def train(
                 warn(text)
         check_same_start(processes, recipe, initial, timeout_s=start_timeout_s)
         lease = opened.enter_context(_owned(folder)) if processes.is_first else None
+        publisher = opened.enter_context(publishing(folder, lease))
+        if processes.is_first:
+            opened.enter_context(ledger.recording(folder.path / layout.EVENTS, LeaseLost, **facts_of(setup)))
         identity = setup.identity(initial.record if initial else None)
         for line in claim(processes, folder, identity, start_timeout_s):
             warn(line)
-        times_s.append(time.perf_counter())
+        ledger.enter("restore")
         restored = restore_newest(folder, setup.abstract_state(), is_owner=True)
-        saver = opened.enter_context(saving(folder, recipe.checkpoint, lease, log_every_steps=recipe.log_every_steps))
+        log_every_steps = recipe.log_every_steps
+        saver = opened.enter_context(
+            saving(folder, recipe.checkpoint, lease, log_every_steps=log_every_steps, publisher=publisher)
+        )
         arrays = initial.arrays if initial else {}
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
+        ledger.record("restored", int(start[0].step))
+        ledger.enter("start")
         report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics)
         if report.is_shown:
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
-            _print_start([*times_s, time.perf_counter()])
-        return _run(setup, folder, start, saver, stop, watchdog, report)
+            _print_start(ledger, joined_s)
+        return _run(setup, folder, start, saver, stop, activity, report)
 
 
 @contextlib.contextmanager
@@ -163,9 +174,10 @@ def _run(
     start: tuple[TrainState, Notes],
     saver: Saver,
     stop: StopPoint,
-    watchdog: Watchdog,
+    activity: Activity,
     report: _Report,
 ) -> TrainResult:
+    ledger = activity.ledger
     recipe, num_steps = setup.recipe, setup.num_steps
     state, restored = start
     start_step = step = int(state.step)
@@ -173,6 +185,7 @@ def _run(
     if step > 0 and report.is_shown:
         print(f"continuing from step {step} in {folder}", flush=True)
     if step == num_steps and evaluated:
+        ledger.ends("finished")
         return TrainResult(step, num_steps, eval_metrics, finished=True)
 
     saver.resume_at(step)
@@ -181,11 +194,13 @@ def _run(
         opened.callback(log.close)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
-        opened.callback(lambda: watchdog.enter("end", step))
+        opened.callback(lambda: activity.enter("end", step))
         progress = Progress(
             num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
         )
-        window = Window(setup, log, progress, step)
+        log_step = LogStep(setup, log, ledger, progress, folder.path, step)
+        opened.callback(log_step.flush)
+        window = Window(setup, log, progress, log_step, step)
         if step < num_steps:
             progress.say("compiling the step, or reading it from the cache of compiled programs")
         while True:
@@ -193,40 +208,48 @@ def _run(
             eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
             if eval_due and not evaluated:
                 window.drain(step)
-                found = _evaluate(setup, state, step, stop, watchdog)
+                found = _evaluate(setup, state, step, stop, activity)
                 if found is not None:
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
+                    ledger.record("evaluated", step)
                     _report_evaluation(progress, step, found, recipe.checkpoint.best_metric)
-                    saver.save_if_best(state, step, found, log)
+                    activity.enter("save", step)
+                    if saver.save_if_best(state, step, found, log):
+                        ledger.record("saved", step, kind="best")
                 progress.restart_clock(step)
             # 2. Save.
             stopping = stop.reached()
             if saver.is_due(step, is_last=step == num_steps or stopping):
-                watchdog.enter("save", step)
                 window.drain(step)
+                activity.enter("save", step)
+                log_step.flush()
                 # If the run is stopped during the evaluation, the notes say so, and it is repeated after the resume.
                 notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
                 saver.save(state, step, notes, log)
+                ledger.record("saved", step, kind="checkpoints")
             if step == num_steps or stopping:
                 window.drain(step)
                 if stopping:
                     progress.say(f"stopping at step {step}: {stop.reason}")
-                return TrainResult(step, num_steps, eval_metrics, finished=step == num_steps and evaluated)
+                is_finished = step == num_steps and evaluated
+                if is_finished:
+                    ledger.ends("finished")
+                else:
+                    ledger.ends("stopped", reason=str(stop.reason))
+                return TrainResult(step, num_steps, eval_metrics, finished=is_finished)
             # 3. Next batch.
-            watchdog.enter("input", step + 1)
-            started = time.perf_counter()
-            rows = next(batches)
-            data_wait_s = time.perf_counter() - started
-            batch = to_global(rows, setup.mesh)
+            activity.enter("input", step + 1)
+            batch = to_global(next(batches), setup.mesh)
             # 4. Step.
-            watchdog.enter("step", step + 1)
-            state, metrics = setup.train_step(state, batch, setup.objective_arrays)
+            activity.enter("step", step + 1, "compile" if step == start_step else "step")
+            state, metrics = setup.train_step(state, batch, setup.objective_arrays, setup.measures(step + 1))
+            activity.enter("step", step + 1)
             step, evaluated = step + 1, False
             if step == start_step + 1 and current().count > 1:
                 check_copies(current(), fingerprints(state), step)
             # 5. Push metrics.
-            window.push(step, metrics, data_wait_s)
+            window.push(step, metrics)
 
 
 def _open_log(
@@ -257,23 +280,24 @@ def _end_at_once(error: LeaseLost) -> None:
     os._exit(EXIT_LOST)
 
 
-def _print_start(times_s: list[float]) -> None:
+def _print_start(ledger: Ledger, joined_s: float) -> None:
     # The time of the first step, with waiting and compilation, is reported when that step is done.
-    imports, data, state = (after - before for before, after in itertools.pairwise(times_s))
+    spent = ledger.totals()
     print(
-        f"ready {times_s[-1] - times_s[0]:.1f} s after the start: imports and joining {imports:.1f} s, "
-        f"data and folder {data:.1f} s, state {state:.1f} s",
+        f"ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
+        f"data and folder {spent['start'] - joined_s:.1f} s, state {spent['restore'] + spent['compile']:.1f} s",
         flush=True,
     )
 
 
 def _evaluate(
-    setup: Setup, state: TrainState, step: int, stop: StopPoint, watchdog: Watchdog
+    setup: Setup, state: TrainState, step: int, stop: StopPoint, activity: Activity
 ) -> dict[str, float] | None:
     def is_stopped() -> bool:
-        watchdog.enter("evaluation", step)
+        activity.enter("evaluation", step)
         return stop.reached()
 
+    activity.ledger.enter("evaluation")
     with setup.eval_batches() as batches:
         weights = weights_to_evaluate(state)
         counted_in = setup.eval_source if setup.recipe.data.on_corrupt == "skip" else None

@@ -17,7 +17,7 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.training import layout
-from nfnet_flax.training.event_files import EventWriter, open_events, tidy_events
+from nfnet_flax.training.event_files import EventWriter, Histograms, Images, Texts, open_events, tidy_events
 from nfnet_flax.training.storage import storage_errors
 
 Row = dict[str, Any]
@@ -31,6 +31,15 @@ class NoMetrics:
     """Replaces `MetricsLog` in processes that write no metrics."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing."""
+
+    def write_images(self, step: int, images: Images) -> None:
+        """Does nothing."""
+
+    def write_texts(self, step: int, texts: Texts) -> None:
+        """Does nothing."""
+
+    def write_histograms(self, step: int, histograms: Histograms) -> None:
         """Does nothing."""
 
     def flush(self) -> None:
@@ -99,6 +108,25 @@ class MetricsLog:
             self._events.write(step, metrics)
         if self._on_metrics is not None:
             self._on_metrics(step, dict(metrics))
+
+    def write_images(self, step: int, images: Images) -> None:
+        """Adds images of a step, (H, W, 3) uint8 by tag, for TensorBoard alone: without it, nothing is written.
+
+        After a resume they are kept or removed as metrics are: a tag of an evaluation has to begin with `eval`.
+        """
+        if self._events is not None:
+            self._events.write_images(step, images)
+
+    def write_texts(self, step: int, texts: Texts) -> None:
+        """Adds texts of a step, Markdown by tag; otherwise as `write_images`."""
+        if self._events is not None:
+            self._events.write_texts(step, texts)
+
+    def write_histograms(self, step: int, histograms: Histograms) -> None:
+        """Adds histograms of a step: by tag, (N,) values. Those that are not finite are left out, and a tag without
+        any other, too. Otherwise as `write_images`."""
+        if self._events is not None:
+            self._events.write_histograms(step, histograms)
 
     def _emit(self) -> None:
         if len(self._row) == 1 or self._row == self._written:

@@ -33,11 +33,13 @@ from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.storage.bucket import RETRY_S
 from nfnet_flax.storage.scratch import scratch_errors
 from nfnet_flax.training.layout import (
+    AGC,
     CHECKPOINT_KINDS,
     CLASSES,
     CODE,
     COMMIT,
     ENVIRONMENT,
+    EVENTS,
     INITIAL,
     INPUT,
     METRICS,
@@ -58,7 +60,7 @@ _IN_BUCKET = ".in_bucket.json"
 _SMALL = (f"{NOTES}/{NOTES_FILE}", "_CHECKPOINT_METADATA")
 """Files of a checkpoint that are copied at once: the notes, and one that Orbax reads when it looks for checkpoints."""
 _RECORD = re.compile(
-    rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}"
+    rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}|{AGC}|{EVENTS}"
     rf"|({CODE}|{TENSORBOARD}|{SET_ASIDE})/.+"
 )
 """Names of records. Whatever else is in the folder, such as another run, is not touched."""

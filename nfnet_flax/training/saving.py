@@ -98,8 +98,11 @@ class Saver:
 
     def save_if_best(
         self, state: TrainState, step: int, metrics: dict[str, float], log: MetricsLog | NoMetrics
-    ) -> None:
+    ) -> bool:
         """Starts writing the state as the best checkpoint, if its metric is better than that of the best one so far.
+
+        Returns:
+          Whether it is written.
 
         Raises:
           CopiesDiffer: as for `checkpoint.save`.
@@ -108,7 +111,7 @@ class Saver:
         """
         name = self._config.best_metric
         if not math.isfinite(metrics[name]):
-            return
+            return False
         # Read from the checkpoint, so that a restarted process decides the same as one that was never killed.
         previous = checkpoint.read_newest_notes(self._best)
         if previous is not None:
@@ -118,9 +121,10 @@ class Saver:
             than = previous_metrics.get(name, math.nan)
             sign = 1 if self._config.best_is == "highest" else -1
             if not is_replaced and math.isfinite(than) and sign * metrics[name] <= sign * than:
-                return
+                return False
         self._write("best", self._best, state, step, make_notes(evaluated=True, metrics=metrics), log)
         self._lost_best = None
+        return True
 
     def _write(
         self,
@@ -146,7 +150,12 @@ class Saver:
 
 @contextlib.contextmanager
 def saving(
-    folder: RunFolder, config: CheckpointConfig, lease: Lease | None, *, log_every_steps: int
+    folder: RunFolder,
+    config: CheckpointConfig,
+    lease: Lease | None,
+    *,
+    log_every_steps: int,
+    publisher: Publisher | None = None,
 ) -> Iterator[Saver]:
     """Opens the checkpoints of a run; leaving the context waits for checkpoints that are still being written.
 
@@ -155,13 +164,13 @@ def saving(
       config: when to save and how many checkpoints to keep.
       lease: ownership of the folder; None in processes other than the first.
       log_every_steps: interval, in steps, at which background writes are checked.
+      publisher: result of `publishing`; None: the run is on a disk.
 
     Raises:
       StorageFailed: the folders cannot be made, or the last checkpoint could not be written.
     """
     is_alone = folder.mirror is not None and jax.process_count() > 1
     with (
-        _publishing(folder, lease) as publisher,
         checkpoint.open_manager(folder.path, "checkpoints", keep=config.keep_last, is_alone=is_alone) as newest,
         checkpoint.open_manager(folder.path, "best", keep=1, is_alone=is_alone) as best,
     ):
@@ -169,8 +178,9 @@ def saving(
 
 
 @contextlib.contextmanager
-def _publishing(folder: RunFolder, lease: Lease | None) -> Iterator[Publisher | None]:
-    """What sends checkpoints to the bucket of the run; None if the run is on a disk, or this is not its owner."""
+def publishing(folder: RunFolder, lease: Lease | None) -> Iterator[Publisher | None]:
+    """What sends checkpoints to the bucket of the run; None if the run is on a disk, or this is not its owner. Leaving
+    the context sends the last records."""
     if folder.mirror is None or lease is None:
         yield None
         return

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import socket
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,7 +39,7 @@ from nfnet_flax.training.state import (
 from nfnet_flax.training.step import make_train_step
 from nfnet_flax.weights.entries import HostArrays
 
-TrainStep = Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, Arrays, jax.Array], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,15 @@ class Setup:
     eval_source: Source
     objective_arrays: Arrays
     """Arrays that the step takes besides state and batch (`Objective.arrays`), whole on every device."""
+    yes_and_no: tuple[jax.Array, jax.Array]
+    """The values of the step's `measures`, on every device."""
     train_step: TrainStep
     eval_step: EvalStep
+
+    def measures(self, step: int) -> jax.Array:
+        """Whether a step measures its update, as metrics of it are written."""
+        yes, no = self.yes_and_no
+        return yes if step % self.recipe.log_every_steps == 0 else no
 
     def create_state(self, weights: HostArrays) -> TrainState:
         """The state before the first update: random, except for the given weights."""
@@ -123,6 +133,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     optimizer = build_optimizer(recipe, structure, len(train_source))
     facts = RunFacts(class_names=tuple(names), mean=data.mean, std=data.std)
     objective_arrays = placed_everywhere(recipe.objective.arrays(facts), mesh)
+    flags = placed_everywhere({"yes": jnp.asarray(True), "no": jnp.asarray(False)}, mesh)
     num_steps = recipe.total_steps(len(train_source))
     train_step = make_train_step(
         structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction
@@ -139,9 +150,23 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         train_source=train_source,
         eval_source=eval_source,
         objective_arrays=objective_arrays,
+        yes_and_no=(flags["yes"], flags["no"]),
         train_step=keep(train_step, "train", recipe, mesh),
         eval_step=keep(eval_step, "eval", recipe, mesh),
     )
+
+
+def facts_of(setup: Setup) -> dict[str, Any]:
+    """Where and with what a session of a run trains, for its record (`telemetry.events`)."""
+    devices = setup.mesh.devices
+    return {
+        "num_steps": setup.num_steps,
+        "num_processes": jax.process_count(),
+        "num_devices": devices.size,
+        "device_kind": devices.flat[0].device_kind,
+        "host": socket.gethostname(),
+        "versions": runtime.versions(),
+    }
 
 
 def _check_best_metric(recipe: Recipe) -> None:

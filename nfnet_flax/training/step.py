@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from nfnet_flax.models.params import BatchStats, Params
 from nfnet_flax.models.preparation import (
     KernelFacts,
     UnitGradients,
+    UnitNorms,
     differentiated,
     prepare,
     pull_back,
     unit_gradients,
+    unit_squares,
 )
 from nfnet_flax.models.standardization import StandardizationName
 from nfnet_flax.objectives import Arrays, Batch, Objective
@@ -35,6 +37,10 @@ from nfnet_flax.training.gradient import Gradient, Metrics, make_local_gradient
 from nfnet_flax.training.shares import Shares, shares_of
 from nfnet_flax.training.state import Structure, TrainState, abstract_state
 
+UNIT_RATIOS = "agc/unit_ratios"
+"""Name of the metric of a step with the ratio of gradient to parameter norm of each unit: (units,)."""
+MEASURED = frozenset({"train/param_norm", "train/update_norm", UNIT_RATIOS})
+"""Metrics that are 0 in steps that do not measure their update."""
 Tree = TypeVar("Tree")
 Uphill = Callable[[TrainState, Batch, Arrays, Shares], tuple[Params, dict[str, jax.Array]]]
 
@@ -66,7 +72,7 @@ def _uphill(gradient_of: Gradient, form: StandardizationName, frozen: frozenset[
     return uphill
 
 
-def _in_a_branch(condition: jax.Array, function: Callable[..., Tree], *operands: Params) -> Tree:
+def _in_a_branch(condition: jax.Array, function: Callable[..., Tree], *operands: Any) -> Tree:
     """What a function gives, or zeros where the condition is false. Nothing in it is fused with what is outside."""
 
     # Traced once, not once for the branch and once more for the shapes of its results.
@@ -89,6 +95,56 @@ def _unchanged(
     return state, jnp.asarray(jnp.nan, jnp.float32)
 
 
+def _whole_gradient(
+    optimizer: Optimizer, point: Params, facts: KernelFacts, step: jax.Array, gradient: Params, units: UnitGradients
+) -> tuple[Params, UnitNorms]:
+    """The gradient with respect to the trained parameters at `point`, and the norms of its units and of theirs."""
+    gradient = pull_back(gradient, point, facts, units, optimizer.frozen)
+    known = units.norms
+    if optimizer.starts:  # what is not trained yet counts neither as a part of the gradient nor as clipped
+        gradient = begun(gradient, optimizer.starts, step)
+        of_gradient = begun({name: pair[0] for name, pair in known.items() if pair}, optimizer.starts, step)
+        known = {name: pair and (of_gradient[name], pair[1]) for name, pair in known.items()}
+    return gradient, {name: known.get(name) for name in gradient}
+
+
+def _updates(
+    optimizer: Optimizer, state: TrainState, gradient: Params, norms: UnitNorms, norm: jax.Array
+) -> tuple[Params, optax.OptState]:
+    """What is added to the trained parameters, and the new state of the optimizer."""
+    more = {"step": state.step} if optimizer.starts else {}
+    updates, opt_state = optimizer.update(
+        gradient, state.opt_state, state.params, unit_norms=norms, global_norm=norm, **more
+    )
+    added: Params = dict(updates)
+    return added, opt_state
+
+
+def _measured(
+    optimizer: Optimizer,
+    point: Params,
+    facts: KernelFacts,
+    division: Shares,
+    state: TrainState,
+    gradient: Params,
+    units: UnitGradients,
+) -> Metrics:
+    """What is measured of an update before it is made; see `make_train_step`."""
+    gradient, norms = _whole_gradient(optimizer, point, facts, state.step, gradient, units)
+    updates, _ = _updates(optimizer, state, gradient, norms, global_norm(gradient, norms))
+    kernels = {name: (updates[name],) for name, known in norms.items() if known is not None}
+    sums = division.sums(lambda _, kernel: (unit_squares(kernel),), kernels)
+    of_updates = {name: (jnp.sqrt(total), jnp.sqrt(total)) for name, (total,) in sums.items()}
+    trained = {name: state.params[name] for name in gradient}
+    of_params = {name: known and (known[1], known[1]) for name, known in norms.items()}
+    ratios = optimizer.unit_ratios(gradient, trained, norms)
+    found = {
+        "train/update_norm": global_norm(updates, of_updates),
+        "train/param_norm": global_norm(trained, of_params),
+    }
+    return found | ({UNIT_RATIOS: jnp.concatenate([ratios[name] for name in sorted(ratios)])} if ratios else {})
+
+
 def _updated(
     optimizer: Optimizer,
     point: Params,
@@ -102,18 +158,9 @@ def _updated(
 
     If the norm is not finite, the state is unchanged.
     """
-    gradient = pull_back(gradient, point, facts, units, optimizer.frozen)
-    known = units.norms
-    if optimizer.starts:  # what is not trained yet counts neither as a part of the gradient nor as clipped
-        gradient = begun(gradient, optimizer.starts, state.step)
-        of_gradient = begun({name: pair[0] for name, pair in known.items() if pair}, optimizer.starts, state.step)
-        known = {name: pair and (of_gradient[name], pair[1]) for name, pair in known.items()}
-    norm = global_norm(gradient, known)
-    norms = {name: known.get(name) for name in gradient}
-    more = {"step": state.step} if optimizer.starts else {}
-    updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.params, unit_norms=norms, global_norm=norm, **more
-    )
+    gradient, norms = _whole_gradient(optimizer, point, facts, state.step, gradient, units)
+    norm = global_norm(gradient, norms)
+    updates, opt_state = _updates(optimizer, state, gradient, norms, norm)
     trained = {name: state.params[name] for name in gradient}
     params: Params = state.params | optax.apply_updates(trained, updates)
     updated = TrainState(
@@ -131,7 +178,7 @@ def _updated(
     return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state), norm
 
 
-LocalStep = Callable[[TrainState, Batch, Arrays], tuple[TrainState, Metrics]]
+LocalStep = Callable[[TrainState, Batch, Arrays, jax.Array | None], tuple[TrainState, Metrics]]
 
 
 def _make_local_step(
@@ -155,7 +202,9 @@ def _make_local_step(
         None if sam is None else _uphill(gradient_of if is_whole else make(fraction=sam.fraction), form, frozen, sam)
     )
 
-    def local_step(state: TrainState, batch: Batch, arrays: Arrays) -> tuple[TrainState, Metrics]:
+    def local_step(
+        state: TrainState, batch: Batch, arrays: Arrays, measures: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
         division = shares_of(structure, mesh, state.step)
         # Kernels are standardized once, outside the loop over microbatches, and the gradient of this standardization is
         # computed once, after the sum. This is done in branches of their own, so that compilers do not fuse it with the
@@ -176,6 +225,12 @@ def _make_local_step(
         metrics["train/learning_rate"] = optimizer.schedule(state.step)
         if "is_corrupt" in batch:
             metrics["data/num_corrupt"] = lax.psum(jnp.sum(batch["is_corrupt"]), BATCH_AXES)
+        if measures is not None:
+            measure = functools.partial(_measured, optimizer, point, facts, division)
+            measured = _in_a_branch(is_finite_loss & measures, measure, state, gradient, units)
+            # Before the update, which overwrites what is measured.
+            state, gradient, measured = lax.optimization_barrier((state, gradient, measured))
+            metrics |= measured
         update = functools.partial(_updated, optimizer, point, facts)
         state, metrics["train/grad_norm"] = lax.cond(
             is_finite_loss, update, _unchanged, state, gradient, units, batch_stats
@@ -194,7 +249,13 @@ def make_train_step(
     seed: int,
     reduction: Reduction | None = None,
 ) -> jax.stages.Wrapped:
-    """Builds `step(state, batch, arrays=None) -> (state, metrics)`; `state` is donated, metrics stay on the device.
+    """Builds `step(state, batch, arrays=None, measures=None) -> (state, metrics)`; `state` is donated, metrics stay on
+    the device.
+
+    `measures` is a scalar that says whether the step also measures its update; None: the step cannot. Measured are the
+    norms of the trained parameters, `train/param_norm`, and of the update, `train/update_norm`, and, if clipping is by
+    units, `UNIT_RATIOS`: the results of `Optimizer.unit_ratios`, one after the other in the order of their names. They
+    are 0 if the step did not measure. Measuring takes about the time of an update, and changes no bit of it.
 
     Args:
       structure: structure of the network, and how it is computed.
@@ -225,13 +286,15 @@ def make_train_step(
         local_step,
         mesh=mesh,
         axis_names=set(BATCH_AXES),  # XLA's partitioner divides the height of images and exchanges their borders
-        in_specs=(specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
+        in_specs=(specs, PartitionSpec(BATCH_AXES), PartitionSpec(), PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
         check_vma=False,
     )
 
-    def train_step(state: TrainState, batch: Batch, arrays: Arrays | None = None) -> tuple[TrainState, Metrics]:
-        stepped: tuple[TrainState, Metrics] = divided_step(state, batch, arrays or {})
+    def train_step(
+        state: TrainState, batch: Batch, arrays: Arrays | None = None, measures: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        stepped: tuple[TrainState, Metrics] = divided_step(state, batch, arrays or {}, measures)
         return stepped
 
     # Without given shardings, the new state could be divided differently, and the step would be compiled a second time.

@@ -4,12 +4,14 @@ import math
 import time
 
 import jax
+import numpy as np
 
 from nfnet_flax.runtime import return_freed_memory
+from nfnet_flax.training.log_step import LogStep
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.setup import Setup
-from nfnet_flax.training.step import Metrics
+from nfnet_flax.training.step import MEASURED, UNIT_RATIOS, Metrics
 
 _MAX_STEPS_IN_FLIGHT = 2
 
@@ -21,29 +23,35 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened, as
 class Window:
     """Metrics of the steps since the last log step. They stay on the device until `drain` fetches all of them."""
 
-    def __init__(self, setup: Setup, log: MetricsLog | NoMetrics, progress: Progress, step: int) -> None:
+    def __init__(
+        self, setup: Setup, log: MetricsLog | NoMetrics, progress: Progress, log_step: LogStep, step: int
+    ) -> None:
         self._setup = setup
         self._log = log
         self._progress = progress
+        self._log_step = log_step
         self._first_step = step + 1
         self._started = time.perf_counter()
         self._pending: list[tuple[int, Metrics]] = []
-        self._data_wait_s = 0.0
+        self._ratios: jax.Array | None = None
 
-    def push(self, step: int, metrics: Metrics, data_wait_s: float) -> None:
+    def push(self, step: int, metrics: Metrics) -> None:
         """Adds the metrics of a step, and calls `drain` if metrics are due to be written."""
-        self._pending.append((step, metrics))
-        self._data_wait_s += data_wait_s
+        is_due = step % self._setup.recipe.log_every_steps == 0
+        self._ratios = metrics.get(UNIT_RATIOS) if is_due else None
+        left_out = {UNIT_RATIOS} if is_due else MEASURED
+        self._pending.append((step, {name: value for name, value in metrics.items() if name not in left_out}))
         if step == self._first_step:
             jax.block_until_ready(metrics)
             return_freed_memory()
+            since_s, waited_s = time.perf_counter() - self._started, self._log_step.data_wait_s()
             self._progress.say(
-                f"first step after {time.perf_counter() - self._started:.1f} s more: input {data_wait_s:.1f} s, "
-                "the rest compilation or its cache, and the step"
+                f"first step after {since_s:.1f} s more: input {waited_s:.1f} s, the rest compilation or its cache, "
+                "and the step"
             )
         elif len(self._pending) > _MAX_STEPS_IN_FLIGHT:  # limits the batches in memory, and the delay of a stop
             jax.block_until_ready(self._pending[-1 - _MAX_STEPS_IN_FLIGHT][1])
-        if step % self._setup.recipe.log_every_steps == 0:
+        if is_due:
             self.drain(step)
         elif step == self._first_step:
             self._progress.restart_clock(step)
@@ -64,14 +72,17 @@ class Window:
                 )
             if done % recipe.log_every_steps == 0:
                 rate = self._progress.images_per_s(step)
-                metrics["throughput/images_per_s"] = rate
-                metrics["time/data_wait_s"] = self._data_wait_s
-                self._log.write(done, metrics)
+                ratios = None if self._ratios is None else np.asarray(self._ratios)
+                self._log.write(done, _shown(metrics) | self._log_step.metrics(done, rate, ratios))
                 self._progress.show(done, metrics["train/loss"], rate)
             elif metrics.get("data/num_corrupt", 0.0) > 0:  # every corrupt image is recorded, also between log steps
                 self._log.write(done, {"data/num_corrupt": metrics["data/num_corrupt"]})
         self._pending.clear()
         if step % recipe.log_every_steps == 0:
-            self._data_wait_s = 0.0
             return_freed_memory()
             self._progress.restart_clock(step)
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without the number of corrupt images, unless there are any."""
+    return {name: value for name, value in metrics.items() if name != "data/num_corrupt" or value > 0}

@@ -1,0 +1,115 @@
+"""What adaptive gradient clipping does in each layer of a run: `agc.jsonl` in its folder.
+
+Each line is a JSON object: `step`, and `layers`: name of each parameter that is clipped -> the share of its units whose
+gradient was scaled down, the median and the largest ratio of their gradient's norm to their own norm. After a resume,
+each step is there once.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nfnet_flax.json_files import write_whole
+from nfnet_flax.messages import warn
+from nfnet_flax.optim.agc_statistics import ClippedUnits
+
+_NUM_LINES = 200
+"""About so many lines has the record of a run, if its recipe does not say otherwise."""
+_LONG_STEPS = 500
+_LONG_LINES = 20
+"""Clipping of everything or of nothing is long if it lasts for so many steps, and so many log steps."""
+_NEARLY_ALL = 0.9
+
+
+def is_due(step: int, num_steps: int, log_every_steps: int, layers_every_steps: int | None) -> bool:
+    """Whether layers are recorded at a log step."""
+    if layers_every_steps is not None:
+        return step % layers_every_steps == 0
+    return step % (log_every_steps * max(1, math.ceil(num_steps / (_NUM_LINES * log_every_steps)))) == 0
+
+
+class LayerLog:
+    """Writes the record of a run. If it cannot be written, this is said once, and the run goes on without it."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Removes what an earlier process wrote for steps after `resume_step`, which will be repeated."""
+        self._path = path
+        self._lines: list[bytes] = []
+        self._has_failed = False
+        try:
+            rows = [(row, line) for line in _lines_of(path) if (row := row_of(line)) is not None]
+            kept = [line for row, line in rows if row["step"] <= resume_step]
+            if len(kept) < len(rows):
+                write_whole(path, b"".join(line + b"\n" for line in kept))
+        except OSError as error:
+            self._fail(error)
+
+    def write(self, step: int, layers: Mapping[str, ClippedUnits]) -> None:
+        """Adds what happened in a step."""
+        values = {
+            name: [float(f"{value:.4g}") for value in dataclasses.astuple(units)] for name, units in layers.items()
+        }
+        self._lines.append(json.dumps({"step": step, "layers": values}).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Appends to the file; to be called before a checkpoint is saved."""
+        if not self._lines or self._has_failed:
+            return
+        try:
+            with self._path.open("ab") as file:
+                file.write(b"".join(self._lines))
+        except OSError as error:
+            self._fail(error)
+        self._lines.clear()
+
+    def _fail(self, error: OSError) -> None:
+        self._has_failed = True
+        warn(f"{self._path} cannot be written ({error}): what is missing there, nfnet agc cannot show")
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.exists() else []
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The contents of a line of the record; None if it is damaged or was cut short when a process was killed."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("layers"), dict)
+    return row if is_row else None
+
+
+class ClippingWatch:
+    """Warns once if nearly all gradients, or none at all, have been clipped for a long time."""
+
+    def __init__(self) -> None:
+        self._since: tuple[str, int] | None = None
+        self._num_lines = 0
+        self._has_warned = False
+
+    def notice(self, step: int, clipped_fraction: float, ratio: float) -> None:
+        """Takes the share of clipped units of a log step; `ratio` is lambda."""
+        kind = "all" if clipped_fraction > _NEARLY_ALL else "none" if clipped_fraction == 0 else ""
+        if self._since is None or self._since[0] != kind:
+            self._since, self._num_lines = (kind, step), 0
+        self._num_lines += 1
+        is_long = step - self._since[1] >= _LONG_STEPS and self._num_lines >= _LONG_LINES
+        if not kind or not is_long or self._has_warned:
+            return
+        self._has_warned = True
+        if kind == "all":
+            warn(
+                f"adaptive gradient clipping has scaled down more than {_NEARLY_ALL:.0%} of all units since step "
+                f"{self._since[1]}, so the length of the gradient hardly matters: give a larger "
+                f"--optim.clipping.ratio (it is {ratio:g}), or a lower learning rate"
+            )
+        else:
+            warn(
+                f"adaptive gradient clipping has not scaled down any unit since step {self._since[1]}: it has no "
+                f"effect on this run; give a smaller --optim.clipping.ratio (it is {ratio:g}) if it shall have one"
+            )
