@@ -111,7 +111,8 @@ def test_agc_clips_the_state_of_any_nnx_module() -> None:
     for old, new, loud in zip(*map(jax.tree.leaves, (before, after, gradient)), strict=True):
         want = old - clip_with_numpy(np.asarray(loud), old, 0.01, 1e-3)
         np.testing.assert_allclose(new, want, rtol=1e-5, atol=1e-7)
-    for wrong in ({"clipping": 0.0}, {"clipping": -0.1}, {"clipping": 0.1, "eps": 0.0}):
+    wrongs: list[dict[str, Any]] = [{"clipping": 0.0}, {"clipping": -0.1}, {"clipping": 0.1, "eps": 0.0}]
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match="must be positive"):
             adaptive_grad_clip(**wrong)
 

@@ -40,10 +40,11 @@ class LayerLog:
         self._lines: list[bytes] = []
         self._has_failed = False
         try:
-            rows = [(row, line) for line in _lines_of(path) if (row := row_of(line)) is not None]
-            kept = [line for row, line in rows if row["step"] <= resume_step]
-            if len(kept) < len(rows):
-                write_whole(path, b"".join(line + b"\n" for line in kept))
+            content = path.read_bytes() if path.exists() else b""
+            rows = [(row_of(line), line) for line in content.split(b"\n")]
+            kept = b"".join(line + b"\n" for row, line in rows if row is not None and row["step"] <= resume_step)
+            if kept != content:
+                write_whole(path, kept)
         except OSError as error:
             self._fail(error)
 
@@ -68,10 +69,6 @@ class LayerLog:
     def _fail(self, error: OSError) -> None:
         self._has_failed = True
         warn(f"{self._path} cannot be written ({error}): what is missing there, nfnet agc cannot show")
-
-
-def _lines_of(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n") if path.exists() else []
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

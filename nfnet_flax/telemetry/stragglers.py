@@ -49,11 +49,13 @@ class Stragglers:
     def metrics(self, step: int) -> dict[str, float]:
         """The newest times of the slowest and the fastest process; prints a warning if one is slow again and again.
 
-        In a run of one process there are none.
+        There are none in a run of one process, nor before each process has told its own.
         """
         if self._processes.count == 1:
             return {}
         found = {index: Waited(**value) for index, value in self._processes.of_all(_FOLDER).items()}
+        if len(found) < self._processes.count:
+            return {}
         slowest = max(found, key=lambda index: found[index].data_wait_s)
         fastest = min(found, key=lambda index: found[index].data_wait_s)
         self._notice(step, found, slowest)
