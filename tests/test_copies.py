@@ -88,8 +88,8 @@ def flipped(state):
 
 def assemble(*arguments, assemble=loop.assemble):
     setup = assemble(*arguments)
-    def step(state, batch, arrays):
-        state, metrics = setup.train_step(state, batch, arrays)
+    def step(state, *others):
+        state, metrics = setup.train_step(state, *others)
         return (flipped(state) if int(state.step) == 6 else state), metrics
     return dataclasses.replace(setup, train_step=step)
 

@@ -121,7 +121,7 @@ def _train(setup: Setup, state: TrainState, seed: int) -> tuple[TrainState, bool
         data, source, seed=seed, start_step=0, num_steps=setup.num_steps, process_index=0, num_processes=1
     ) as batches:
         for rows in batches:
-            state, found = setup.train_step(state, to_global(rows, setup.mesh), {})
+            state, found = setup.train_step(state, to_global(rows, setup.mesh), {}, setup.measures(1))
             metrics.append((found["train/loss"], found["train/grad_norm"]))
             jax.block_until_ready(found["train/loss"])
     return state, not all(math.isfinite(value) for pair in jax.device_get(metrics) for value in pair)

@@ -18,8 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# Peaks of dense products in FLOP/s, bfloat16, from data sheets.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
 Run = Callable[[], None]
 
 
@@ -210,10 +208,12 @@ def peak_flops(options: argparse.Namespace) -> tuple[float, str]:
     import jax
     import jax.numpy as jnp
 
-    kind = jax.devices()[0].device_kind
-    for card, peak in PEAKS.items():
-        if card in kind and options.dtype == "bfloat16":
-            return peak, f"data sheet of {card}"
+    from nfnet_flax.telemetry.peaks import peak_of
+
+    device = jax.devices()[0]
+    published = None if device.platform == "cpu" else peak_of(device.device_kind, options.dtype)
+    if published is not None:
+        return published.flops_per_s, published.source
     x = jnp.ones((4096, 4096), options.dtype)
     product = jax.jit(lambda x: x @ x)
     jax.block_until_ready(product(x))
