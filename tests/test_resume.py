@@ -15,9 +15,8 @@ from tensorboard.util import tensor_util
 
 from nfnet_flax.cli import main
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.training.metrics import OF_THE_MACHINE
 from tests import runs
-
-UNREPEATABLE = ("throughput/", "time/")
 
 
 def start(workdir: Path, *options: str) -> subprocess.Popen[str]:
@@ -63,7 +62,8 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def rows(workdir: Path) -> list[dict[str, Any]]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
-        {name: value for name, value in json.loads(line).items() if not name.startswith(UNREPEATABLE)} for line in lines
+        {name: value for name, value in json.loads(line).items() if not name.startswith(OF_THE_MACHINE)}
+        for line in lines
     ]
 
 
@@ -85,7 +85,8 @@ def test_metrics_of_every_step_are_equal_and_stand_once(uninterrupted: Path, int
 def scalars(workdir: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"tensors": 0})
     accumulator.Reload()
-    tags = accumulator.Tags()["tensors"]
+    found = accumulator.Tags()["tensors"]
+    tags = [tag for tag in found if accumulator.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"]
     return {
         tag: [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in accumulator.Tensors(tag)]
         for tag in tags

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
 from nfnet_flax.storage import BucketFolder, BucketUrl
 from nfnet_flax.training.layout import COMMIT
-from nfnet_flax.training.metrics import read_rows
+from nfnet_flax.training.metrics import OF_THE_MACHINE, read_rows
 from tests import runs, stores
 
 OPTIONS = (
@@ -49,7 +49,6 @@ OPTIONS = (
 MAX_STEPS_A_LIFE = 10
 BOUND_S = 150.0
 """Time within which all processes must end after one was killed; the longest wait in it is the start timeout."""
-UNREPEATABLE = ("throughput/", "time/")
 
 Moment = Literal["start", "step", "save"]
 
@@ -230,7 +229,7 @@ def is_equal(whole: Path, killed: Path, num_steps: int) -> bool:
     unequal += [name for name in want.keys() & got.keys() if want[name].tobytes() != got[name].tobytes()]
     rows = [
         [
-            {name: value for name, value in row.items() if not name.startswith(UNREPEATABLE)}
+            {name: value for name, value in row.items() if not name.startswith(OF_THE_MACHINE)}
             for row in read_rows(workdir / "metrics.jsonl")
         ]
         for workdir in (whole, killed)

@@ -24,6 +24,8 @@ Row = dict[str, Any]
 """`step` and the metrics of that step by name: numbers, or None for one that is not finite."""
 OnMetrics = Callable[[int, dict[str, float]], None]
 """Function that takes a step and metrics by name."""
+OF_THE_MACHINE = ("throughput/", "time/", "memory/", "processes/")
+"""Beginnings of the names of metrics that depend on the machine. All others are the same whenever a run is repeated."""
 _ROW_BEGINS = b'{"step"'
 
 
