@@ -48,8 +48,8 @@ class SignalOptions:
     parameters: Annotated[Literal["ema", "raw"] | None, tyro.conf.arg(metavar="{ema,raw}")] = None
     """Which parameters of the run: their moving average (without this option), or as trained."""
     skip_gain: Annotated[float | Literal["own"] | None, tyro.conf.arg(metavar="VALUE|own")] = None
-    """Skip gains of the network with random parameters: 1 without this option, so that branches count as in the
-    published plots; own: those with which training begins, which are 0. Weights keep theirs."""
+    """Skip gains of the network with random parameters: 1 without this option, as the closed form assumes;
+    own: those with which training begins, which are 0, so that branches do not count. Weights keep theirs."""
     images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|FOLDER|PATTERN ...")] = ()
     """Measure on images, chosen at random of these; without this option on unit Gaussian noise, as in the published
     plots."""

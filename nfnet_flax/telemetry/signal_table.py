@@ -49,7 +49,7 @@ def notes(signal: SignalPropagation, *, on_noise: bool) -> list[str]:
     """What must be known to read the numbers, a sentence for each."""
     found = []
     if signal.first_not_finite is not None:
-        found.append(f"The signal is not finite from {signal.first_not_finite} on: these weights are useless.")
+        found.append(f"The signal is not finite from {signal.first_not_finite} on: values overflow there.")
     if signal.batch_norm == "batch":
         found.append("BatchNorm normalises with the statistics of these images, as it has no running ones yet.")
     if signal.blocks and all(block.branch_factor == 0 for block in signal.blocks):
