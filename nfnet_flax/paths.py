@@ -128,9 +128,10 @@ def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> 
     Args:
       field: name of the output in the message.
       target: the output, as `local_path` gives it.
-      given: the input as the user gave it: a file, a folder or a name in a model hub.
+      given: the input as the user gave it: a file, a folder, the URL of a bucket, or a name in a model hub.
     """
-    if hub_name(given) is None and local_path(field, given) in (target, target.parent):
+    is_local = hub_name(given) is None and bucket_url(field, given) is None
+    if is_local and local_path(field, given) in (target, target.parent):
         place = "is also" if local_path(field, given) == target else "lies in the folder of"
         raise ConfigError(f"{field} = {str(target)!r}: {place} what the command reads: give another place")
 

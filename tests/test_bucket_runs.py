@@ -113,8 +113,14 @@ def test_a_run_that_is_killed_while_it_saves_continues_on_another_machine(
     run = nfnet_flax.Run(str(place))
     assert run.steps()[0] == LAST
     assert run.weights("raw").keys() == nfnet_flax.Run(whole).weights("raw").keys()
-    for argv in (["eval", "--workdir", str(place)], ["doctor", "--workdir", str(place)]):
+    signals = tmp_path / "signals.csv"
+    for argv in (
+        ["signal", str(place), "--batch-size=2", "--csv", str(signals)],
+        ["eval", "--workdir", str(place)],
+        ["doctor", "--workdir", str(place)],
+    ):
         assert cli.main(argv) == EXIT_DONE, capfd.readouterr()
+    assert f"run 'digits', step {LAST}, seed 0, ema parameters" in signals.read_text()
     assert "nothing is wrong" in capfd.readouterr().out
 
 

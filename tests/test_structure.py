@@ -45,7 +45,7 @@ ALLOWED = {
     **dict.fromkeys(LEAVES, BASE),
     "multi_label_metrics": set[str](),
     "objectives": BASE | {"weights", "multi_label_metrics"},
-    "telemetry": {"optim", "parallel"} | BASE,
+    "telemetry": {"models", "optim", "parallel"} | BASE,
     "recipe": LEAVES | BASE | {"objectives", "telemetry"},
     "recipe_file": BASE | {"recipe"},
     "debug": LEAVES | BASE | {"objectives", "recipe"},
@@ -61,7 +61,7 @@ ALLOWED = {
     "cli": LEAVES
     | BASE
     | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"}
-    | {"finetuning", "probe"},
+    | {"finetuning", "probe", "telemetry"},
 }
 
 

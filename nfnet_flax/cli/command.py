@@ -10,6 +10,7 @@ from absl import logging
 from nfnet_flax import streams
 from nfnet_flax.cli import convert, doctor, export, models, plan, predict, probe, train
 from nfnet_flax.cli import eval as evaluation
+from nfnet_flax.cli import signal as signal_propagation
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE_FAILED
@@ -25,6 +26,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan.run,
     "doctor": doctor.run,
     "probe": probe.run,
+    "signal": signal_propagation.run,
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""

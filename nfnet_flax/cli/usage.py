@@ -14,6 +14,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              find problems of the machine, the data and the run
   nfnet probe IMAGES --weights WEIGHTS                      is it worth fine-tuning? Regression on the features
+  nfnet signal MODEL|RUN|WEIGHTS [--out FILE.png]           how the signal grows with depth, as a table and a picture
   nfnet models [PATTERN]                                    list the named networks, such as 'nf_*'
   nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors

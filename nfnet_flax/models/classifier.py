@@ -148,8 +148,9 @@ class Classifier(nnx.Module):
     def _final(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
 
-    def _begin(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Checks images and keys, and returns the output of the stem."""
+    def stem_output(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """What the first block gets, (N, h, w, channels) in `compute_dtype`; arguments and errors as for
+        `feature_map`."""
         check_images(images, self.config.in_channels)
         check_example_keys(keys, images.shape[0])
         return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
@@ -167,7 +168,7 @@ class Classifier(nnx.Module):
         Raises:
           ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
-        x = self._begin(images, keys)
+        x = self.stem_output(images, keys)
         for stage, specs in zip(self.stages, self.specs, strict=True):
             x = run_stage(list(stage), x, keys, specs, self.execution.rematerialization)
         return self._final(x)
@@ -212,20 +213,31 @@ class Classifier(nnx.Module):
         Raises:
           ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
-        x = self._begin(images, keys)
-        outputs, branches = [x], []
+        x = self.stem_output(images, keys)
+        outputs, branches = [channel_moments(x)], []
         for stage, specs in zip(self.stages, self.specs, strict=True):
             for block, spec in zip(stage, specs, strict=True):
                 x, branch = block(x, keys, spec)
-                outputs.append(x)
-                branches.append(branch)
-        wide = layers.statistics_dtype(x.dtype)
-        outputs, branches = ([x.astype(wide) for x in tensors] for tensors in (outputs, branches))
+                outputs.append(channel_moments(x))
+                branches.append(channel_moments(branch)[1])
         return {
-            "avg_sq_mean": jnp.stack([jnp.mean(jnp.square(jnp.mean(x, axis=(0, 1, 2)))) for x in outputs]),
-            "avg_var": jnp.stack([jnp.mean(jnp.var(x, axis=(0, 1, 2))) for x in outputs]),
-            "res_avg_var": jnp.stack([jnp.mean(jnp.var(x, axis=(0, 1, 2))) for x in branches]),
+            "avg_sq_mean": jnp.stack([sq_mean for sq_mean, _ in outputs]),
+            "avg_var": jnp.stack([variance for _, variance in outputs]),
+            "res_avg_var": jnp.stack(branches),
         }
+
+
+def channel_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The squared mean and the variance of each channel over examples and places, averaged over the channels.
+
+    Args:
+      x: (N, H, W, C) activations.
+
+    Returns:
+      Two scalars, float32 (float64 for float64 activations).
+    """
+    x = x.astype(layers.statistics_dtype(x.dtype))
+    return jnp.mean(jnp.square(jnp.mean(x, axis=(0, 1, 2)))), jnp.mean(jnp.var(x, axis=(0, 1, 2)))
 
 
 def _pooled(x: jax.Array, pool: GlobalPool) -> jax.Array:
