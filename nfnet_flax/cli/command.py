@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from nfnet_flax import streams
-from nfnet_flax.cli import convert, doctor, export, models, plan, predict, probe, train
+from nfnet_flax.cli import agc, convert, doctor, export, models, plan, predict, probe, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE
@@ -25,6 +25,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan.run,
     "doctor": doctor.run,
     "probe": probe.run,
+    "report": report.run,
+    "agc": agc.run,
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""
