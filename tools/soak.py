@@ -56,7 +56,7 @@ OPTIONS = (
 MAX_STEPS_A_LIFE = 10
 BOUND_S = 150.0
 """Time within which all processes must end after one was killed; the longest wait in it is the start timeout."""
-UNREPEATABLE = ("throughput/", "time/")
+UNREPEATABLE = ("throughput/", "time/", "processes/", "memory/")
 UNSEEN_SHARE, UNSEEN_S = 0.01, 3.0
 """Largest difference of the time on record from the time that has passed: a share of it, or in a short run the seconds
 that Python takes before it runs the first line, and after the last one."""

@@ -42,7 +42,8 @@ table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabu
 th, td { padding: .22rem .7rem .22rem 0; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } thead th { border-top: 0; vertical-align: bottom; max-width: 14rem; }
 .t { text-align: left; overflow-wrap: break-word; } tbody .t { overflow-wrap: anywhere; }
-tbody th.t { min-width: 6.5rem; } td.t { min-width: 5rem; max-width: 40rem; }
+tbody th.t { min-width: 6.5rem; } td.t { min-width: 5.8rem; max-width: 40rem; }
+.wide tbody th.t { min-width: 0; overflow-wrap: break-word; }
 td:not(.t) { white-space: nowrap; }
 .note { color: var(--soft); font-size: .82rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
 .missing { border-left: 3px solid var(--bad); padding-left: .5rem; color: var(--text); }
@@ -53,8 +54,8 @@ summary { cursor: pointer; font-weight: 600; font-size: .95rem; }
 .key span { margin-right: .9rem; white-space: nowrap; display: inline-block; }
 .key i { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px; margin-right: .3rem;
   vertical-align: -1px; }
-.layers { width: 100%; height: auto; max-height: 30rem; image-rendering: pixelated; background: var(--track);
-  border-radius: 6px; display: block; margin-top: .6rem; }
+.layers { width: 100%; height: auto; min-height: 9rem; max-height: 30rem; image-rendering: pixelated;
+  background: var(--track); border-radius: 6px; display: block; margin-top: .6rem; }
 """
 
 
