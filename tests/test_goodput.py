@@ -298,7 +298,7 @@ def test_an_account_agrees_with_one_that_is_made_step_by_step(seed: int, tmp_pat
         now += rng.randint(0, 50)
         now += 2
         written.add(session, "start", now, 0, start=2)
-        if rng.random() < 0.2 and session:
+        if rng.random() < 0.2:
             continue
         first = rng.randint(0, done)
         for step in [step for step in standing if step > first]:

@@ -235,8 +235,9 @@ def _divide_steps(spent: _Spent, before: int, line: Line, rewinds: Iterable[tupl
     for later, step in rewinds:
         num_lost = max(0, end - max(before, step))
         lost_s = seconds * num_lost / num_steps if num_steps > 0 else left_s if step < end else 0.0
-        count, sum_s = spent.lost.get(later, (0, 0.0))
-        spent.lost[later] = count + num_lost, sum_s + lost_s
+        if num_lost > 0 or lost_s > 0:
+            count, sum_s = spent.lost.get(later, (0, 0.0))
+            spent.lost[later] = count + num_lost, sum_s + lost_s
         num_left, left_s, end = num_left - num_lost, left_s - lost_s, min(end, step)
         spent.seconds["repeated"] += lost_s
     spent.seconds["productive"] += max(0.0, left_s)
@@ -252,6 +253,7 @@ def _lost_by_end(sessions: Sequence[Session], spent: Sequence[_Spent]) -> dict[i
     found: dict[int, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for own in spent:
         for later, (count, seconds) in own.lost.items():
-            cause = next(index for index in reversed(range(later)) if sessions[index].from_step is not None)
+            restored = (index for index in reversed(range(later)) if sessions[index].from_step is not None)
+            cause = next(restored, later - 1)  # its line may be one that cannot be read
             found[cause] = found[cause][0] + count, found[cause][1] + seconds
     return found
