@@ -9,6 +9,13 @@ def width_of(text: str) -> int:
     return sum(map(_width, text))
 
 
+def one_line(text: str) -> str:
+    """A text for people, in one line: line feeds, control characters and other invisible ones become escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+
+
 def left(text: str, width: int) -> str:
     """A text with spaces behind it, to a width in columns."""
     return text + " " * (width - width_of(text))

@@ -34,6 +34,23 @@ def write_whole(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def write_named(field: str, path: Path, content: bytes) -> None:
+    """Writes a file that the user named, as a whole or not at all.
+
+    Args:
+      field: name of the value in the message, such as `out`.
+      path: the file; `paths.check_target` has checked it.
+      content: its bytes.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise ConfigError(f"{field} = {str(path)!r}: cannot be written: {error.strerror}") from error
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a new file name in a folder survive a power failure, where the file system supports this."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -136,6 +136,22 @@ def check_not_input(field: str, target: Path, given: str | os.PathLike[str]) -> 
         raise ConfigError(f"{field} = {str(target)!r}: {place} what the command reads: give another place")
 
 
+def check_target(field: str, value: str, *, overwrite: bool) -> Path:
+    """The path of a file that may be written, checked before any work is done.
+
+    Raises:
+      ConfigError: it is a folder, exists and must not be replaced (`overwrite`), or there is no folder for it.
+    """
+    path = local_path(field, value)
+    if path.is_dir():
+        raise ConfigError(f"{field} = {value!r}: is a folder: give the name of a file")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{field} = {value!r}: exists already: give another name, or replace it by --overwrite")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{field} = {value!r}: there is no folder {str(path.parent)!r}: make it, or give another one")
+    return path
+
+
 def run_folder(field: str, value: str | os.PathLike[str]) -> Path:
     """`local_path` of the folder of a run, whose arrays TensorStore writes and reads.
 

@@ -29,6 +29,17 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
 
 
+def long_duration(seconds: float) -> str:
+    """A duration of any length as text in two units, such as `1 h 02 min`, or in seconds if it is short."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for length, unit, smaller, part in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // smaller:02d} {part}"
+    return f"{whole} s"
+
+
 def as_float32(value: float) -> float:
     """A number rounded to float32. Its text, also in CSV and JSON, has the fewest digits that give this float32."""
     return float(str(np.float32(value)))

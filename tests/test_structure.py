@@ -14,6 +14,7 @@ BASE = {
     "config",
     "config_json",
     "exit_codes",
+    "html_page",
     "json_files",
     "messages",
     "open_config",
@@ -31,6 +32,7 @@ ALLOWED = {
     "config": set[str](),
     "config_json": {"config", "open_config"},
     "exit_codes": set[str](),
+    "html_page": {"columns"},
     "json_files": {"config"},
     "messages": set[str](),
     "open_config": {"config", "own_code", "paths", "storage"},
@@ -58,10 +60,11 @@ ALLOWED = {
     "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
+    "report": {"models"} | BASE | {"recipe", "telemetry", "training"},
     "cli": LEAVES
     | BASE
     | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"}
-    | {"finetuning", "probe", "telemetry"},
+    | {"finetuning", "probe", "report", "telemetry"},
 }
 
 

@@ -6,16 +6,20 @@ Trains a small digits recipe in `--processes` processes on this machine. A rando
 random moment: while it starts or compiles, between steps, or while a checkpoint is being written. All processes must
 end within a time limit, with the documented exit codes; then the same command is run again, until the run is finished.
 Parameters, optimizer state, EMA and the metrics of every step must equal those of the uninterrupted run bit for bit.
-Prints a row for each kill and a summary; exits with 1 if anything is wrong.
+Then the run's own record of its time (`events.jsonl`) is added up: its parts must be the time that has passed, within
+1%, and the steps that were lost and repeated as many as were seen here. Prints a row for each kill and a summary; exits
+with 1 if anything is wrong.
 
 With `--store gs` or `--store s3`, the run that is killed is in a bucket of an emulator on 127.0.0.1, and each start
 finds an empty folder for temporary files, as on another machine. Then a signal at a save comes while objects of a
-checkpoint are written or deleted.
+checkpoint are written or deleted. The record of the time loses what was not sent before a kill, so fewer repeated steps
+may be in it than were seen.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import random
 import re
@@ -25,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_LOST, EXIT_STOPPED
 from nfnet_flax.storage import BucketFolder, BucketUrl
-from nfnet_flax.training.layout import COMMIT
+from nfnet_flax.telemetry.goodput import account_of
+from nfnet_flax.telemetry.sessions import Session, read_history
+from nfnet_flax.training.layout import COMMIT, EVENTS
 from nfnet_flax.training.metrics import OF_THE_MACHINE, read_rows
 from tests import runs, stores
 
@@ -49,6 +56,9 @@ OPTIONS = (
 MAX_STEPS_A_LIFE = 10
 BOUND_S = 150.0
 """Time within which all processes must end after one was killed; the longest wait in it is the start timeout."""
+UNSEEN_SHARE, UNSEEN_S = 0.01, 3.0
+"""Largest difference of the time on record from the time that has passed: a share of it, or in a short run the seconds
+that Python takes before it runs the first line, and after the last one."""
 
 Moment = Literal["start", "step", "save"]
 
@@ -57,6 +67,9 @@ Moment = Literal["start", "step", "save"]
 class Life:
     """The processes of a run from one start to its end."""
 
+    began_at_s: float
+    """When they were started, in seconds since 1970."""
+    ended_at_s: float
     start_step: int | None
     """Step from which it continued; None if it ended before that."""
     last_step: int
@@ -80,7 +93,7 @@ def lines_of(folder: Path, index: int) -> str:
 def live(workdir: Path | BucketUrl, folder: Path, options: list[str], count: int, plan: "Plan | None") -> Life:
     """Starts or continues the run, sends the signal of the plan, and waits for the end of all processes."""
     (folder / "tmp").mkdir(parents=True)
-    started = time.monotonic()
+    started, began_at_s = time.monotonic(), time.time()
     outputs = [(folder / f"{index}.txt").open("w") for index in range(count)]
     empty_machine = {"TMPDIR": str(folder / "tmp")}
     processes = runs.start_all(str(workdir), count, *OPTIONS, *options, outputs=outputs, environment=empty_machine)
@@ -104,6 +117,8 @@ def live(workdir: Path | BucketUrl, folder: Path, options: list[str], count: int
         output.close()
     shutil.rmtree(folder / "tmp")
     return Life(
+        began_at_s=began_at_s,
+        ended_at_s=time.time(),
         start_step=start_step,
         last_step=steps[-1] if steps else start_step or 0,
         first_step_s=first_step_s,
@@ -122,7 +137,7 @@ class Plan:
     process: int
     moment: Moment
     after_s: float
-    """For the moment `start`: seconds after the start of the processes."""
+    """For the moment `start`: seconds after the start of the processes, or at the first step if that comes before."""
     after_steps: int
     """For the moments `step` and `save`: number of steps that this life has reported; for `save`, the signal is sent at
     the next save after that."""
@@ -130,7 +145,7 @@ class Plan:
     def is_due(self, workdir: Path | BucketUrl, printed: str, elapsed_s: float) -> bool:
         """Whether the signal has to be sent now."""
         if self.moment == "start":
-            return elapsed_s > self.after_s
+            return elapsed_s > self.after_s or "first step after" in printed
         if len(re.findall(r"^step +\d+/", printed, re.MULTILINE)) < self.after_steps:
             return False
         return self.moment == "step" or is_saving(workdir)
@@ -177,8 +192,9 @@ def soak(
     num_kills: int,
     num_processes: int,
     rng: random.Random,
-) -> bool:
-    """Kills the run `num_kills` times, prints a row for each, and then lets the run finish."""
+) -> tuple[list[Life], bool]:
+    """Kills the run `num_kills` times, prints a row for each, and then lets the run finish. Returns the lives, and
+    whether all ended as promised."""
     print(f"{'':>4}{'signal':>9}{'to':>4}{'at':>7}{'from':>6}{'last':>6}{'first step s':>14}{'end s':>7}  exit codes")
     lives: list[Life] = []
     good, start_s = True, 30.0
@@ -203,23 +219,66 @@ def soak(
     lives.append(last)
     if any(code != EXIT_DONE for code in last.exit_codes):
         print(f"the last life did not end the run: {last.exit_codes}\n{last.printed}")
-        return False
+        return lives, False
     summarise(lives)
-    return good
+    return lives, good
+
+
+def repeated_in(steps: Sequence[tuple[int, int]]) -> list[int]:
+    """Number of steps that were repeated after each start, from the first and last step of each life."""
+    repeated, reached = [], 0
+    for first, last in steps:
+        repeated.append(max(0, reached - first))
+        reached = last
+    return repeated
 
 
 def summarise(lives: list[Life]) -> None:
     """Prints the totals."""
-    repeated, reached = [], 0
-    for life in lives:
-        if life.start_step is not None:
-            repeated.append(max(0, reached - life.start_step))
-            reached = life.last_step
+    repeated = repeated_in([(life.start_step, life.last_step) for life in lives if life.start_step is not None])
     starts = [life.first_step_s for life in lives if life.first_step_s is not None]
     print(
         f"kills {len(lives) - 1}, steps repeated {sum(repeated)} (at most {max(repeated, default=0)} after a kill), "
         f"seconds from start to first step: median {statistics.median(starts):.1f}, longest {max(starts):.1f}"
     )
+
+
+def is_accounted(workdir: Path, lives: list[Life], *, is_whole: bool) -> bool:
+    """Whether the run's record of its time agrees with what was seen here; prints both.
+
+    Args:
+      workdir: folder of the run, or a copy of it.
+      lives: what was seen.
+      is_whole: whether the record has every line that was written.
+    """
+    account = account_of(read_history(workdir / EVENTS))
+    passed_s = lives[-1].ended_at_s - lives[0].began_at_s
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in account.seconds.items() if seconds >= 0.05)
+    print(f"seconds: {passed_s:.1f} have passed, {account.wall_s:.1f} are on record: {parts}")
+    good = abs(account.wall_s - passed_s) <= max(UNSEEN_SHARE * passed_s, UNSEEN_S)
+    good &= math.isclose(sum(account.seconds.values()), account.wall_s, rel_tol=1e-9)
+    good &= account.num_productive == account.sessions[-1].session.last_step
+    seen = [one for one in (_steps_of(life, [each.session for each in account.sessions]) for life in lives) if one]
+    repeated = sum(repeated_in(seen))
+    good &= account.num_repeated == repeated if is_whole else account.num_repeated <= repeated
+    print(f"goodput {account.goodput:.1%}; repeated steps: {repeated} seen, {account.num_repeated} on record")
+    return good
+
+
+def _steps_of(life: Life, sessions: Sequence[Session]) -> tuple[int, int] | None:
+    """First and last step of a life; None if it did none.
+
+    A step is recorded before it is printed, so a kill between the two leaves one step that was done and not seen.
+    """
+    own = next((one for one in sessions if life.began_at_s <= one.began_at_s <= life.ended_at_s), None)
+    if life.start_step is not None:
+        first, last = life.start_step, life.last_step
+    elif own is not None and own.from_step is not None:
+        first = last = own.from_step
+    else:
+        return None
+    is_one_more = own is not None and own.last_step == last + 1
+    return first, last + is_one_more
 
 
 def is_equal(whole: Path, killed: Path, num_steps: int) -> bool:
@@ -263,8 +322,9 @@ def main() -> int:
         if any(code != EXIT_DONE for code in whole.exit_codes):
             print(f"the uninterrupted run failed: {whole.exit_codes}\n{whole.printed}")
             return 1
-        good = soak(place, folder, length, options.kills, options.processes, rng)
+        lives, good = soak(place, folder, length, options.kills, options.processes, rng)
         killed = place if isinstance(place, Path) else runs.copied(str(place), num_steps)
+        good = is_accounted(killed, lives, is_whole=options.store is None) and good
         good = is_equal(folder / "whole", killed, num_steps) and good
     print("all as promised" if good else "NOT as promised")
     return 0 if good else 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from nfnet_flax import streams
-from nfnet_flax.cli import convert, doctor, export, models, plan, predict, probe, train
+from nfnet_flax.cli import agc, convert, doctor, export, models, plan, predict, probe, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli import signal as signal_propagation
 from nfnet_flax.cli.errors import explain
@@ -27,6 +27,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor.run,
     "probe": probe.run,
     "signal": signal_propagation.run,
+    "report": report.run,
+    "agc": agc.run,
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""

@@ -16,7 +16,7 @@ from nfnet_flax.cli.options import CHECKPOINT, COUNT, DIR, PIXELS, WEIGHTS, pars
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import check_not_input
+from nfnet_flax.paths import check_not_input, check_target
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -102,7 +102,7 @@ def _predict(options: PredictOptions, argv: list[str]) -> int:
     """Predicts the images; returns the exit code."""
     from nfnet_flax.prediction import find_images
     from nfnet_flax.prediction.page import THUMBNAIL_PX, described
-    from nfnet_flax.prediction.results import TargetFile, check_target
+    from nfnet_flax.prediction.results import TargetFile
 
     targets: dict[str, Path] = {}
     for form, value in _asked(options).items():

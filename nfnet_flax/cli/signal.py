@@ -11,7 +11,7 @@ from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.cli.options import CHECKPOINT, COUNT, PIXELS, parsed
 from nfnet_flax.config import ConfigError, require, require_count
 from nfnet_flax.exit_codes import EXIT_DONE
-from nfnet_flax.paths import check_not_input
+from nfnet_flax.paths import check_not_input, check_target
 
 if TYPE_CHECKING:
     from nfnet_flax.cli.signal_inputs import Input, Named
@@ -101,7 +101,6 @@ def _targets(options: SignalOptions) -> dict[str, Path]:
       ConfigError: options do not fit together, or a file may not be written.
     """
     from nfnet_flax.models import list_models
-    from nfnet_flax.prediction.results import check_target
     from nfnet_flax.telemetry.signal_picture import check_picture
 
     require_count("batch_size", options.batch_size)

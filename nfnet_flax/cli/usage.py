@@ -13,6 +13,8 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet predict ... --weights FILE|FOLDER|timm/NAME         the same, by weights that are not of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              find problems of the machine, the data and the run
+  nfnet report RUN [RUN ...] [--out report.html]            goodput, what interruptions cost, curves, accuracy, recipe
+  nfnet agc RUN [--out agc.png]                             what AGC clipped, by layer; a picture of layers and steps
   nfnet probe IMAGES --weights WEIGHTS                      is it worth fine-tuning? Regression on the features
   nfnet signal MODEL|RUN|WEIGHTS [--out FILE.png]           how the signal grows with depth, as a table and a picture
   nfnet models [PATTERN]                                    list the named networks, such as 'nf_*'

@@ -43,31 +43,53 @@ IMAGE_SIZES: Mapping[str, ImageSizes] = {
 }
 """Name of a network -> sizes of the images that it was published with."""
 
-PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {
-    # arXiv 2102.06171, table 3; F6 with SAM.
-    "nfnet_f0": 83.6,
-    "nfnet_f1": 84.7,
-    "nfnet_f2": 85.1,
-    "nfnet_f3": 85.7,
-    "nfnet_f4": 85.9,
-    "nfnet_f5": 86.0,
-    "nfnet_f6": 86.5,
-    # arXiv 1905.11946, table 2.
-    "efficientnet_b0": 77.1,
-    "efficientnet_b1": 79.1,
-    "efficientnet_b2": 80.1,
-    "efficientnet_b3": 81.6,
-    "efficientnet_b4": 82.9,
-    "efficientnet_b5": 83.6,
-    "efficientnet_b6": 84.0,
-    "efficientnet_b7": 84.3,
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What a paper reports for a network on ImageNet with 1000 classes, at the test size."""
+
+    top1_percent: float
+    top5_percent: float | None
+    """None: not on record in this package."""
+    source: str
+
+
+_NFNETS = "arXiv 2102.06171, table 3"
+_EFFICIENTNETS = "arXiv 1905.11946, table 2"
+PUBLISHED: Mapping[str, Published] = {
+    "nfnet_f0": Published(83.6, 96.8, _NFNETS),
+    "nfnet_f1": Published(84.7, 97.1, _NFNETS),
+    "nfnet_f2": Published(85.1, 97.3, _NFNETS),
+    "nfnet_f3": Published(85.7, 97.5, _NFNETS),
+    "nfnet_f4": Published(85.9, 97.6, _NFNETS),
+    "nfnet_f5": Published(86.0, 97.6, _NFNETS),
+    "nfnet_f6": Published(86.5, 97.9, f"{_NFNETS}, with SAM"),
+    "efficientnet_b0": Published(77.1, None, _EFFICIENTNETS),
+    "efficientnet_b1": Published(79.1, None, _EFFICIENTNETS),
+    "efficientnet_b2": Published(80.1, None, _EFFICIENTNETS),
+    "efficientnet_b3": Published(81.6, None, _EFFICIENTNETS),
+    "efficientnet_b4": Published(82.9, None, _EFFICIENTNETS),
+    "efficientnet_b5": Published(83.6, None, _EFFICIENTNETS),
+    "efficientnet_b6": Published(84.0, None, _EFFICIENTNETS),
+    "efficientnet_b7": Published(84.3, None, _EFFICIENTNETS),
 }
-"""Name of a network -> ImageNet top-1 accuracy, if a paper gives one for exactly this network."""
+"""Name of a network -> its results, if a paper gives them for exactly this network."""
+PUBLISHED_TOP1_PERCENT: Mapping[str, float] = {name: found.top1_percent for name, found in PUBLISHED.items()}
+"""Name of a network -> ImageNet top-1 accuracy."""
 
 
 def list_models() -> list[str]:
     """Names that `create_model` takes."""
     return list(VARIANTS)
+
+
+def name_of(config: ModelConfig) -> str | None:
+    """Name of the network that a configuration describes, whatever type it computes in; None: it has none."""
+    return next((name for name, named in VARIANTS.items() if _is_same(named, config)), None)
+
+
+def _is_same(named: ModelConfig, config: ModelConfig) -> bool:
+    return type(named) is type(config) and dataclasses.replace(named, compute_dtype=config.compute_dtype) == config
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:

@@ -1,29 +1,21 @@
 """Results as one HTML page that needs no other file and no network."""
 
 import base64
-import html
 from typing import TextIO
 
+from nfnet_flax.html_page import END, escaped, page_head
 from nfnet_flax.prediction.images import Unreadable
 from nfnet_flax.prediction.predictor import Prediction, Predictor
-from nfnet_flax.prediction.results import Counts, TargetFile, Writer, shown
+from nfnet_flax.prediction.results import Counts, TargetFile, Writer
 
 THUMBNAIL_PX = 160
 """Longer side of the thumbnails, in pixels."""
 
 # What is written last, the counts, is shown first: the order of the parts of the page is set by the style.
 _STYLE = """
-:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1c1f24; --soft: #5d6470; --line: #dde0e5;
-  --bar: #4a7fd4; --track: #e8ebf0; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1e2127; --text: #e8eaed; --soft: #9aa2af;
-  --line: #31363f; --bar: #6f9fe8; --track: #2c313a; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 90rem; padding: 1.2rem; display: flex; flex-direction: column;
-  background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+body { display: flex; flex-direction: column; }
 header { order: 0; } footer { order: 1; } .choice { order: 2; } main { order: 3; }
-h1 { font-size: 1.4rem; margin: 0 0 .4rem; }
-header p, footer p { margin: .1rem 0; color: var(--soft); overflow-wrap: anywhere; }
-footer p { color: var(--text); font-weight: 600; margin-top: .5rem; }
+footer p { overflow-wrap: anywhere; font-weight: 600; margin: .5rem 0 .1rem; }
 .choice { margin: .5rem 0 1rem; color: var(--soft); }
 main { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem; display: flex;
@@ -43,20 +35,6 @@ li i u { display: block; height: 100%; background: var(--bar); }
 .bad { border-color: var(--bad); } .bad p { margin: 0; color: var(--bad); overflow-wrap: anywhere; font-size: .85rem; }
 body:has(#only:checked) article:not(.bad) { display: none; }
 """
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Predictions</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>Predictions</h1>
-{lines}</header>
-<main>
-"""
 
 
 class Page(Writer):
@@ -64,15 +42,14 @@ class Page(Writer):
 
     def __init__(self, out: TextIO | TargetFile, top: int, predictor: Predictor) -> None:
         self._out, self._top = out, top
-        lines = "".join(f"<p>{_text(line)}</p>\n" for line in described(predictor))
-        self._out.write(_HEAD.format(style=_STYLE, lines=lines))
+        self._out.write(page_head("Predictions", described(predictor), style=_STYLE) + "<main>\n")
 
     def write(self, result: Prediction | Unreadable) -> None:
-        name = _text(result.source)
+        name = escaped(result.source)
         if isinstance(result, Unreadable):
             self._out.write(
                 f'<article class="bad"><figure aria-hidden="true">!</figure><div><h2>{name}</h2>'
-                f"<p>{_text(result.reason)}</p></div></article>\n"
+                f"<p>{escaped(result.reason)}</p></div></article>\n"
             )
             return
         image = ""
@@ -80,7 +57,7 @@ class Page(Writer):
             data = base64.b64encode(result.thumbnail).decode()
             image = f'<img loading="lazy" decoding="async" alt="" src="data:image/jpeg;base64,{data}">'
         rows = "".join(
-            f'<li><span title="{_text(label)}">{_text(label)}</span><b>{value:.2%}</b>'
+            f'<li><span title="{escaped(label)}">{escaped(label)}</span><b>{value:.2%}</b>'
             f'<i><u style="width:{100 * value:.2f}%"></u></i></li>'
             for label, value in result.top(self._top)
         )
@@ -93,7 +70,7 @@ class Page(Writer):
             text += f", {counts.failed:,} without one"
             box = '<input type="checkbox" id="only">'
             choice = f'<label class="choice">{box} Show only images without a prediction</label>\n'
-        self._out.write(f"</main>\n{choice}<footer><p>{text}</p></footer>\n</body>\n</html>\n")
+        self._out.write(f"</main>\n{choice}<footer><p>{text}</p></footer>\n{END}")
 
 
 def described(predictor: Predictor) -> tuple[str, str]:
@@ -107,8 +84,3 @@ def described(predictor: Predictor) -> tuple[str, str]:
         f"{len(predictor.names):,} classes, {predictor.activation}; images of {how.image_size} px, {shape}{margin}, "
         f"{how.resampler}, mean {mean}, std {std}",
     )
-
-
-def _text(text: str) -> str:
-    """A text for HTML, also within an attribute."""
-    return html.escape(shown(text), quote=True)

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 from nfnet_flax import columns
 from nfnet_flax.config import ConfigError
-from nfnet_flax.paths import local_path
 from nfnet_flax.prediction.images import Unreadable
 from nfnet_flax.prediction.predictor import Prediction
 from nfnet_flax.units import as_float32
@@ -91,29 +90,6 @@ class TargetFile:
             raise ConfigError(f"{self._field} = {str(self._path)!r}: cannot be written: {error.strerror}") from error
 
 
-def check_target(field: str, value: str, *, overwrite: bool) -> Path:
-    """The path of a file that may be written, checked before any work is done.
-
-    Raises:
-      ConfigError: it is a folder, exists and must not be replaced (`overwrite`), or there is no folder for it.
-    """
-    path = local_path(field, value)
-    if path.is_dir():
-        raise ConfigError(f"{field} = {value!r}: is a folder: give the name of a file")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{field} = {value!r}: exists already: give another name, or replace it by --overwrite")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{field} = {value!r}: there is no folder {str(path.parent)!r}: make it, or give another one")
-    return path
-
-
-def shown(text: str) -> str:
-    """A text for people, in one line: line feeds, control characters and other invisible ones become escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-
-
 class Csv(Writer):
     """A row for each image: `file`, `class_1`, `probability_1`, ..., `error`."""
 
@@ -154,12 +130,12 @@ class Table(Writer):
         self._out, self._errors, self._top = out, errors, top
         self._waiting: list[Prediction] = []
         self._widths: tuple[int, int] | None = None
-        self._longest_name = max(columns.width_of(shown(name)) for name in names)
+        self._longest_name = max(columns.width_of(columns.one_line(name)) for name in names)
 
     def write(self, result: Prediction | Unreadable) -> None:
         if isinstance(result, Unreadable):
             self._out.flush()
-            self._errors.write(f"nfnet: {shown(result.source)}: {shown(result.reason)}\n")
+            self._errors.write(f"nfnet: {columns.one_line(result.source)}: {columns.one_line(result.reason)}\n")
         elif self._widths is not None:
             self._print(result, *self._widths)
         else:
@@ -182,7 +158,7 @@ class Table(Writer):
 
     def _chosen_widths(self) -> tuple[int, int]:
         """Widths of the columns of files and of names."""
-        file_width = max((columns.width_of(shown(result.source)) for result in self._waiting), default=0)
+        file_width = max((columns.width_of(columns.one_line(result.source)) for result in self._waiting), default=0)
         if not self._out.isatty():
             return file_width, self._longest_name
         file_width = min(file_width, _TERMINAL_FILE_WIDTHS[1])
@@ -194,11 +170,11 @@ class Table(Writer):
         return min(file_width, max(_TERMINAL_FILE_WIDTHS[0], room)), name_width
 
     def _print(self, result: Prediction, file_width: int, name_width: int) -> None:
-        source, is_cut = shown(result.source), self._out.isatty()
+        source, is_cut = columns.one_line(result.source), self._out.isatty()
         if is_cut:
             source = columns.without_start(source, file_width)
         cells = []
         for name, value in result.top(self._top):
-            text = columns.without_end(shown(name), name_width) if is_cut else shown(name)
+            text = columns.without_end(columns.one_line(name), name_width) if is_cut else columns.one_line(name)
             cells.append(f"{columns.left(text, name_width)} {value:>7.2%}")
         self._out.write("  ".join([columns.left(source, file_width), *cells]).rstrip() + "\n")
