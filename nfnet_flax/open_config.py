@@ -6,6 +6,7 @@ package's own classes are listed in a table; those of users are found among the 
 
 import dataclasses
 import inspect
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -120,6 +121,9 @@ def with_places_of(config: C, other: object) -> C:
 def with_absolute_places(config: C) -> C:
     """A configuration whose `place_fields`, also those of nested parts, are absolute paths."""
     mine: Any = config
+    if isinstance(mine, tuple):
+        placed = tuple(map(with_absolute_places, mine))
+        return config if all(map(operator.is_, placed, mine)) else cast(C, placed)
     if not _is_config(mine):
         return config
     values = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine)}

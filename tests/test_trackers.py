@@ -21,12 +21,14 @@ from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.storage import BucketUrl
 from nfnet_flax.telemetry import tracking as delivery
+from nfnet_flax.telemetry.config import TelemetryConfig
 from nfnet_flax.telemetry.flat_recipe import flat
 from nfnet_flax.telemetry.trackers import MlflowTracker, RunEnd, RunStart, Tracker, WandbTracker
 from nfnet_flax.telemetry.tracking import tracking
 from nfnet_flax.training.lease import LeaseLost
 from nfnet_flax.training.metrics import read_rows
 from nfnet_flax.training.mirror import Mirror
+from nfnet_flax.training.tracked import tracked
 from tests import runs, stores
 from tests.test_processes import TINY
 
@@ -363,6 +365,17 @@ def test_a_tracker_that_missed_rows_gets_them_at_the_next_start(
     said = capsys.readouterr().err
     assert f"nfnet: trackers begin new runs: {tmp_path}/trackers.json is damaged" in said
     assert len(said.splitlines()) == 1
+
+
+def test_only_the_first_process_has_trackers(tmp_path: Path) -> None:
+    CALLS.clear()
+    recipe = dataclasses.replace(load_recipe(runs.DIGITS), telemetry=TelemetryConfig(trackers=(Slow(),)))
+    for is_first in (False, True):
+        with tracked(recipe, tmp_path, is_first=is_first) as trackers:
+            trackers.begin(0)
+            trackers.on_metrics(1, {"train/loss": 1.0})
+            trackers.ends("finished", 1, {})
+        assert len(CALLS) == (3 if is_first else 0)
 
 
 def test_a_run_does_not_wait_for_a_tracker(
