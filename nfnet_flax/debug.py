@@ -45,6 +45,7 @@ def debug_recipe(recipe: Recipe) -> Recipe:
         objective=recipe.objective.small(),
         init_from=None,  # those weights belong to the large network
         init_from_skip=(),
+        telemetry=dataclasses.replace(recipe.telemetry, trackers=()),  # nobody wants to see it there
         platform="any",
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=2),
         num_steps=4,

@@ -6,6 +6,7 @@ package's own classes are listed in a table; those of users are found among the 
 
 import dataclasses
 import inspect
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -30,6 +31,8 @@ class OpenConfig:
     place_fields: ClassVar[tuple[str, ...]] = ()
     """Names of fields that only say where files are on this machine: paths, or tuples of paths. They may change when a
     run continues, and are stored as absolute paths; the files are compared by their content."""
+    decides_updates: ClassVar[bool] = True
+    """Whether updates may depend on it. If not, its code may change while the run continues."""
     retired_fields: ClassVar[frozenset[str]] = frozenset()
     """Names of fields that earlier versions had and that decided nothing: they are ignored in stored configurations."""
 
@@ -118,6 +121,9 @@ def with_places_of(config: C, other: object) -> C:
 def with_absolute_places(config: C) -> C:
     """A configuration whose `place_fields`, also those of nested parts, are absolute paths."""
     mine: Any = config
+    if isinstance(mine, tuple):
+        placed = tuple(map(with_absolute_places, mine))
+        return config if all(map(operator.is_, placed, mine)) else cast(C, placed)
     if not _is_config(mine):
         return config
     values = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine)}
@@ -130,8 +136,11 @@ def with_absolute_places(config: C) -> C:
 
 
 def own_classes(config: Any) -> list[type]:
-    """Classes of a user's code in a configuration and its nested parts, with the users' classes they derive from."""
+    """Classes of a user's code in a configuration and its nested parts, with the users' classes they derive from; only
+    those on which updates may depend."""
     found: list[type] = []
+    if isinstance(config, OpenConfig) and not config.decides_updates:
+        return found
     parts = list(config) if isinstance(config, tuple) else []
     if _is_config(config):
         found += [kind for kind in type(config).__mro__ if dataclasses.is_dataclass(kind) and is_own(kind)]

@@ -59,7 +59,7 @@ ALLOWED = {
     "training": LEAVES | BASE | {"objectives", "recipe", "telemetry", "weights"},
     "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
-    "doctor": LEAVES | BASE | {"recipe", "recipe_file", "training"},
+    "doctor": LEAVES | BASE | {"recipe", "recipe_file", "telemetry", "training"},
     "report": {"models"} | BASE | {"recipe", "telemetry", "training"},
     "cli": LEAVES
     | BASE

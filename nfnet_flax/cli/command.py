@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import logging
 
@@ -15,6 +16,7 @@ from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE_FAILED
 from nfnet_flax.output import OutputLost, guarded_output
+from nfnet_flax.telemetry.tracking import is_any_stuck
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.run,
@@ -63,7 +65,7 @@ def _run(argv: list[str]) -> int:
     # Orbax both logs its errors with tracebacks and raises them; they shall be reported once.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
-        return _COMMANDS[argv[0]](argv[1:])
+        code = _COMMANDS[argv[0]](argv[1:])
     except Exception as error:
         known = explain(error)
         if known is None:
@@ -71,7 +73,13 @@ def _run(argv: list[str]) -> int:
         code, message = known
         print(f"nfnet: {message}", file=sys.stderr)
         if code == EXIT_STORAGE_FAILED:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # a normal exit would wait for threads that still write, some of them for minutes
-        return code
+            _leave(code)  # a normal exit would wait for threads that still write, some of them for minutes
+    if is_any_stuck():
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -47,6 +47,7 @@ def check_workdir(folder: RunFolder, recipe: "Recipe | None", *, until_s: float)
             finding for kind in layout.CHECKPOINT_KINDS for finding in _check_checkpoints(workdir / kind, until_s)
         ]
         findings += _check_metrics(workdir)
+        findings += _check_trackers(workdir)
         findings += _check_owner(folder)
         findings += _check_identity(workdir, recipe)
     return findings
@@ -202,6 +203,19 @@ def _check_metrics(workdir: Path) -> list[Finding]:
         remedy = f"nfnet train keeps it as it is in {workdir / layout.SET_ASIDE} and goes on with the good rows"
         findings.append(wrong(f"{path} is damaged (line {lines})", remedy))
     return findings
+
+
+def _check_trackers(workdir: Path) -> list[Finding]:
+    from nfnet_flax.telemetry.tracking import read_record
+
+    try:
+        found = read_record(workdir / layout.TRACKERS)
+    except (ConfigError, StorageFailed) as error:  # its message says what to do
+        return [Finding(text=str(error), is_wrong=True)]
+    if not found:
+        return []
+    shown = [f"{key} to step {given.mark[0]}" if given.mark[0] > 0 else key for key, given in sorted(found.items())]
+    return [seen(f"trackers: {', '.join(shown)}")]
 
 
 def _age(path: Path) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from nfnet_flax.config import check_types, require
+from nfnet_flax.telemetry.trackers import Tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,6 +13,9 @@ class TelemetryConfig:
     layers_every_steps: int | None = None
     """What adaptive gradient clipping does in each layer is written to `agc.jsonl`, and for TensorBoard as histograms,
     each time the step is a multiple of this and of `log_every_steps`; None: about 200 times in the whole run."""
+    trackers: tuple[Tracker, ...] = ()
+    """Other places that show the metrics while the run trains, such as `WandbTracker()` and `MlflowTracker()` of
+    `nfnet_flax.telemetry.trackers`."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -13,6 +13,8 @@
     metrics.jsonl      one JSON object for each step that has metrics
     agc.jsonl          what adaptive gradient clipping does in each layer
     events.jsonl       when the run started, worked, waited and ended
+    trackers.json      which metrics other trackers have (`telemetry/tracking.py`)
+    trackers/          files of these
     tensorboard/       the same numbers as TensorBoard scalars
 
 A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
@@ -53,6 +55,8 @@ SET_ASIDE = "damaged"
 METRICS = "metrics.jsonl"
 AGC = "agc.jsonl"
 EVENTS = "events.jsonl"
+TRACKERS = "trackers.json"
+TRACKER_FILES = "trackers"
 TENSORBOARD = "tensorboard"
 
 STATE = "state"

@@ -23,6 +23,7 @@ from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
+from nfnet_flax.telemetry.tracking import Tracking
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.activity import Activity
 from nfnet_flax.training.copies import check_copies
@@ -42,6 +43,7 @@ from nfnet_flax.training.run_folder import opened as open_folder
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
 from nfnet_flax.training.setup import Setup, assemble, facts_of
 from nfnet_flax.training.state import TrainState
+from nfnet_flax.training.tracked import tracked
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
 from nfnet_flax.training.window import Window
@@ -70,6 +72,8 @@ class _Report:
     """Whether this process prints what it does."""
     on_metrics: OnMetrics | None
     """Called with the metrics of a step."""
+    trackers: Tracking
+    """Other places that show the metrics."""
 
 
 @guarded_output(goes_on=True)
@@ -146,6 +150,7 @@ def train(
             warn(line)
         ledger.enter("restore")
         restored = restore_newest(folder, setup.abstract_state(), is_owner=True)
+        trackers = opened.enter_context(tracked(recipe, folder.path, is_first=processes.is_first))
         log_every_steps = recipe.log_every_steps
         saver = opened.enter_context(
             saving(folder, recipe.checkpoint, lease, log_every_steps=log_every_steps, publisher=publisher)
@@ -154,7 +159,7 @@ def train(
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
         ledger.record("restored", int(start[0].step))
         ledger.enter("start")
-        report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics)
+        report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics, trackers=trackers)
         if report.is_shown:
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
             _print_start(ledger, joined_s)
@@ -190,8 +195,9 @@ def _run(
 
     saver.resume_at(step)
     with contextlib.ExitStack() as opened:
-        log = _open_log(folder.path, recipe, step, evaluated, report.on_metrics)
+        log = _open_log(folder.path, recipe, step, evaluated, report)
         opened.callback(log.close)
+        report.trackers.begin(step)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
         opened.callback(lambda: activity.enter("end", step))
@@ -235,8 +241,10 @@ def _run(
                 is_finished = step == num_steps and evaluated
                 if is_finished:
                     ledger.ends("finished")
+                    report.trackers.ends("finished", step, eval_metrics)
                 else:
                     ledger.ends("stopped", reason=str(stop.reason))
+                    report.trackers.ends("stopped", step, eval_metrics, str(stop.reason))
                 return TrainResult(step, num_steps, eval_metrics, finished=is_finished)
             # 3. Next batch.
             activity.enter("input", step + 1)
@@ -252,11 +260,15 @@ def _run(
             window.push(step, metrics)
 
 
-def _open_log(
-    workdir: Path, recipe: Recipe, step: int, evaluated: bool, on_metrics: OnMetrics | None
-) -> MetricsLog | NoMetrics:
+def _open_log(workdir: Path, recipe: Recipe, step: int, evaluated: bool, report: _Report) -> MetricsLog | NoMetrics:
     if not current().is_first:
         return NoMetrics()
+
+    def on_metrics(step: int, metrics: dict[str, float]) -> None:
+        report.trackers.on_metrics(step, metrics)
+        if report.on_metrics is not None:
+            report.on_metrics(step, metrics)
+
     return MetricsLog(
         workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard, on_metrics=on_metrics
     )

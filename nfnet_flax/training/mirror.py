@@ -48,6 +48,8 @@ from nfnet_flax.training.layout import (
     RECIPE,
     SET_ASIDE,
     TENSORBOARD,
+    TRACKER_FILES,
+    TRACKERS,
     Damaged,
     steps_in,
 )
@@ -59,9 +61,11 @@ _IN_BUCKET = ".in_bucket.json"
 """File in the folder of a checkpoint on this machine whose arrays are still only in the bucket: it says where."""
 _SMALL = (f"{NOTES}/{NOTES_FILE}", "_CHECKPOINT_METADATA")
 """Files of a checkpoint that are copied at once: the notes, and one that Orbax reads when it looks for checkpoints."""
+_RECORD_FOLDERS = (CODE, TENSORBOARD, TRACKER_FILES, SET_ASIDE)
+_FOR_THE_OWNER = (f"{TENSORBOARD}/", f"{TRACKER_FILES}/")
 _RECORD = re.compile(
     rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}|{AGC}|{EVENTS}"
-    rf"|({CODE}|{TENSORBOARD}|{SET_ASIDE})/.+"
+    rf"|{TRACKERS}|({'|'.join(_RECORD_FOLDERS)})/.+"
 )
 """Names of records. Whatever else is in the folder, such as another run, is not touched."""
 _STEP = re.compile(rf"(?P<kind>{'|'.join(CHECKPOINT_KINDS)})/(?P<step>[0-9]+)/(?P<name>.+)")
@@ -77,17 +81,17 @@ class Mirror:
     Each method raises `StorageFailed` if the bucket fails.
     """
 
-    def __init__(self, url: BucketUrl, path: Path, *, with_curves: bool) -> None:
+    def __init__(self, url: BucketUrl, path: Path, *, is_owner: bool) -> None:
         """Copies nothing yet.
 
         Args:
           url: the folder in the bucket.
           path: the folder on this machine.
-          with_curves: whether TensorBoard's files are copied from the bucket, which only the owner of the run needs.
+          is_owner: whether this process will write to the run. Others need no files of TensorBoard and of trackers.
         """
         self.url = url
         self.path = path
-        self._with_curves = with_curves
+        self._is_owner = is_owner
         self._bucket = BucketFolder(url)
         self._known: dict[str, tuple[int, int]] = {}
         """Name of a record that is equal here and in the bucket -> size and time of change of the file here."""
@@ -102,8 +106,8 @@ class Mirror:
         with self._lock, scratch_errors():
             found = self._bucket.files()
             records = {name for name in found if _is_record(name)}
-            if not self._with_curves:
-                records = {name for name in records if not name.startswith(f"{TENSORBOARD}/")}
+            if not self._is_owner:
+                records = {name for name in records if not name.startswith(_FOR_THE_OWNER)}
             steps = _steps_of(found)
             for name in set(_records_of(self.path)) - records:
                 (self.path / name).unlink(missing_ok=True)
@@ -308,7 +312,7 @@ def _records_of(path: Path) -> list[str]:
     found = []
     for folder, folders, files in os.walk(path):
         if Path(folder) == path:  # other threads make and delete files in the folders of checkpoints
-            folders[:] = [name for name in folders if name in (CODE, TENSORBOARD, SET_ASIDE)]
+            folders[:] = [name for name in folders if name in _RECORD_FOLDERS]
         found += [Path(folder, name).relative_to(path).as_posix() for name in files]
     return [name for name in found if _is_record(name)]
 

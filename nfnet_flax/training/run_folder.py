@@ -92,7 +92,7 @@ def opened(field: str, value: str | os.PathLike[str], *, is_first: bool) -> Iter
         yield RunFolder(place)
         return
     with scratch_folder() as path, renamed(str(path), str(place)):
-        folder = RunFolder(path, Mirror(place, path, with_curves=is_first))
+        folder = RunFolder(path, Mirror(place, path, is_owner=is_first))
         folder.pull()
         try:
             yield folder
@@ -113,7 +113,7 @@ def reading(field: str, value: str | os.PathLike[str]) -> RunFolder:
     with contextlib.ExitStack() as opened:
         path = opened.enter_context(scratch_folder())
         opened.enter_context(renamed(str(path), str(place)))
-        folder = RunFolder(path, Mirror(place, path, with_curves=False))
+        folder = RunFolder(path, Mirror(place, path, is_owner=False))
         folder.pull()
         weakref.finalize(folder, opened.pop_all().close)
         return folder
