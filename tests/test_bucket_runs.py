@@ -16,7 +16,7 @@ import pytest
 
 import nfnet_flax
 from nfnet_flax import cli
-from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, EXIT_STORAGE_FAILED
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST, EXIT_STOPPED, EXIT_STORAGE_FAILED
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket
 from nfnet_flax.training.layout import COMMIT
 from nfnet_flax.training.metrics import read_rows
@@ -53,6 +53,18 @@ import nfnet_flax
 nfnet_flax.Run  # loads what it needs
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 nfnet_flax.Run(sys.argv[1]).weights()
+"""
+
+
+ELSEWHERE = """
+import sys
+from nfnet_flax.training import lease
+
+machine = sys.argv.pop(1)
+lease._pid_namespace = lambda: machine  # as on another host
+lease.ELSEWHERE_TIMEOUT_S = 3.0
+from nfnet_flax.cli import main
+sys.exit(main())
 """
 
 
@@ -176,6 +188,44 @@ def test_a_second_start_is_refused_and_two_processes_share_one_bucket(
     last = start(place, tmp_path / "last")
     printed = runs.finish(last)
     assert (last.returncode, "continuing from step 12" in printed) == (EXIT_DONE, True), printed
+
+
+@pytest.mark.parametrize("place", ["gs"], indirect=True)  # what forbids it to write is the same for all stores
+def test_an_owner_that_was_suspended_and_replaced_changes_nothing_when_it_continues(
+    whole: Path, place: BucketUrl, tmp_path: Path
+) -> None:
+    folder = BucketFolder(place)
+
+    def start_on(machine: str) -> subprocess.Popen[str]:
+        (tmp_path / machine).mkdir()
+        environment = {"TMPDIR": str(tmp_path / machine)}
+        return runs.start(str(place), *OPTIONS, program=("-c", ELSEWHERE, machine), environment=environment)
+
+    def contents() -> dict[str, bytes]:
+        # Requests that it had begun are sent when it continues: they are objects of the checkpoint that it was sending,
+        # and the digests in `commit.json` tell those of the second run from them.
+        return {name: folder.read(name) for name in folder.files() if not name.startswith("checkpoints/8/")}
+
+    suspended = start_on("first")
+    try:
+        end = time.monotonic() + 120
+        while not folder.files("checkpoints/8"):  # some objects of its second checkpoint are there
+            assert time.monotonic() < end
+            assert suspended.poll() is None
+        suspended.send_signal(signal.SIGSTOP)
+        second = start_on("second")
+        printed = runs.finish(second)
+        assert second.returncode == EXIT_DONE, printed
+        assert "waiting for up to 3 s for another one" in printed
+        before = contents()
+        suspended.send_signal(signal.SIGCONT)
+        printed = runs.finish(suspended)
+    finally:
+        suspended.kill()
+    assert suspended.returncode == EXIT_LOST, printed
+    assert f"nfnet: {place} belongs to process {second.pid} on host" in printed
+    assert contents() == before
+    assert_equal(whole, place)
 
 
 @pytest.mark.parametrize("kind", stores.KINDS)

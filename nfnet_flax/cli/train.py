@@ -83,5 +83,7 @@ def _print_result(result: "TrainResult", workdir: str) -> None:
     print(f"finished: {result.num_steps} steps")
     print_accuracy(result.metrics)
     print(f"checkpoints: {workdir}/checkpoints (newest), {workdir}/best (best)")
-    if "://" in workdir or Path(workdir, "tensorboard").is_dir():
+    if "://" in workdir:
+        print(f"curves: tensorboard --logdir {workdir}/tensorboard, without TensorFlow: see docs/telemetry.md")
+    elif Path(workdir, "tensorboard").is_dir():
         print(f"curves: tensorboard --logdir {workdir}/tensorboard")
