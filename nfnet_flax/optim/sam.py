@@ -24,7 +24,6 @@ class SAMConfig:
         require(0 < self.fraction <= 1, "optim.sam.fraction", self.fraction, "must lie in (0, 1]")
 
 
-@jax.named_scope("sam")
 def ascend(
     params: dict[str, jax.Array], gradient: dict[str, jax.Array], norm: jax.Array, *, rho: float
 ) -> dict[str, jax.Array]:
