@@ -5,7 +5,6 @@ collective operation is involved, and no step waits unless it is much shorter th
 """
 
 import dataclasses
-import itertools
 import re
 import threading
 from typing import Any
@@ -22,7 +21,6 @@ _MARGIN = 2
 _POLL_S = 10.0
 _ANSWER_TIMEOUT_S = 60.0
 _NEVER = 2**62
-_CALLS = itertools.count()
 
 
 def parse_steps(text: str) -> range:
@@ -91,19 +89,27 @@ class Agreement:
     """
 
     def __init__(
-        self, processes: Processes, *, start_step: int, num_steps: int, eval_every_steps: int, given: range | None
+        self,
+        processes: Processes,
+        topic: str,
+        *,
+        start_step: int,
+        num_steps: int,
+        eval_every_steps: int,
+        given: range | None,
     ) -> None:
         """Starts listening to process 0, unless this is process 0.
 
         Args:
           processes: the processes of this run.
+          topic: beginning of the names of the messages; each can be used once.
           start_step: number of steps that were done before this start of the run.
           num_steps: number of steps of the whole run.
           eval_every_steps: interval of the evaluations.
           given: steps that an option names. Those that are done already are left out. None: there is no option.
         """
         self._processes = processes
-        self._topic = f"profile/{next(_CALLS)}"
+        self._topic = topic
         self._num_steps = num_steps
         self._eval_every_steps = eval_every_steps
         self._first_step = start_step + 1

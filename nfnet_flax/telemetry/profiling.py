@@ -7,6 +7,7 @@ goes on with one warning.
 
 import contextlib
 import dataclasses
+import itertools
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from nfnet_flax.telemetry.profile_steps import Agreement, Appointment, checked_s
 
 _TRACE = "xplane.pb"
 _MEMORY = "memory.pb.gz"
+_CALLS = itertools.count()
 _WRITE_TIMEOUT_S = 300.0
 _ANSWER_TIMEOUT_S = 120.0
 
@@ -241,6 +243,7 @@ def profiling(
     """
     agreement = Agreement(
         processes,
+        f"profile/{next(_CALLS)}",
         start_step=start_step,
         num_steps=num_steps,
         eval_every_steps=eval_every_steps,
