@@ -26,7 +26,7 @@ def run_stage(
     keys: jax.Array | None,
     specs: Sequence["BlockSpec"],
     rematerialization: Rematerialization,
-    name: str,
+    name: str = "stage",
 ) -> jax.Array:
     """Runs the blocks of a stage, one after the other. The result does not depend on `rematerialization`.
 

@@ -129,10 +129,11 @@ class Agreement:
 
     def passed(self, step: int) -> list[Appointment]:
         """The profiles that begin now. To be called after each step has been started, and once before the first."""
+        # Without the lock: a thread that is about to agree first makes all later calls look, and then reads the step.
+        self._step = step
+        if step < self._look_at:
+            return []
         with self._changed:
-            self._step = step
-            if step < self._look_at:
-                return []
             if step >= self._waits_at:
                 self._changed.wait_for(lambda: step < self._waits_at, _ANSWER_TIMEOUT_S)
             due = [each for each in self._appointments if step >= each.steps[0] - 1]
@@ -181,6 +182,7 @@ class Agreement:
 
     def _agree(self, reason: str) -> Appointment | None:
         with self._changed:
+            self._look_at = 0  # before the step is read, see `passed`
             # The first step after a start also compiles, which is not what a request asks for.
             self._waits_at = waits_at = max(self._step + _MARGIN, self._first_step)
             self._look_at = self._next()
