@@ -175,7 +175,8 @@ def test_all_processes_profile_the_same_steps_at_any_pace(pace_s: float) -> None
 def test_a_file_asks_for_a_profile_and_once_only(tmp_path: Path) -> None:
     (tmp_path / REQUEST).touch()  # before the first step, which compiles
     with looping(LocalFolder(tmp_path)) as loop:
-        loop.run_until(lambda: loop.says("profiling"))
+        loop.run_until(lambda: loop.says("steps"))  # are agreed on
+        loop.run(NUM_REQUESTED)  # begins, and does not end
         assert not (tmp_path / REQUEST).exists()
         (tmp_path / REQUEST).touch()
         while not loop.says("a request for a profile is ignored"):

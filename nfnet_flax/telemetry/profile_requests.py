@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import jax
 
@@ -113,15 +113,19 @@ def requests(
     found = _Requests(agreement, processes, place, is_busy, look_s=look_s)
 
     def look() -> None:
-        with suppress(jax.errors.JaxRuntimeError):  # a process has ended, which `parallel.peers` also notices
-            while True:
-                signalled.wait(_LOOK_S)
-                if is_over.is_set():
-                    return
-                is_signalled = signalled.is_set()
-                signalled.clear()
+        while True:
+            signalled.wait(_LOOK_S)
+            if is_over.is_set():
+                return
+            is_signalled = signalled.is_set()
+            signalled.clear()
+            try:
                 if reason := found.reason(is_signalled=is_signalled):
                     found.answer(reason, say)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    return  # a process has ended, which `parallel.peers` also notices
+                warn("no profile is taken: a process of the run does not answer")
 
     thread = threading.Thread(target=look, name="profile requests", daemon=True)
     thread.start()

@@ -184,7 +184,8 @@ class Agreement:
         with self._changed:
             self._look_at = 0  # before the step is read, see `passed`
             # The first step after a start also compiles, which is not what a request asks for.
-            self._waits_at = waits_at = max(self._step + _MARGIN, self._first_step)
+            margin = 1 if self._processes.count == 1 else _MARGIN
+            self._waits_at = waits_at = max(self._step + margin, self._first_step)
             self._look_at = self._next()
         number, last, found = self._number, waits_at, None
         try:

@@ -106,9 +106,9 @@ class Profiler:
     def _change(self, step: int, begins: list[Appointment], metrics: Any) -> None:
         trace = self._trace
         if trace is not None:
-            trace.marker.close()
             trace.last_step = step
             if step < trace.appointment.steps[-1]:
+                trace.marker.close()
                 self._mark(trace, step + 1)
             else:
                 jax.block_until_ready(metrics)
@@ -122,7 +122,7 @@ class Profiler:
 
     def _begin(self, appointment: Appointment, step: int) -> None:
         self._wait()
-        if self._processes.is_first:
+        if not appointment.reason:  # of a requested one it was said when the steps were agreed on
             self._say(f"profiling {described(appointment.steps)}")
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # Python functions would make the trace larger and the steps slower
@@ -132,7 +132,7 @@ class Profiler:
                 jax.profiler.start_trace(folder, profiler_options=options)
             except Exception as error:  # another trace is on, the disk is full, or a library is missing
                 problem = _brief(error)
-                self._write_in_a_thread(lambda: self._report(appointment, "", problem))
+                self._write_in_a_thread(lambda: self._miss(appointment, problem))
                 return
             self._trace = _Trace(appointment, folder, opened.pop_all(), contextlib.ExitStack(), step)
         self._mark(self._trace, step + 1)
@@ -143,7 +143,9 @@ class Profiler:
     def _finish(self, trace: _Trace) -> None:
         self._trace = None
         trace.marker.close()
-        self._write_in_a_thread(lambda: self._write(trace))
+        first = trace.appointment.steps[0]
+        done = dataclasses.replace(trace.appointment, steps=range(first, max(first, trace.last_step) + 1))
+        self._write_in_a_thread(lambda: self._write(trace, done))
 
     def _write_in_a_thread(self, write: Callable[[], None]) -> None:
         self._writer = threading.Thread(target=write, name="profile writer", daemon=True)
@@ -153,15 +155,25 @@ class Profiler:
         if self._writer is not None:
             self._writer.join(_WRITE_TIMEOUT_S)
 
-    def _write(self, trace: _Trace) -> None:
-        """Ends a trace and writes it; in a thread, as this takes seconds."""
+    def _miss(self, appointment: Appointment, problem: str) -> None:
+        """Reports that there is no trace of this process; the others may have theirs."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._report(appointment, self._announced_name(appointment) if self._processes.is_first else "", problem)
+
+    def _write(self, trace: _Trace, appointment: Appointment) -> None:
+        """Ends a trace and writes it; in a thread, as this takes seconds.
+
+        Args:
+          trace: the trace.
+          appointment: with the steps that were traced.
+        """
         name, problem = "", ""
         with trace.opened:
             try:
-                name = self._announced_name(trace) if self._processes.is_first else ""
+                name = self._announced_name(appointment) if self._processes.is_first else ""
                 memory = jax.profiler.device_memory_profile()
                 jax.profiler.stop_trace()
-                name = name or self._agreement.wait_for(f"{trace.appointment.number}/name", _ANSWER_TIMEOUT_S)
+                name = name or self._agreement.wait_for(f"{appointment.number}/name", _ANSWER_TIMEOUT_S)
                 (file,) = trace.folder.rglob(f"*.{_TRACE}")
                 self._place.upload(file, f"{name}/{self._host()}.{_TRACE}")
                 self._place.put(f"{name}/{self._host()}.{_MEMORY}", memory)
@@ -169,14 +181,14 @@ class Profiler:
                 problem = _brief(error)
                 with contextlib.suppress(Exception):
                     jax.profiler.stop_trace()  # JAX holds a trace that it could not write
-        self._report(trace.appointment, name, problem)
+        self._report(appointment, name, problem)
 
-    def _announced_name(self, trace: _Trace) -> str:
-        """The folder of a profile in that of the run; process 0 chooses it."""
-        first, last = trace.appointment.steps[0], trace.last_step
+    def _announced_name(self, appointment: Appointment) -> str:
+        """The folder of a profile in that of the run, which process 0 chooses and tells the others."""
+        first, last = appointment.steps[0], appointment.steps[-1]
         name = f"{self._folder}/{time.strftime('%Y_%m_%d_%H_%M_%S')}_steps_{first}_to_{last}"
         if self._processes.count > 1:
-            self._agreement.put(f"{trace.appointment.number}/name", name)
+            self._agreement.put(f"{appointment.number}/name", name)
         return name
 
     def _host(self) -> str:
