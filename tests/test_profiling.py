@@ -329,7 +329,7 @@ def test_a_run_in_a_bucket_is_asked_there_and_puts_its_profile_there(
             loop.run_until(lambda: loop.says("profile of steps"))
         assert f"{url}/{FOLDER}/" in loop.said[-1]
         place.put(f"{layout.TENSORBOARD}/events", b"")
-        Mirror(url, tmp_path / "next start", with_curves=True).pull()
+        Mirror(url, tmp_path / "next start", is_owner=True).pull()
         found = [Path(name).name.partition(".")[2] for name in place.files() if name.startswith(FOLDER)]
         assert sorted(found) == ["memory.pb.gz", "xplane.pb"]
         assert REQUEST not in place.files()
