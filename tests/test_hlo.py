@@ -52,6 +52,13 @@ def test_loops_are_multiplied_and_the_dearest_branch_counts() -> None:
     assert by_source["jit(step)/update  f32[8]"] == 50
 
 
+def test_the_blocks_of_a_stage_count_together() -> None:
+    text = TEXT.replace("jit(step)/conv", "jit(step)/stage2/block0/conv1/dot", 1)
+    _, by_source = estimated_cycles(parse(text.replace("jit(step)/conv", "jit(step)/stage2/block11/conv1/dot")))
+    assert by_source["jit(step)/stage2/block*/conv1/dot  bf16[8,128]"] == 21
+    assert by_source["jit(step)/stage2/block*/conv1/dot  f32[8]"] == 100
+
+
 def test_collectives_count_their_payload() -> None:
     assert collective_bytes(parse(TEXT)) == {"all-reduce": 3 * 32, "collective-permute": (2 * 16 + 8) // 2}
 

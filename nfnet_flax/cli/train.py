@@ -23,6 +23,7 @@ def run(argv: list[str]) -> int:
     from nfnet_flax.cli import recipe_options
     from nfnet_flax.parallel.processes import DistributedConfig
     from nfnet_flax.recipe import Recipe
+    from nfnet_flax.telemetry.profile_steps import parse_steps
     from nfnet_flax.training.run_folder import place_of
     from nfnet_flax.training.watchdog import WatchdogConfig
 
@@ -39,12 +40,16 @@ def run(argv: list[str]) -> int:
         """The processes of the run."""
         watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
         """How long the run may make no progress."""
+        profile_steps: Annotated[str, tyro.conf.arg(metavar="FIRST:END")] | None = None
+        """Take a profile of these steps for XProf: 100:103 are the steps 100, 101 and 102. Give it to all processes. A
+        profile of a running job: touch DIR/profile_now, or send SIGUSR2 to a process."""
         code: Code = ()
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = given.config
 
     chosen = recipe_options.parse(TrainOptions, given, "Train a network, or continue the run in a folder.")
     place_of("workdir", chosen.workdir)  # before anything slow: it may be mistyped
     workdir = chosen.workdir
+    profile_steps = None if chosen.profile_steps is None else parse_steps(chosen.profile_steps)
 
     from nfnet_flax.parallel.processes import current
     from nfnet_flax.runtime import prepare
@@ -60,6 +65,7 @@ def run(argv: list[str]) -> int:
                 chosen.recipe,
                 workdir,
                 watchdog,
+                profile_steps=profile_steps,
                 show_progress=True,
                 started_at_s=IMPORTED_AT_S,
                 start_timeout_s=chosen.distributed.start_timeout_s,
@@ -85,5 +91,5 @@ def _print_result(result: "TrainResult", workdir: str) -> None:
     print(f"checkpoints: {workdir}/checkpoints (newest), {workdir}/best (best)")
     if "://" in workdir:
         print(f"curves: tensorboard --logdir {workdir}/tensorboard, without TensorFlow: see docs/telemetry.md")
-    elif Path(workdir, "tensorboard").is_dir():
+    elif any(Path(workdir, "tensorboard").glob("events*")):  # not only profiles
         print(f"curves: tensorboard --logdir {workdir}/tensorboard")

@@ -14,6 +14,7 @@ from nfnet_flax.models import layers
 from nfnet_flax.models.config import GlobalPool, ModelConfig
 from nfnet_flax.models.keys import check_example_keys
 from nfnet_flax.models.layers import AnyRngs, ComputeDtype, Dense
+from nfnet_flax.models.scopes import name_layers
 from nfnet_flax.models.stages import Rematerialization, run_stage
 
 HEAD_NORMAL = nnx.initializers.normal(0.01)
@@ -131,6 +132,7 @@ class Classifier(nnx.Module):
         self.drop_rate = drop_rate
         self.compute_dtype: ComputeDtype = compute_dtype
         self.deterministic = False
+        name_layers(self)
 
     def convolutions_after_scaling(self) -> list[nnx.Module]:
         """Convolutions outside of the blocks whose input is multiplied by the activation's gamma; `fold` multiplies
@@ -153,7 +155,8 @@ class Classifier(nnx.Module):
         `feature_map`."""
         check_images(images, self.config.in_channels)
         check_example_keys(keys, images.shape[0])
-        return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
+        with jax.named_scope("stem"):
+            return self._stem(images.astype(layers.DTYPES[self.compute_dtype]))
 
     def feature_map(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Features of every place of the images, before they are pooled.
@@ -169,9 +172,10 @@ class Classifier(nnx.Module):
           ConfigError: images have another shape or are integers, or there are more or fewer keys than images.
         """
         x = self.stem_output(images, keys)
-        for stage, specs in zip(self.stages, self.specs, strict=True):
-            x = run_stage(list(stage), x, keys, specs, self.execution.rematerialization)
-        return self._final(x)
+        for number, (stage, specs) in enumerate(zip(self.stages, self.specs, strict=True)):
+            x = run_stage(list(stage), x, keys, specs, self.execution.rematerialization, f"stage{number}")
+        with jax.named_scope("final"):
+            return self._final(x)
 
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Pooled features before dropout, (N, num_features) float32 (float64 under float64 compute); arguments and
@@ -240,6 +244,7 @@ def channel_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(jnp.square(jnp.mean(x, axis=(0, 1, 2)))), jnp.mean(jnp.var(x, axis=(0, 1, 2)))
 
 
+@jax.named_scope("pool")
 def _pooled(x: jax.Array, pool: GlobalPool) -> jax.Array:
     """(N, H, W, C) -> (N, C), or (N, 2 C) for `catavgmax`."""
     wide = layers.statistics_dtype(x.dtype)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from nfnet_flax.models.convolution import conv2d
+from nfnet_flax.models.scopes import NamedLayer, scoped
 from nfnet_flax.models.standardization import StandardizationName, standardize
 
 ActivationName = Literal[
@@ -86,7 +87,7 @@ FAN_IN_NORMAL = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 FAN_IN_TRUNCATED = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-class WSConv(nnx.Module):
+class WSConv(NamedLayer):
     """Convolution with scaled weight standardization, and a gain and a bias per output channel.
 
     Padding is SAME, or by half of the window on each side if `has_symmetric_padding`.
@@ -116,24 +117,30 @@ class WSConv(nnx.Module):
         self.compute_dtype: ComputeDtype = compute_dtype
         self.is_prepared = False
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
-        y, bias = self.without_bias(x)
+        y, bias = self._convolved(x)
         return y + bias
 
+    @scoped
     def without_bias(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The convolution (N, H / stride, W / stride, O), and the bias (O,) that has to be added to it."""
+        return self._convolved(x)
+
+    def _convolved(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = DTYPES[self.compute_dtype]
         kernel = self.kernel[...]
         if not self.is_prepared:  # otherwise it is already standardized, once for many calls (`preparation.prepare`)
-            kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
+            with jax.named_scope("standardize"):
+                kernel = standardize(kernel.astype(statistics_dtype(dtype)), self.gain[...], self.standardization)
         kernel = kernel.astype(dtype)
         is_symmetric = self.has_symmetric_padding
         y = conv2d(x.astype(dtype), kernel, stride=self.stride, groups=self.groups, is_symmetric=is_symmetric)
         return y, self.bias[...].astype(dtype)
 
 
-class Conv(nnx.Module):
+class Conv(NamedLayer):
     """Plain convolution without bias and with SAME padding, for the networks with BatchNorm."""
 
     def __init__(
@@ -154,13 +161,14 @@ class Conv(nnx.Module):
         self.groups = groups
         self.compute_dtype: ComputeDtype = compute_dtype
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
         dtype = DTYPES[self.compute_dtype]
         return conv2d(x.astype(dtype), self.kernel[...].astype(dtype), stride=self.stride, groups=self.groups)
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(NamedLayer):
     """Batch normalization over N, H and W (Ioffe and Szegedy 2015), in the form of the published baselines.
 
     In training mode it normalises with the statistics of the batch it is given (a microbatch if the step cuts the
@@ -181,6 +189,7 @@ class BatchNorm(nnx.Module):
         """Whether `fold_batch_norms` has put the running statistics into gain and bias, or the gain into the
         convolution before (then it is empty)."""
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) -> the same shape and dtype; the arithmetic is at least float32."""
         h = x.astype(statistics_dtype(x.dtype))
@@ -200,7 +209,7 @@ class BatchNorm(nnx.Module):
         return ((h - mean) * scale + self.bias[...]).astype(x.dtype)
 
 
-class Dense(nnx.Module):
+class Dense(NamedLayer):
     """Dense layer: an affine map of the last axis."""
 
     def __init__(
@@ -216,13 +225,14 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.compute_dtype: ComputeDtype = compute_dtype
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., I) -> (..., O)."""
         dtype = DTYPES[self.compute_dtype]
         return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
 
 
-class SqueezeExcite(nnx.Module):
+class SqueezeExcite(NamedLayer):
     """Channel gate in (0, 1): mean over H and W, dense, activation, dense, sigmoid (Hu et al. 2018)."""
 
     def __init__(
@@ -239,10 +249,12 @@ class SqueezeExcite(nnx.Module):
         self.expand = Dense(hidden, channels, kernel_init=init, compute_dtype=compute_dtype, rngs=rngs)
         self.activation = activation
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) -> (N, 1, 1, C)."""
         return self._of_mean(jnp.mean(x, axis=(1, 2), keepdims=True))
 
+    @scoped
     def gate(self, y: jax.Array, bias: jax.Array) -> jax.Array:
         """`self(y + bias) * (y + bias)` for a convolution (N, H, W, C) and its bias (C,).
 
@@ -276,6 +288,7 @@ def layer_keys(keys: jax.Array | None, layer: jax.typing.ArrayLike) -> jax.Array
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
 
 
+@jax.named_scope("drop_path")
 def drop_path(x: jax.Array, rate: jax.typing.ArrayLike, keys: jax.Array, *, rescale: bool = False) -> jax.Array:
     """Stochastic depth: sets all values of an example to zero with probability `rate`.
 
@@ -287,6 +300,7 @@ def drop_path(x: jax.Array, rate: jax.typing.ArrayLike, keys: jax.Array, *, resc
     return x * scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
+@jax.named_scope("dropout")
 def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
     """Inverted dropout of (N, C) features: features that are kept are divided by `1 - rate`."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)

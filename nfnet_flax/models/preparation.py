@@ -60,6 +60,7 @@ class KernelFacts(NamedTuple):
     """L2 norm of each output channel of every kernel: (O,)."""
 
 
+@jax.named_scope("standardize")
 def prepare(params: Params, form: StandardizationName, division: Division = UNDIVIDED) -> tuple[Params, KernelFacts]:
     """Parameters with standardized kernels: once for many calls of a network that is marked as prepared.
 
@@ -122,6 +123,7 @@ class UnitGradients(NamedTuple):
     norms: UnitNorms
 
 
+@jax.named_scope("standardize_gradient")
 def unit_gradients(
     gradient: Params,
     params: Params,
@@ -170,6 +172,7 @@ def unit_gradients(
     return result
 
 
+@jax.named_scope("standardize_gradient")
 def pull_back(
     gradient: Params, params: Params, facts: KernelFacts, units: UnitGradients, frozen: Container[str] = ()
 ) -> Params:

@@ -26,6 +26,7 @@ def run_stage(
     keys: jax.Array | None,
     specs: Sequence["BlockSpec"],
     rematerialization: Rematerialization,
+    name: str = "stage",
 ) -> jax.Array:
     """Runs the blocks of a stage, one after the other. The result does not depend on `rematerialization`.
 
@@ -37,24 +38,30 @@ def run_stage(
       rematerialization: what is stored for the backward pass. "none": everything; "blocks": the input of each block;
         "full": the inputs of groups of about sqrt(n) of the n blocks, and the inputs of a group's blocks while the
         gradient of that group is computed.
+      name: of the stage, for the names of the operations.
 
     Returns:
       (N, H', W', C') output. Running statistics of BatchNorm are updated in the modules.
     """
 
-    def run_block(block: Block, x: jax.Array, spec: "BlockSpec") -> jax.Array:
-        return block(x, keys, spec)[0]
+    def run_block(block: Block, x: jax.Array, spec: "BlockSpec", scope: str) -> jax.Array:
+        with jax.named_scope(scope):  # here, so that what is computed again for the backward pass has the name, too
+            return block(x, keys, spec)[0]
 
-    def run_blocks(blocks: Sequence[Block], x: jax.Array, specs: Sequence["BlockSpec"]) -> jax.Array:
-        run = run_block if rematerialization == "none" else nnx.remat(run_block, static_argnums=2)
-        for block, spec in zip(blocks, specs, strict=True):
-            x = run(block, x, spec)
+    def run_blocks(
+        blocks: Sequence[Block], x: jax.Array, specs: Sequence["BlockSpec"], scopes: Sequence[str]
+    ) -> jax.Array:
+        run = run_block if rematerialization == "none" else nnx.remat(run_block, static_argnums=(2, 3))
+        for block, spec, scope in zip(blocks, specs, scopes, strict=True):
+            x = run(block, x, spec, scope)
         return x
 
+    scopes = tuple(f"{name}/block{position}" for position in range(len(blocks)))
     if rematerialization != "full":
-        return run_blocks(blocks, x, specs)
+        return run_blocks(blocks, x, specs, scopes)
     size = max(1, math.isqrt(len(blocks)))
-    run_group = nnx.remat(run_blocks, static_argnums=2)
+    run_group = nnx.remat(run_blocks, static_argnums=(2, 3))
     for start in range(0, len(blocks), size):
-        x = run_group(blocks[start : start + size], x, specs[start : start + size])
+        group = slice(start, start + size)
+        x = run_group(blocks[group], x, specs[group], scopes[group])
     return x

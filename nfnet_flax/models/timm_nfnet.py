@@ -34,6 +34,7 @@ from nfnet_flax.models.layers import (
     activate,
 )
 from nfnet_flax.models.nf_block import NFBlock
+from nfnet_flax.models.scopes import NamedLayer, scoped
 from nfnet_flax.models.standardization import StandardizationName
 
 StemName = Literal["four_3x3", "3x3", "7x7_pool"]
@@ -124,7 +125,7 @@ def _convolution(config: TimmNFNetConfig, rngs: AnyRngs) -> Callable[..., WSConv
     )
 
 
-class EfficientChannelAttention(nnx.Module):
+class EfficientChannelAttention(NamedLayer):
     """Channel gate in (0, 1): mean over H and W, weighted sum of neighbouring channels, sigmoid (arXiv 1910.03151)."""
 
     def __init__(self, channels: int, *, compute_dtype: ComputeDtype, rngs: AnyRngs) -> None:
@@ -133,6 +134,7 @@ class EfficientChannelAttention(nnx.Module):
         self.kernel = nnx.Param(FAN_IN_NORMAL(rngs.params(), (self.size, 1), jnp.float32))
         self.compute_dtype: ComputeDtype = compute_dtype
 
+    @scoped
     def gate(self, y: jax.Array, bias: jax.Array) -> jax.Array:
         """The gate of `y + bias` times `y + bias`, for a convolution (N, H, W, C) and its bias (C,)."""
         pooled = jnp.mean(y, axis=(1, 2), keepdims=True) + bias

@@ -148,6 +148,7 @@ def adaptive_grad_clip(
         ]
         return state_of(jnp.zeros((), jnp.float32), tree.unflatten(ratios))
 
+    @jax.named_scope("agc")
     def update(
         updates: optax.Updates,
         state: AdaptiveGradClipState,

@@ -26,6 +26,7 @@ def sum_of_all(arrays: Iterable[jax.Array]) -> jax.Array:
     return total
 
 
+@jax.named_scope("norm")
 def global_norm(
     gradient: Mapping[str, jax.Array], norms: Mapping[str, tuple[jax.Array, jax.Array] | None]
 ) -> jax.Array:

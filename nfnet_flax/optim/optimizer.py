@@ -248,6 +248,7 @@ def make_optimizer(
     def init(params: optax.Params) -> optax.OptState:
         return whole.init(trained(params))
 
+    @jax.named_scope("update")
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
@@ -273,6 +274,7 @@ def make_optimizer(
     )
 
 
+@jax.named_scope("ema")
 def update_ema(
     ema: dict[str, jax.Array],
     params: dict[str, jax.Array],

@@ -6,6 +6,7 @@ what is computed in the same loop. So arithmetic on each element by itself, too,
 than on the whole array. (The moving average of the parameters had, for kernels of a few channels.)
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[jax.Array], lowest: jax.A
             found = [_rounded(lax.integer_pow(_rounded(lax.sqrt(given[0]), lowest), -1), lowest)]
         else:
             params = equation.primitive.get_bind_params(equation.params)
-            with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
+            scope = str(equation.source_info.name_stack)
+            with equation.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
                 result = equation.primitive.bind(*given, **params)
             found = result if equation.primitive.multiple_results else [result]
             if name in _PRODUCTS and jnp.issubdtype(found[0].dtype, jnp.floating):

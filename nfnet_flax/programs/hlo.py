@@ -132,7 +132,8 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
     """The compiler's estimate of one run, loops multiplied by their trip counts and the most expensive branch taken.
 
     Returns:
-      All cycles, and the cycles of each kind of operation, named by its source and the shape of its result.
+      All cycles, and the cycles of each kind of operation, named by its source and the shape of its result. The blocks
+      of a stage count together, as `block*`.
     """
     by_source: collections.Counter[str] = collections.Counter()
 
@@ -152,9 +153,8 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
                 total += sum(cost(body, turns, into) for body in operation.called)
             elif operation.cycles:
                 shape = re.sub(r"\{[^}]*\}", "", operation.result)
-                into[f"{operation.source}  {shape if len(shape) < 60 else shape[:57] + '...'}"] += (
-                    operation.cycles * times
-                )
+                source = re.sub(r"/block\d+/", "/block*/", operation.source)
+                into[f"{source}  {shape if len(shape) < 60 else shape[:57] + '...'}"] += operation.cycles * times
                 total += operation.cycles * times
         return total
 

@@ -49,6 +49,7 @@ _TPU_ROWS = 8
 is empty, and four images take almost twice the time of eight."""
 
 
+@jax.named_scope("normalise")
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """Converts uint8 images to zero mean and unit variance per channel, in float32.
 
@@ -105,15 +106,17 @@ def make_part(
         if not is_normalised:
             images = normalise(images, mean, std).astype(DTYPES[structure.config.compute_dtype])
             images = lax.optimization_barrier(images)  # so that not each use of the images computes them again
-        with convolution.for_platform(platform):
+        with convolution.for_platform(platform), jax.named_scope("network"):
             logits = model(_padded(images, num_empty), _padded(keys, num_empty))[: len(images)]
+        with convolution.for_platform(platform), jax.named_scope("loss"):
             losses, metrics = objective.train(logits, batch | {"image": images}, arrays)
         made_by, num_rows = f"{type(objective).__name__}.train", batch["label"].shape[0]
         require(losses.shape == (num_rows,), f"{made_by}: loss", f"of shape {losses.shape}", "must be (N,)")
         for name, metric in metrics.items():
             require(isinstance(metric, Metric), f"{made_by}: {name}", type(metric).__name__, "must be a Metric")
         # Divided by the number of parts, so that the results of the parts only have to be added.
-        share = jnp.mean(losses) / num_parts
+        with jax.named_scope("loss"):
+            share = jnp.mean(losses) / num_parts
         found = {"loss": Part(share)} | {name: _part_of(metric, num_parts) for name, metric in metrics.items()}
         return share, (batch_stats_of(model), {f"train/{name}": part for name, part in found.items()})
 
@@ -190,7 +193,8 @@ def make_local_gradient(
         if not is_loop:
             images = normalise(batch["image"], mean, std).astype(DTYPES[config.compute_dtype])
             batch = batch | {"image": images}
-        weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
+        with jax.named_scope("exchange"):
+            weights = gathered(cast(prepared, DTYPES[config.compute_dtype]), axes)
         # These kernels are cast by the layers. Gathered ones are widened again, so that all layouts run the same loop.
         weights |= {name: _widened(weights[name], prepared[name], axes[name]) for name in cast_in_turns}
         parts = cut_rows((keys, batch), num_turns, is_alike=is_alike)
@@ -199,7 +203,8 @@ def make_local_gradient(
         order = step if execution.reproducible else None
         found = over_parts(one_part, weights, parts, num_turns, order, cast_in_turns)
         axes |= dict.fromkeys(found.keys() - axes.keys())
-        total = reduction.over_devices(found, axes, batch_shape(mesh))
+        with jax.named_scope("exchange"):
+            total = reduction.over_devices(found, axes, batch_shape(mesh))
         return (
             {name: total[name].astype(value.dtype) for name, value in prepared.items() if name not in fixed},
             {name: total[name].astype(value.dtype) for name, value in batch_stats.items()},

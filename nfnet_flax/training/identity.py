@@ -35,8 +35,8 @@ from nfnet_flax.training.run_folder import RunFolder
 from nfnet_flax.units import shown
 
 
-def check_same_run(processes: Processes, recipe: Recipe, workdir: str, timeout_s: float) -> None:
-    """Checks, before anything is computed, that all processes have the same settings.
+def check_same_run(processes: Processes, recipe: Recipe, workdir: str, timeout_s: float, **options: str) -> None:
+    """Checks, before anything is computed, that all processes have the same settings; `options` are those of the start.
 
     Raises:
       ConfigError: recipe, the user's own code that it uses, workdir, versions, kind of device or processor, settings of
@@ -58,6 +58,7 @@ def check_same_run(processes: Processes, recipe: Recipe, workdir: str, timeout_s
         **runtime.environment(),
         "devices of each process": str(jax.local_device_count()),
         "workdir": workdir,
+        **options,
         **fields(settings, "recipe"),
         **{f"code {path}": digest for path, digest in code_of(recipe).digests().items()},
     }

@@ -16,6 +16,8 @@
     trackers.json      which metrics other trackers have (`telemetry/tracking.py`)
     trackers/          files of these
     tensorboard/       the same numbers as TensorBoard scalars
+    tensorboard/plugins/profile/TIME_steps_A_to_B/   a profile: the trace and the memory of each process
+    profile_now        asks for a profile, and is deleted then
 
 A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
 contains a checksum of itself; anything that it does not list is not part of the checkpoint. `state` contains the arrays
@@ -58,6 +60,8 @@ EVENTS = "events.jsonl"
 TRACKERS = "trackers.json"
 TRACKER_FILES = "trackers"
 TENSORBOARD = "tensorboard"
+PROFILES = "plugins/profile"
+"""Folder of the profiles, in that of TensorBoard's files, where its plugin looks for them."""
 
 STATE = "state"
 """Part of a checkpoint: folder of the arrays."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from nfnet_flax.parallel.processes import check_platform, current
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
+from nfnet_flax.telemetry.profiling import ProfileOptions
 from nfnet_flax.telemetry.tracking import Tracking
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.activity import Activity
@@ -35,6 +37,7 @@ from nfnet_flax.training.lease import Lease, LeaseLost, owning
 from nfnet_flax.training.log_step import LogStep
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics, OnMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
+from nfnet_flax.training.profiles import profiling_of
 from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
@@ -74,6 +77,8 @@ class _Report:
     """Called with the metrics of a step."""
     trackers: Tracking
     """Other places that show the metrics."""
+    profiles: ProfileOptions
+    """What is profiled."""
 
 
 @guarded_output(goes_on=True)
@@ -83,6 +88,7 @@ def train(
     watchdog: Watchdog | None = None,
     *,
     on_metrics: OnMetrics | None = None,
+    profile_steps: range | None = None,
     show_progress: bool = False,
     started_at_s: float | None = None,
     start_timeout_s: float = 300.0,
@@ -99,6 +105,8 @@ def train(
       watchdog: is notified of what the loop is doing; None: there is no watchdog.
       on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, when they are
         written; an error that it raises ends the run.
+      profile_steps: steps of which a profile is taken, counted from 1; the same in all processes. None: only when the
+        file `profile_now` appears in the folder of the run, or a process receives SIGUSR2.
       show_progress: whether to print to stdout what the run does. Otherwise only warnings are printed (`messages.py`).
       started_at_s: when the program started, by `time.perf_counter`, for the message that says how long the start took;
         None: the time of this call.
@@ -117,6 +125,7 @@ def train(
     """
     require(isinstance(recipe, Recipe), "recipe", recipe, "give a Recipe; nfnet_flax.load_recipe(file) makes one")
     require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
+    profiles = ProfileOptions(profile_steps)
     ledger = Ledger(started_at_s or time.perf_counter())
     joined_s = ledger.totals()["start"]
     prepare(reproducible=recipe.execution.reproducible)
@@ -125,14 +134,16 @@ def train(
         recipe.data.source.check_outside("workdir", place)
     activity = Activity(watchdog or Watchdog(WatchdogConfig()), ledger)
     processes = current()
-    check_same_run(processes, recipe, str(place), start_timeout_s)
+    check_same_run(processes, recipe, str(place), start_timeout_s, profile_steps=str(profile_steps))
     check_platform(recipe.platform)  # only for training: a run may be evaluated on any device
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
+        others = {signal.SIGUSR2: profiles.signalled.set}
+        stop = opened.enter_context(stop_requests(processes, owns_process=owns_process, others=others))
         folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
         setup = assemble(recipe, fixed_class_names(folder.path))
+        profiles.check(setup.num_steps)
         class_names = setup.train_source.class_names
         is_new = checkpoint.latest_step(folder.path) is None
         initial = initial_weights(recipe, class_names) if is_new else None
@@ -159,7 +170,7 @@ def train(
         start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
         ledger.record("restored", int(start[0].step))
         ledger.enter("start")
-        report = _Report(is_shown=show_progress and processes.is_first, on_metrics=on_metrics, trackers=trackers)
+        report = _Report(show_progress and processes.is_first, on_metrics, trackers, profiles)
         if report.is_shown:
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
             _print_start(ledger, joined_s)
@@ -200,10 +211,11 @@ def _run(
         report.trackers.begin(step)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
-        opened.callback(lambda: activity.enter("end", step))
         progress = Progress(
             num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
         )
+        profiler = opened.enter_context(profiling_of(setup, folder, report.profiles, progress, step))
+        opened.callback(lambda: activity.enter("end", step))
         log_step = LogStep(setup, log, ledger, progress, folder.path, step)
         opened.callback(log_step.flush)
         window = Window(setup, log, progress, log_step, step)
@@ -258,6 +270,7 @@ def _run(
                 check_copies(current(), fingerprints(state), step)
             # 5. Push metrics.
             window.push(step, metrics)
+            profiler.step(step, metrics)
 
 
 def _open_log(workdir: Path, recipe: Recipe, step: int, evaluated: bool, report: _Report) -> MetricsLog | NoMetrics:

@@ -45,6 +45,7 @@ from nfnet_flax.training.layout import (
     METRICS,
     NOTES,
     NOTES_FILE,
+    PROFILES,
     RECIPE,
     SET_ASIDE,
     TENSORBOARD,
@@ -65,9 +66,10 @@ _RECORD_FOLDERS = (CODE, TENSORBOARD, TRACKER_FILES, SET_ASIDE)
 _FOR_THE_OWNER = (f"{TENSORBOARD}/", f"{TRACKER_FILES}/")
 _RECORD = re.compile(
     rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}|{AGC}|{EVENTS}"
-    rf"|{TRACKERS}|({'|'.join(_RECORD_FOLDERS)})/.+"
+    rf"|{TRACKERS}|(?!{TENSORBOARD}/{PROFILES}/)({'|'.join(_RECORD_FOLDERS)})/.+"
 )
-"""Names of records. Whatever else is in the folder, such as another run, is not touched."""
+"""Names of records. Whatever else is in the folder, such as another run, is not touched. Profiles are no records: they
+are large, and each process puts its own into the bucket."""
 _STEP = re.compile(rf"(?P<kind>{'|'.join(CHECKPOINT_KINDS)})/(?P<step>[0-9]+)/(?P<name>.+)")
 _CHECK_INTERVAL_S = 5.0
 """Time for which it is taken for granted that this process still owns the run: less than another one would wait."""

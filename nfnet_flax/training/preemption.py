@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -82,7 +82,9 @@ class StopPoint:
 
 
 @contextlib.contextmanager
-def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopPoint]:
+def stop_requests(
+    processes: Processes, *, owns_process: bool, others: Mapping[signal.Signals, Callable[[], object]] | None = None
+) -> Iterator[StopPoint]:
     """Yields the point at which to stop; within the context, signals are requests to stop.
 
     A signal that the process ignores is not changed: `nohup` ignores SIGHUP for its command, and a shell ignores Ctrl-C
@@ -94,14 +96,20 @@ def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopP
       owns_process: whether the process only runs this training. A second signal then ends it at once, whatever it is
         doing. Otherwise, as in a notebook, the second signal has its usual effect: Ctrl-C raises `KeyboardInterrupt` as
         soon as Python returns from a compilation.
+      others: signals that are no requests to stop, with what is called, in a thread, when they arrive. A signal for
+        which the program has a handler of its own is left to it.
     """
     point = StopPoint(processes)
     if threading.current_thread() is not threading.main_thread():
         yield point
         return
     requested_at: list[float] = []
+    acts = {number: act for number, act in (others or {}).items() if signal.getsignal(number) is signal.SIG_DFL}
 
     def on_signal(number: int) -> bool:
+        if number in acts:
+            acts[signal.Signals(number)]()
+            return False
         if not requested_at:
             requested_at.append(time.monotonic())
             point.request(f"{signal.Signals(number).name} to process {processes.index}")
@@ -112,13 +120,13 @@ def stop_requests(processes: Processes, *, owns_process: bool) -> Iterator[StopP
             os._exit(128 + number)
         return is_second
 
-    with _signals_in_a_thread(on_signal):
+    with _signals_in_a_thread((*STOP_SIGNALS, *acts), on_signal):
         yield point
 
 
 @contextlib.contextmanager
-def _signals_in_a_thread(on_signal: Callable[[int], bool]) -> Iterator[None]:
-    """Calls `on_signal` in a thread; if it returns True, the signal is raised again with its usual effect."""
+def _signals_in_a_thread(numbers: Sequence[signal.Signals], on_signal: Callable[[int], bool]) -> Iterator[None]:
+    """Calls `on_signal` in a thread for each of these signals; if it returns True, the signal has its usual effect."""
     received, written = socket.socketpair()
     written.setblocking(False)
     to_repeat: set[int] = set()
@@ -134,7 +142,7 @@ def _signals_in_a_thread(on_signal: Callable[[int], bool]) -> Iterator[None]:
             signal.signal(number, previous[number])
             signal.raise_signal(number)
 
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     previous: dict[int, Any] = {number: old for number, old in handlers.items() if old not in (signal.SIG_IGN, None)}
     thread = threading.Thread(target=receive, name="signals", daemon=True)
     thread.start()

@@ -44,6 +44,11 @@ class RunFolder:
             return LocalFolder(self.path / OWNER)
         return BucketFolder(self.mirror.url / OWNER, retry_s=_LEASE_RETRY_S)
 
+    @property
+    def place(self) -> Folder:
+        """The folder itself, for files that are no records: they are not copied when the run continues."""
+        return LocalFolder(self.path) if self.mirror is None else BucketFolder(self.mirror.url)
+
     def pull(self) -> None:
         """Makes the files on this machine those of the bucket; the arrays of checkpoints come when they are read."""
         if self.mirror is not None:

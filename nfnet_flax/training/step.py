@@ -49,6 +49,7 @@ def _uphill(gradient_of: Gradient, form: StandardizationName, frozen: frozenset[
     """Builds a function that returns the parameters at which SAM computes the gradient (arXiv 2010.01412, equation 2),
     and the norms of the output channels of the kernels that it comes from."""
 
+    @jax.named_scope("sam")
     def uphill(
         state: TrainState, batch: Batch, arrays: Arrays, division: Shares
     ) -> tuple[Params, dict[str, jax.Array]]:
@@ -120,6 +121,7 @@ def _updates(
     return added, opt_state
 
 
+@jax.named_scope("measure")
 def _measured(
     optimizer: Optimizer,
     point: Params,
@@ -162,7 +164,8 @@ def _updated(
     norm = global_norm(gradient, norms)
     updates, opt_state = _updates(optimizer, state, gradient, norms, norm)
     trained = {name: state.params[name] for name in gradient}
-    params: Params = state.params | optax.apply_updates(trained, updates)
+    with jax.named_scope("update"):
+        params: Params = state.params | optax.apply_updates(trained, updates)
     updated = TrainState(
         step=state.step + 1,
         params=params,
