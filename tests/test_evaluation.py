@@ -15,8 +15,9 @@ from nfnet_flax.models import NFNetConfig
 from nfnet_flax.models.params import merge
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.optim import OptimConfig, make_optimizer
-from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.training.evaluation import EvalStep, Weights, make_eval_step, run_evaluation
+from nfnet_flax.parallel.mesh import make_mesh, to_global
+from nfnet_flax.telemetry.outcomes import NO_CLASS, Outcomes
+from nfnet_flax.training.evaluation import EvalStep, Weights, make_eval_step, make_row_step, run_evaluation
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.state import Structure, create_state, model_structure
 
@@ -81,6 +82,68 @@ def test_metrics_are_numpys_over_any_number_of_processes(network: Network, num_e
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def rows_of(seed: int, num_examples: int, num_batches: int) -> list[dict[str, np.ndarray]]:
+    """Batches of noise, of which some rows do not count."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.integers(0, 256, (num_examples, 16, 16, 3)).astype(np.uint8),
+            "label": rng.integers(0, NUM_CLASSES, num_examples).astype(np.int32),
+            "mask": (rng.random(num_examples) < 0.9).astype(np.float32),
+        }
+        for _ in range(num_batches)
+    ]
+
+
+def test_outcomes_are_those_of_the_metrics(network: Network) -> None:
+    structure, weights, step = network
+    batches = rows_of(0, 16, 3)
+    observed: list[dict[str, Outcomes]] = []
+    found = run_evaluation(step, {"eval": weights}, batches, make_mesh(), observe=observed.append)
+    assert found is not None
+    (outcomes,) = (each["eval"] for each in observed)
+    whole = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
+    index = np.flatnonzero(whole["mask"])
+    assert len(index) < 48
+    model = merge(structure.graphdef, *weights)
+    model.eval()
+    logits = jax.jit(model)(normalise(jnp.asarray(whole["image"][index]), CONFIG.mean, CONFIG.std))
+    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+    best = probabilities.argmax(axis=1)
+    assert np.array_equal(outcomes.index, index)
+    assert np.array_equal(outcomes.label, whole["label"][index])
+    assert np.array_equal(outcomes.predicted, best)
+    assert outcomes.probability == pytest.approx(probabilities.max(axis=1), rel=1e-5)
+    assert outcomes.is_right.mean() == found["eval/top1"]
+
+    counts, right = outcomes.per_class(NUM_CLASSES)
+    matrix = outcomes.confusion(NUM_CLASSES)
+    assert matrix.shape == (NUM_CLASSES, NUM_CLASSES)
+    assert np.array_equal(counts, matrix.sum(axis=1))
+    assert np.array_equal(right, np.diag(matrix))
+    assert all(matrix[i, j] == np.sum((outcomes.label == i) & (best == j)) for i in range(7) for j in range(7))
+    worst = outcomes.most_confidently_wrong(5)
+    wrong = np.sort(outcomes.probability[~outcomes.is_right])[::-1]
+    assert len(worst) == 5
+    assert np.array_equal(outcomes.probability[worst], wrong[:5])
+    assert not outcomes.is_right[worst].any()
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_outcomes_change_no_bit_of_the_metrics(network: Network, reproducible: bool) -> None:
+    structure, weights, _ = network
+    execution = dataclasses.replace(structure.execution, reproducible=reproducible)
+    structure = dataclasses.replace(structure, execution=execution)
+    objective = SoftmaxCrossEntropy()
+    plain = make_row_step(structure, lambda model, images, batch: objective.evaluate(model(images), batch), make_mesh())
+    step = make_eval_step(structure, objective, make_mesh())
+    for rows in rows_of(1, 32, 2):
+        without, found = (each(weights, to_global(rows, make_mesh())) for each in (plain, step))
+        assert found.keys() - without.keys() == {"/label", "/predicted", "/probability"}
+        for name, value in without.items():
+            assert np.asarray(value).tobytes() == np.asarray(found[name]).tobytes(), name
+
+
 def test_where_nothing_can_be_evaluated_there_is_an_error_and_no_number(network: Network) -> None:
     _, weights, step = network
     nothing: dict[str, np.ndarray] = {
@@ -105,7 +168,13 @@ def test_logits_that_overflow_are_no_hits(network: Network) -> None:
         "head.kernel": jnp.full_like(params["head.kernel"], 3e38),
     }
     assert all(jnp.all(jnp.isfinite(value)) for value in overflowing.values())
-    found = run_evaluation(step, {"eval": (overflowing, batch_stats)}, [rows], make_mesh())
+    observed: list[dict[str, Outcomes]] = []
+    weights = {"eval": (overflowing, batch_stats)}
+    found = run_evaluation(step, weights, [rows], make_mesh(), observe=observed.append)
     assert found is not None
+    (outcomes,) = (each["eval"] for each in observed)
+    assert outcomes.predicted.tolist() == [NO_CLASS] * 16
+    assert outcomes.confusion(NUM_CLASSES)[0, NUM_CLASSES] == 16
+    assert outcomes.most_confidently_wrong(5).size == 0
     assert not np.isfinite(found["eval/loss"])
     assert (found["eval/top1"], found["eval/top5"], found["eval/num_examples"]) == (0.0, 0.0, 16.0)

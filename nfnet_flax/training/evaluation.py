@@ -20,6 +20,7 @@ from nfnet_flax.parallel.mesh import BATCH_AXES, count_turns, partition_spec, re
 from nfnet_flax.parallel.reduce import Arrays, gathered
 from nfnet_flax.parallel.rounding import separately_rounded
 from nfnet_flax.parallel.turns import bound_to_turn, cut_rows, stack_of_turns
+from nfnet_flax.telemetry.outcomes import Outcomes, outcome_values, outcomes_of
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.training.shares import shares_of
 from nfnet_flax.training.state import Structure, TrainState
@@ -34,8 +35,14 @@ RowValues = Callable[[Classifier, jax.Array, Batch], Arrays]
 the batch. It is traced by JAX."""
 
 
+Finish = Callable[[Arrays, Batch], Arrays]
+"""Converts the values of all rows of a device, given its part of the batch."""
+_LOGITS = "/logits"
+"""Name of a value that is only there within a step."""
 Summarize = Callable[[dict[str, np.ndarray]], dict[str, float]]
 """`Objective.summarize`."""
+Observe = Callable[[dict[str, Outcomes]], None]
+"""Called with what was predicted for each example, by the prefix of the metrics."""
 
 
 def evaluated_names(objective: Objective, num_classes: int, *, is_multi_label: bool = False) -> tuple[str, ...]:
@@ -60,6 +67,8 @@ def evaluated_names(objective: Objective, num_classes: int, *, is_multi_label: b
     called = f"{type(objective).__name__}.evaluate"
     require("loss" in found, called, sorted(found), "must also return loss: the loss of each example")
     require("mask" not in found, called, sorted(found), "mask says which examples count: choose another name")
+    is_named = not any(map(_is_outcome, found))
+    require(is_named, called, sorted(found), "names that begin with / are taken: choose another one")
     remedy = "must be (N,), one number for each example, or (N, ...) for `summarize`"
     for name, value in found.items():
         is_number = name == "loss" and value.shape != (rows,)
@@ -69,16 +78,33 @@ def evaluated_names(objective: Objective, num_classes: int, *, is_multi_label: b
 
 
 def make_eval_step(structure: Structure, objective: Objective, mesh: Mesh) -> jax.stages.Wrapped:
-    """Builds `step(weights, batch)`, which returns the values of `objective.evaluate`, all of them on every device.
+    """Builds `step(weights, batch)`, which returns the values of `objective.evaluate` and `outcome_values`, all of them
+    on every device.
 
     Raises:
       ConfigError: as for `evaluated_names`.
     """
     evaluated_names(objective, structure.num_classes)
-    return make_row_step(structure, lambda model, images, batch: objective.evaluate(model(images), batch), mesh)
+    is_softmax = objective.activation == "softmax"
+
+    def values(model: Classifier, images: jax.Array, batch: Batch) -> Arrays:
+        logits = model(images)
+        return objective.evaluate(logits, batch) | {_LOGITS: logits}
+
+    def with_outcomes(rows: Arrays, batch: Batch) -> Arrays:
+        logits = rows.pop(_LOGITS)
+        return rows | outcome_values(logits, batch["label"], is_softmax=is_softmax)
+
+    return make_row_step(structure, values, mesh, with_outcomes)
 
 
-def make_row_step(structure: Structure, values: RowValues, mesh: Mesh) -> jax.stages.Wrapped:
+def _is_outcome(name: str) -> bool:
+    return name.startswith("/")
+
+
+def make_row_step(
+    structure: Structure, values: RowValues, mesh: Mesh, finish: Finish = lambda rows, _: rows
+) -> jax.stages.Wrapped:
     """Builds `step(weights, batch)`, which returns values of each row and `mask`, all of them on every device.
 
     Rows are computed in as many parts as the training batch has, so that rounding does not depend on the number of
@@ -88,6 +114,8 @@ def make_row_step(structure: Structure, values: RowValues, mesh: Mesh) -> jax.st
       structure: structure of the network, and how it is computed.
       values: computes the values of the rows of one part.
       mesh: mesh over whose devices the batch is divided.
+      finish: converts the values of the rows of a device. It is not part of the loop over the parts, so it does not
+        change how the values are rounded.
     """
     config, execution = structure.config, structure.execution
     mean, std = structure.normalization.mean, structure.normalization.std
@@ -116,7 +144,8 @@ def make_row_step(structure: Structure, values: RowValues, mesh: Mesh) -> jax.st
 
         found = stack_of_turns(turn, num_turns, batch["mask"][0])
         rows_of = {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}  # of all turns
-        return {name: lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in rows_of.items()}
+        finished = finish(rows_of, batch)
+        return {name: lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in finished.items()}
 
     if structure.num_parts is not None:
         local = separately_rounded(local, lambda params, batch_stats, batch: batch["mask"][0], platform)
@@ -158,6 +187,7 @@ def run_evaluation(
     *,
     counted_in: Source | None = None,
     summarize: Summarize | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, float] | None:
     """Metrics of several sets of weights over the same batches.
 
@@ -172,6 +202,7 @@ def run_evaluation(
         if there are any, process 0 prints a warning.
       summarize: makes further metrics of those values of the step that are not one number for each example; None: these
         values are not used.
+      observe: gets the outcomes, if each example has one class and the evaluation was not stopped.
 
     Returns:
       The objective's metrics as `{prefix}/top1`, `{prefix}/loss` and so on, and `eval/num_examples`, with `counted_in`
@@ -195,6 +226,9 @@ def run_evaluation(
         for prefix in weights_of
         for name, value in metrics_of(prefix, [batch[prefix] for batch in batches_of], summarize).items()
     }
+    if observe is not None:
+        outcomes = {prefix: outcomes_of([batch[prefix] for batch in batches_of]) for prefix in weights_of}
+        observe({prefix: each for prefix, each in outcomes.items() if each is not None})
     if counted_in is not None:
         masks = [next(iter(batch.values()))["mask"] for batch in batches_of]
         metrics["eval/num_corrupt"] = float(say_left_out(counted_in, np.concatenate(masks)))
@@ -229,7 +263,9 @@ def metrics_of(
     counted = np.concatenate([batch["mask"] for batch in batches] or [np.zeros(0)]) > 0
     check_any(counted)
     values = {
-        name: np.concatenate([batch[name] for batch in batches])[counted] for name in batches[0] if name != "mask"
+        name: np.concatenate([batch[name] for batch in batches])[counted]
+        for name in batches[0]
+        if name != "mask" and not _is_outcome(name)
     }
     is_finite = np.isfinite(values["loss"])
     means = {
