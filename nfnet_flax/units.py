@@ -1,4 +1,4 @@
-"""Numbers and lists as text for people: numbers with a few digits and a unit that fits, long lists cut short."""
+"""Numbers, lists and names as text for people: numbers with a few digits and a unit that fits, long lists cut short."""
 
 from collections.abc import Sequence
 
@@ -49,6 +49,11 @@ def shown(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are, as text."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def printable(text: str) -> str:
+    """A text on one line that every encoding of Unicode can represent: other characters are shown as `?`."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 _RATES = {"top1": "top-1", "top5": "top-5"}

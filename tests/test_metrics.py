@@ -212,9 +212,11 @@ def test_event_files_of_others_are_never_touched(tmp_path: Path) -> None:
             tf.summary.scalar("other/loss", 1.0, step=step)
     writer.close()
     shutil.copy(own_files(other)[0], run / "tensorboard")
-    foreign = {path: path.read_bytes() for path in (run / "tensorboard").iterdir() if path not in own_files(run)}
-    foreign |= {path: path.read_bytes() for path in own_files(run) if path.name == own_files(other)[0].name}
-    assert len(foreign) == 3  # with the name of the run's own
+    shutil.copy(next((other / "tensorboard" / "train").iterdir()), run / "tensorboard" / "train")
+    name = (run / "tensorboard" / "run_name.txt").read_text().strip()
+    found = [path for path in (run / "tensorboard").rglob("*") if path.is_file()]
+    foreign = {path: path.read_bytes() for path in found if not path.name.endswith(name)}
+    assert len(foreign) == 4  # with the name of the run's own
     write_run(run, range(5, 7), tensorboard=True)
     assert {path: path.read_bytes() for path in foreign} == foreign
     assert own_steps(run, foreign) == Counter({1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2})

@@ -16,6 +16,9 @@ class TelemetryConfig:
     trackers: tuple[Tracker, ...] = ()
     """Other places that show the metrics while the run trains, such as `WandbTracker()` and `MlflowTracker()` of
     `nfnet_flax.telemetry.trackers`."""
+    images: bool = True
+    """Whether TensorBoard shows pictures: the first training images with their labels, and of each evaluation the
+    confusion matrix and the held-out images that are predicted wrong with the highest probability."""
 
     def __post_init__(self) -> None:
         check_types(self)

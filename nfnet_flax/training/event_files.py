@@ -1,26 +1,25 @@
-"""TensorBoard's event files of a run. Only files that the run itself wrote are changed.
+"""TensorBoard's event files of a run after a resume: each value is there once.
 
-The names of a run's own files end with a random text, which is stored in the same folder. So files of other runs, of
-`nfnet_flax` or not, may be put into the folder to compare curves. Files of runs that began before this suffix existed
-are treated like files of others: nothing is lost, but they show the steps after a resume twice.
+Only files that the run itself wrote are changed. Their names end with a random text, which is stored in the same
+folder. So files of other runs, of `nfnet_flax` or not, may be put into the folder to compare curves. Files of runs that
+began before this suffix existed are treated like files of others: nothing is lost, but they show the steps after a
+resume twice.
 """
 
-import contextlib
 import io
 import os
 import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
+from nfnet_flax.telemetry.overview import RUNS, metric_of, places_of
 from nfnet_flax.training import layout
 from nfnet_flax.training.storage import storage_errors
 
@@ -28,6 +27,8 @@ _NAME_FILE = "run_name.txt"
 """File in the folder of the event files with the text in which the suffixes of the run's own files end."""
 _EVENTS = "events.out.tfevents"
 _SUFFIX = ".nfnet_flax-"
+_ABOUT = ".about"
+"""End of the name of the file that is replaced at each start."""
 _HEADER_BYTES = 12
 """Size of the header of each record in an event file: the record's length, and a checksum of the length."""
 _FRAME_BYTES = 16
@@ -39,108 +40,19 @@ Key = tuple[int, str]
 """Step and tag of a value."""
 
 
-Images = Mapping[str, np.ndarray]
-"""Tag -> (H, W, 3) uint8."""
-Texts = Mapping[str, str]
-"""Tag -> text in Markdown."""
-Histograms = Mapping[str, np.ndarray]
-"""Tag -> values, of which the histogram is shown: (N,), of any type of real numbers."""
+def suffix(name: str, *, is_about: bool = False) -> str:
+    """End of the names of a run's own event files, or of the one that is replaced at each start.
 
-
-class EventWriter:
-    """Writes to a new event file, by CLU.
-
-    Raises (also by each method):
-      StorageFailed: the file cannot be written.
+    Args:
+      name: result of `own_name`.
+      is_about: which of the two.
     """
-
-    def __init__(self, folder: Path, suffix: str) -> None:
-        import tensorflow as tf
-        from clu.metric_writers import SummaryWriter
-
-        tf.config.set_visible_devices([], "GPU")
-
-        class Writer(SummaryWriter):
-            """CLU's writer, for whose files the suffix cannot be chosen otherwise."""
-
-            def __init__(self) -> None:
-                super(SummaryWriter, self).__init__()
-                self._summary_writer = tf.summary.create_file_writer(str(folder), filename_suffix=suffix)
-
-            def write_summary(self, step: int, summary: Any) -> None:
-                """Adds a summary that TensorBoard's own functions made, with one or more values."""
-                with self._summary_writer.as_default():
-                    tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
-
-        self._folder = folder
-        self._error: type[Exception] = tf.errors.OpError
-        with self._writing():
-            self._writer = Writer()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        with storage_errors(self._folder, OSError), storage_errors(self._folder, self._error):
-            yield
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds values of a step."""
-        with self._writing():
-            self._writer.write_scalars(step, scalars)
-
-    def write_images(self, step: int, images: Images) -> None:
-        """Adds images of a step."""
-        with self._writing():
-            self._writer.write_images(step, images)
-
-    def write_texts(self, step: int, texts: Texts) -> None:
-        """Adds texts of a step."""
-        with self._writing():
-            self._writer.write_texts(step, texts)
-
-    def write_histograms(self, step: int, histograms: Histograms) -> None:
-        """Adds histograms of a step. Values that are not finite are left out, and what has no other ones, too."""
-        # CLU lets TensorFlow compute each of them, which takes nine times as long as TensorBoard's function with NumPy.
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
-
-        summary = Summary()
-        for tag, values in histograms.items():
-            finite = np.asarray(values, np.float32)[np.isfinite(values)]
-            if finite.size:
-                summary.value.extend(histogram_pb(tag, finite).value)
-        with self._writing():
-            self._writer.write_summary(step, summary)
-
-    def flush(self) -> None:
-        """Hands everything to the operating system."""
-        with self._writing():
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        with self._writing():
-            self._writer.close()
+    return f"{_SUFFIX}{name}{_ABOUT if is_about else ''}"
 
 
-def open_events(workdir: Path) -> EventWriter | None:
-    """A writer for a new event file of a run; None, with one warning, if TensorFlow is missing.
-
-    Raises:
-      ConfigError: `tensorboard` is not a folder.
-      StorageFailed: the folder or the file cannot be written.
-    """
-    folder = workdir / layout.TENSORBOARD
-    _check_folder(folder)
-    _silence_tensorflow()
-    try:
-        import clu.metric_writers  # noqa: F401
-        import tensorflow  # noqa: F401
-    except ImportError as error:  # before the folder is made, as TensorBoard would show an empty run
-        warn(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
-        return None
-    with storage_errors(folder, OSError):
-        folder.mkdir(exist_ok=True)
-        return EventWriter(folder, _SUFFIX + (_own_name(folder) or _new_name(folder)))
+def about_files(folder: Path, name: str) -> list[Path]:
+    """The run's own files that are replaced at each start."""
+    return sorted(folder.glob(f"{_EVENTS}*{suffix(name, is_about=True)}"))
 
 
 def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> None:
@@ -151,7 +63,7 @@ def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> No
 
     Args:
       workdir: folder of the run.
-      stands: function that says which values are valid.
+      stands: function that says which values are valid, by the names of the metrics.
       rows: rows of `metrics.jsonl`; values in them that no event file contains are missing. Empty: no value is missing.
 
     Raises:
@@ -159,19 +71,27 @@ def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> No
       StorageFailed: a file cannot be read or written.
     """
     folder = workdir / layout.TENSORBOARD
-    _check_folder(folder)
-    _silence_tensorflow()
+    check_folders(folder)
+    silence_tensorflow()
     try:
         with storage_errors(folder, OSError):
-            name = _own_name(folder)
-            files = [] if name is None else sorted(folder.glob(f"{_EVENTS}*{_SUFFIX}{name}"))
-            if files:
-                _tidy(workdir, files, stands, rows)
+            name = own_name(folder)
+            if name is None:
+                return
+            files = {run: sorted((folder / run).glob(f"{_EVENTS}*{suffix(name)}")) for run in RUNS}
+            if any(files.values()):
+                num_missing = sum(_tidy(workdir, run, suffix(name), files[run], stands, rows) for run in RUNS)
+                if num_missing:
+                    warn(
+                        f"{num_missing} values that TensorBoard's files do not hold are written again from "
+                        f"{layout.METRICS}"
+                    )
     except ImportError as error:
         warn(f"TensorBoard files may show repeated steps: {error}")
 
 
-def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str, Any]]) -> None:
+def _tidy(workdir: Path, run: str, name_end: str, files: list[Path], stands: Stands, rows: list[dict[str, Any]]) -> int:
+    """Rewrites the files of one of the `RUNS` of the overview; returns the number of values that were missing."""
     header = b""
     kept: dict[Key, bytes] = {}
     num_values = 0
@@ -183,29 +103,41 @@ def _tidy(workdir: Path, files: list[Path], stands: Stands, rows: list[dict[str,
                 header = header or record
                 continue
             num_values += 1
-            if stands(*key):
+            step, tag = key
+            if stands(step, metric_of(run, tag)):
                 kept[key] = record
         if not _is_cut_short(rest):
             damaged.append(path)
-    wanted = {(row["step"], name): value for row in rows for name, value in row.items() if name != "step"}
-    missing = {key: value for key, value in wanted.items() if key not in kept and value is not None}
+    missing = {key: value for key, value in _values_of(run, rows).items() if key not in kept and value is not None}
     if not damaged and not missing and num_values == len(kept):
-        return
+        return 0
     for path in damaged:
         # TensorBoard reads every file that has this text in its name.
         aside = layout.free_place(workdir, path.name.replace("tfevents", "damaged"))
         write_whole(aside, path.read_bytes())
         warn(f"{path} is damaged; it is kept as {aside}")
-    if missing:
-        warn(f"{len(missing)} values that TensorBoard's files do not hold are written again from {layout.METRICS}")
     kept |= {key: _scalar(key, value) for key, value in missing.items()}
     ordered = [kept[key] for key in sorted(kept, key=lambda key: key[0])]
-    suffix = files[0].name[files[0].name.index(_SUFFIX) :]
-    target = files[0].with_name(f"{_EVENTS}.0000000000.repaired{suffix}")  # sorts first, so that steps are in order
+    folder = workdir / layout.TENSORBOARD / run
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{_EVENTS}.0000000000.repaired{name_end}"  # sorts first, so that steps are in order
     write_whole(target, (header or _header()) + b"".join(ordered))
     for path in files:
         if path != target:  # if the process is killed before this, values are there twice until the next start
             path.unlink()
+    return len(missing)
+
+
+def _values_of(run: str, rows: list[dict[str, Any]]) -> dict[Key, float | None]:
+    """The values of rows of `metrics.jsonl` that belong into the files of a run of the overview."""
+    return {
+        (row["step"], tag): value
+        for row in rows
+        for name, value in row.items()
+        if name != "step"
+        for its_run, tag in places_of(name)
+        if its_run == run
+    }
 
 
 def _read(path: Path) -> tuple[list[tuple[Key | None, bytes]], bytes]:
@@ -267,14 +199,15 @@ def _header() -> bytes:
     return _framed(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
 
-def _own_name(folder: Path) -> str | None:
+def own_name(folder: Path) -> str | None:
     """The text in which the suffixes of the run's own files end; None if the run has not written any yet."""
     path = folder / _NAME_FILE
     text = path.read_text(errors="replace").strip() if path.exists() else ""
     return text if re.fullmatch("[0-9a-f]{8}", text) else None
 
 
-def _new_name(folder: Path) -> str:
+def new_name(folder: Path) -> str:
+    """Chooses and stores this text for a new run; warns if there are event files already."""
     if any(folder.glob(f"{_EVENTS}*")):
         warn(f"{folder} holds event files that this run has not written; they are not changed")
     name = secrets.token_hex(4)
@@ -282,14 +215,17 @@ def _new_name(folder: Path) -> str:
     return name
 
 
-def _check_folder(folder: Path) -> None:
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is not a folder, but TensorBoard's files go there: move it away, or give --no-tensorboard"
-        )
+def check_folders(folder: Path) -> None:
+    """Raises `ConfigError` if the folder of the event files, or one within it, is something else."""
+    for path in (folder / run for run in RUNS):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise ConfigError(
+                f"{path} is not a folder, but TensorBoard's files go there: move it away, or give --no-tensorboard"
+            )
 
 
-def _silence_tensorflow() -> None:
-    # Before anything imports TensorFlow (TensorBoard's reader does), whose messages would break the progress line.
+def silence_tensorflow() -> None:
+    """Turns off messages of TensorFlow, which would break the progress line. To be called before anything imports it,
+    as TensorBoard's reader does."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

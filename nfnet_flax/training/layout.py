@@ -15,7 +15,7 @@
     events.jsonl       when the run started, worked, waited and ended
     trackers.json      which metrics other trackers have (`telemetry/tracking.py`)
     trackers/          files of these
-    tensorboard/       the same numbers as TensorBoard scalars
+    tensorboard/       the same numbers for TensorBoard, with images, tables and settings
     tensorboard/plugins/profile/TIME_steps_A_to_B/   a profile: the trace and the memory of each process
     profile_now        asks for a profile, and is deleted then
 

@@ -45,6 +45,7 @@ from nfnet_flax.training.run_folder import RunFolder, place_of
 from nfnet_flax.training.run_folder import opened as open_folder
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
 from nfnet_flax.training.setup import Setup, assemble, facts_of
+from nfnet_flax.training.showing import observer, open_log, show_first_batch, unshown
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.tracked import tracked
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
@@ -79,6 +80,12 @@ class _Report:
     """Other places that show the metrics."""
     profiles: ProfileOptions
     """What is profiled."""
+
+    def pass_on(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives the metrics of a step to everyone who wants them."""
+        self.trackers.on_metrics(step, metrics)
+        if self.on_metrics is not None:
+            self.on_metrics(step, metrics)
 
 
 @guarded_output(goes_on=True)
@@ -206,7 +213,7 @@ def _run(
 
     saver.resume_at(step)
     with contextlib.ExitStack() as opened:
-        log = _open_log(folder.path, recipe, step, evaluated, report)
+        log = open_log(folder.path, setup, step, evaluated=evaluated, on_metrics=report.pass_on)
         opened.callback(log.close)
         report.trackers.begin(step)
         batches = _open_batches(setup, step)
@@ -219,6 +226,8 @@ def _run(
         log_step = LogStep(setup, log, ledger, progress, folder.path, step)
         opened.callback(log_step.flush)
         window = Window(setup, log, progress, log_step, step)
+        if (text := unshown(setup, log)) is not None:
+            progress.say(text)
         if step < num_steps:
             progress.say("compiling the step, or reading it from the cache of compiled programs")
         while True:
@@ -226,7 +235,7 @@ def _run(
             eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
             if eval_due and not evaluated:
                 window.drain(step)
-                found = _evaluate(setup, state, step, stop, activity)
+                found = _evaluate(setup, state, step, stop, activity, log)
                 if found is not None:
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
@@ -260,7 +269,10 @@ def _run(
                 return TrainResult(step, num_steps, eval_metrics, finished=is_finished)
             # 3. Next batch.
             activity.enter("input", step + 1)
-            batch = to_global(next(batches), setup.mesh)
+            rows = next(batches)
+            if step == 0:
+                show_first_batch(setup, log, rows)
+            batch = to_global(rows, setup.mesh)
             # 4. Step.
             activity.enter("step", step + 1, "compile" if step == start_step else "step")
             state, metrics = setup.train_step(state, batch, setup.objective_arrays, setup.measures(step + 1))
@@ -271,20 +283,6 @@ def _run(
             # 5. Push metrics.
             window.push(step, metrics)
             profiler.step(step, metrics)
-
-
-def _open_log(workdir: Path, recipe: Recipe, step: int, evaluated: bool, report: _Report) -> MetricsLog | NoMetrics:
-    if not current().is_first:
-        return NoMetrics()
-
-    def on_metrics(step: int, metrics: dict[str, float]) -> None:
-        report.trackers.on_metrics(step, metrics)
-        if report.on_metrics is not None:
-            report.on_metrics(step, metrics)
-
-    return MetricsLog(
-        workdir, resume_step=step, evaluated=evaluated, tensorboard=recipe.tensorboard, on_metrics=on_metrics
-    )
 
 
 def _open_batches(setup: Setup, step: int) -> Batches:
@@ -316,7 +314,12 @@ def _print_start(ledger: Ledger, joined_s: float) -> None:
 
 
 def _evaluate(
-    setup: Setup, state: TrainState, step: int, stop: StopPoint, activity: Activity
+    setup: Setup,
+    state: TrainState,
+    step: int,
+    stop: StopPoint,
+    activity: Activity,
+    log: MetricsLog | NoMetrics,
 ) -> dict[str, float] | None:
     def is_stopped() -> bool:
         activity.enter("evaluation", step)
@@ -334,6 +337,7 @@ def _evaluate(
             is_stopped,
             counted_in=counted_in,
             summarize=setup.recipe.objective.summarize,
+            observe=observer(setup, log, step),
         )
 
 

@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
+from nfnet_flax.telemetry.about import About
 from nfnet_flax.training import layout
-from nfnet_flax.training.event_files import EventWriter, Histograms, Images, Texts, open_events, tidy_events
+from nfnet_flax.training.event_files import tidy_events
+from nfnet_flax.training.event_writer import EventWriter, Histograms, Images, Texts, open_events
 from nfnet_flax.training.storage import storage_errors
 
 Row = dict[str, Any]
@@ -31,6 +33,11 @@ _ROW_BEGINS = b'{"step"'
 
 class NoMetrics:
     """Replaces `MetricsLog` in processes that write no metrics."""
+
+    @property
+    def has_events(self) -> bool:
+        """False: nothing is written for TensorBoard."""
+        return False
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Does nothing."""
@@ -71,12 +78,14 @@ class MetricsLog:
         evaluated: bool,
         tensorboard: bool,
         on_metrics: OnMetrics | None = None,
+        about: About | None = None,
     ) -> None:
         self._path = workdir / layout.METRICS
         self._on_metrics = on_metrics
 
         def stands(step: int, name: str) -> bool:
-            return step < resume_step or (step == resume_step and (evaluated or not name.startswith("eval")))
+            # The first batch, which is shown at step 0, is read again by a run that begins again.
+            return step < resume_step or (step == resume_step > 0 and (evaluated or not name.startswith("eval")))
 
         found = read_metrics(self._path)
         if found.damaged_lines:
@@ -95,10 +104,15 @@ class MetricsLog:
         self._file = self._replaced_by([_line(row) for row in rows])
         self._events: EventWriter | None = None
         try:
-            self._events = open_events(workdir) if tensorboard else None
+            self._events = open_events(workdir, about) if tensorboard else None
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def has_events(self) -> bool:
+        """Whether files for TensorBoard are written, by the recipe and as TensorFlow is there."""
+        return self._events is not None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics of a step; steps must not decrease."""
