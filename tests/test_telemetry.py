@@ -90,7 +90,9 @@ def test_a_run_in_two_processes_records_its_time_and_names_the_slow_one(tmp_path
     names = [row["event"] for row in found]
     assert names[:3] == ["start", "restored", "interval"]
     assert names[-1] == "finished"
-    assert {"evaluated": 1, "saved": 2, "finished": 1}.items() <= Counter(names).items()
+    counted = Counter(names)
+    assert (counted["evaluated"], counted["finished"]) == (2, 1)
+    assert counted["saved"] >= 3  # the first evaluation is the best so far
     assert found[0]["num_processes"] == 2
     assert found[0]["num_devices"] == 2
     assert found[0]["device_kind"] == "cpu"
