@@ -79,6 +79,7 @@ class LogStep:
           images_per_s: images of all devices per second since the last log step, without evaluations and the like.
           ratios: ratios of gradient to parameter norm of all units, as the step measured them.
         """
+        self._ledger.record("interval", step)
         now, totals = time.perf_counter(), self._ledger.totals()
         spent = {name: totals[category] - self._totals[category] for name, category in _TIMES.items()}
         whole_s, self._totals, self._ended_s = now - self._ended_s, totals, now
@@ -88,7 +89,6 @@ class LogStep:
         found = spent | self._speed.metrics(images_per_s) | _device_memory() | self._stragglers.metrics(step)
         if ratios is not None and self._ratio is not None:
             found |= self._of_clipping(step, ratios, self._ratio)
-        self._ledger.record("interval", step)
         return found
 
     def _of_clipping(self, step: int, ratios: np.ndarray, ratio: float) -> dict[str, float]:
