@@ -10,7 +10,7 @@ import pytest
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
-from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket_url
+from nfnet_flax.storage import BucketFolder, BucketUrl, Folder, LocalFolder, bucket, bucket_url, google_login
 from tests import stores
 
 ODD = "odd/a b%20#[v2]é?.txt"
@@ -97,6 +97,21 @@ def test_faults_that_pass_are_survived_and_others_say_what_to_do(
         with pytest.raises(StorageFailed, match=r"cannot read.*repeated for"):
             BucketFolder(folder.url, retry_s=3).read("large")
         assert time.monotonic() - started < 60
+
+
+def test_who_has_no_login_and_no_network_is_told_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "NO_GCE_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    nobody = f"127.0.0.1:{stores.free_port()}"
+    monkeypatch.setenv("GCE_METADATA_IP", nobody)
+    monkeypatch.setenv("GCE_METADATA_HOST", nobody)
+    monkeypatch.setattr(google_login, "_STORE", ("127.0.0.1", stores.free_port()))
+    bucket._file_system.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(StorageFailed, match=r"cannot be reached without one .*: log in \(gcloud auth application-def"):
+        BucketFolder(BucketUrl("gs", "bucket", "run")).files()
+    assert time.monotonic() - started < 15.0
 
 
 @pytest.mark.parametrize(

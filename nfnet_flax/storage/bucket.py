@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.storage.google_login import google_file_system
 from nfnet_flax.storage.url import SCHEMES, BucketUrl
 
 RETRY_S = 90.0
@@ -314,9 +315,6 @@ def _file_system(scheme: str) -> Any:
     # Listings must not be kept: other processes write, too.
     shared: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "gs":
-        is_emulator = "STORAGE_EMULATOR_HOST" in os.environ
-        return fsspec.filesystem(
-            "gs", requests_timeout=REQUEST_TIMEOUT_S, token="anon" if is_emulator else None, **shared
-        )
+        return google_file_system(requests_timeout=REQUEST_TIMEOUT_S, **shared)
     limits = {"connect_timeout": 10, "read_timeout": REQUEST_TIMEOUT_S, "retries": {"max_attempts": 3}}
     return fsspec.filesystem("s3", config_kwargs=limits, **shared)
