@@ -16,6 +16,7 @@
     trackers.json      which metrics other trackers have (`telemetry/tracking.py`)
     trackers/          files of these
     tensorboard/       the same numbers as TensorBoard scalars
+    log/               what each start printed, and tracebacks of errors: a file for each process
 
 A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
 contains a checksum of itself; anything that it does not list is not part of the checkpoint. `state` contains the arrays
@@ -58,6 +59,7 @@ EVENTS = "events.jsonl"
 TRACKERS = "trackers.json"
 TRACKER_FILES = "trackers"
 TENSORBOARD = "tensorboard"
+LOG = "log"
 
 STATE = "state"
 """Part of a checkpoint: folder of the arrays."""

@@ -20,6 +20,7 @@ from nfnet_flax.optim import groups_table
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
+from nfnet_flax.progress import hidden, showing, track
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
@@ -40,6 +41,7 @@ from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run_folder import RunFolder, place_of
 from nfnet_flax.training.run_folder import opened as open_folder
+from nfnet_flax.training.run_log import logged
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
 from nfnet_flax.training.setup import Setup, assemble, facts_of
 from nfnet_flax.training.state import TrainState
@@ -47,7 +49,7 @@ from nfnet_flax.training.tracked import tracked
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
 from nfnet_flax.training.window import Window
-from nfnet_flax.units import metric_text
+from nfnet_flax.verbosity import stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,8 @@ def train(
       watchdog: is notified of what the loop is doing; None: there is no watchdog.
       on_metrics: called in process 0 with the step and the metrics of each log step and evaluation, when they are
         written; an error that it raises ends the run.
-      show_progress: whether to print to stdout what the run does. Otherwise only warnings are printed (`messages.py`).
+      show_progress: whether to show what the run does: lines on stdout, and progress on stderr. Otherwise only warnings
+        are printed (`messages.py`).
       started_at_s: when the program started, by `time.perf_counter`, for the message that says how long the start took;
         None: the time of this call.
       start_timeout_s: how long processes wait for one another before the first step, in seconds.
@@ -130,6 +133,7 @@ def train(
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
+        opened.enter_context(showing() if show_progress and processes.is_first else hidden())
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process))
         folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
         setup = assemble(recipe, fixed_class_names(folder.path))
@@ -148,6 +152,7 @@ def train(
         identity = setup.identity(initial.record if initial else None)
         for line in claim(processes, folder, identity, start_timeout_s):
             warn(line)
+        opened.enter_context(logged(folder, processes))
         ledger.enter("restore")
         restored = restore_newest(folder, setup.abstract_state(), is_owner=True)
         trackers = opened.enter_context(tracked(recipe, folder.path, is_first=processes.is_first))
@@ -188,7 +193,7 @@ def _run(
     start_step = step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
     if step > 0 and report.is_shown:
-        print(f"continuing from step {step} in {folder}", flush=True)
+        print(f"{stamp()}continuing from step {step} in {folder}", flush=True)
     if step == num_steps and evaluated:
         ledger.ends("finished")
         return TrainResult(step, num_steps, eval_metrics, finished=True)
@@ -204,6 +209,7 @@ def _run(
         progress = Progress(
             num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
         )
+        opened.callback(progress.close)
         log_step = LogStep(setup, log, ledger, progress, folder.path, step)
         opened.callback(log_step.flush)
         window = Window(setup, log, progress, log_step, step)
@@ -219,7 +225,7 @@ def _run(
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
                     ledger.record("evaluated", step)
-                    _report_evaluation(progress, step, found, recipe.checkpoint.best_metric)
+                    progress.evaluated(step, found, recipe.checkpoint.best_metric)
                     activity.enter("save", step)
                     if saver.save_if_best(state, step, found, log):
                         ledger.record("saved", step, kind="best")
@@ -234,6 +240,7 @@ def _run(
                 notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
                 saver.save(state, step, notes, log)
                 ledger.record("saved", step, kind="checkpoints")
+                progress.saved(step)
             if step == num_steps or stopping:
                 window.drain(step)
                 if stopping:
@@ -288,7 +295,7 @@ def _open_batches(setup: Setup, step: int) -> Batches:
 
 def _end_at_once(error: LeaseLost) -> None:
     # Called in a thread. Whatever this process is doing, it must not write to the folder any more.
-    print(f"nfnet: {error}", file=sys.stderr, flush=True)
+    print(f"{stamp()}nfnet: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)
 
 
@@ -296,7 +303,7 @@ def _print_start(ledger: Ledger, joined_s: float) -> None:
     # The time of the first step, with waiting and compilation, is reported when that step is done.
     spent = ledger.totals()
     print(
-        f"ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
+        f"{stamp()}ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
         f"data and folder {spent['start'] - joined_s:.1f} s, state {spent['restore'] + spent['compile']:.1f} s",
         flush=True,
     )
@@ -312,23 +319,15 @@ def _evaluate(
     activity.ledger.enter("evaluation")
     with setup.eval_batches() as batches:
         weights = weights_to_evaluate(state)
+        num_batches = -(-len(setup.eval_source) // setup.recipe.data.eval_batch_size)
+        shown = track(batches, f"evaluating step {step}", "batches", num_batches, first_line_s=None)
         counted_in = setup.eval_source if setup.recipe.data.on_corrupt == "skip" else None
         return run_evaluation(
             setup.eval_step,
             weights,
-            batches,
+            shown,
             setup.mesh,
             is_stopped,
             counted_in=counted_in,
             summarize=setup.recipe.objective.summarize,
         )
-
-
-def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float], best_metric: str) -> None:
-    found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
-    best = best_metric.partition("/")[2]
-    shown = []
-    for name in dict.fromkeys(["top1", best]) if "top1" in found else found:
-        (heading, raw), (_, ema) = (metric_text(name, metrics[f"{prefix}/{name}"]) for prefix in ("eval", "eval_ema"))
-        shown.append(f"{heading} {raw} raw, {ema} EMA")
-    progress.say(f"step {step}: {'; '.join(shown)} on {metrics['eval/num_examples']:.0f} held-out examples")
