@@ -3,7 +3,7 @@
 EXIT_DONE = 0
 """The run reached its last step."""
 EXIT_BUG = 1
-"""An unexpected error, that is, a bug; its traceback shows where."""
+"""An unexpected error, that is, a bug; the message says where its traceback is."""
 EXIT_WRONG = 1
 """`nfnet doctor` found something wrong, `nfnet plan --compare` found different arithmetic, or `nfnet predict` met an
 image that cannot be read or decoded."""

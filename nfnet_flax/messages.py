@@ -10,6 +10,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from nfnet_flax.verbosity import stamp
+
 _logger = logging.getLogger("nfnet_flax")
 
 
@@ -17,7 +19,14 @@ class _ToStderr(logging.Handler):
     """Prints to `sys.stderr`, which is looked up at each message, as it may have been replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"nfnet: {record.getMessage()}", file=sys.stderr, flush=True)
+        print(f"{stamp()}nfnet: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+class NotesToStderr(logging.Handler):
+    """Prints the notes of a library, each with the name of its module."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{stamp()}{record.module}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 if not _logger.handlers:

@@ -17,6 +17,7 @@ from nfnet_flax.data.random_access import Source, split_off
 from nfnet_flax.finetuning import GivenImages, data_config, sizes_of
 from nfnet_flax.models import Classifier
 from nfnet_flax.models.folding import fold
+from nfnet_flax.progress import COMPUTING_LINE_S, track
 from nfnet_flax.training.gradient import normalise
 from nfnet_flax.weights import network_of
 from nfnet_flax.weights.entries import HostArrays
@@ -140,7 +141,8 @@ class _Features:
         """(N, num_features) float32 features and (N,) int32 labels."""
         features, labels = [], []
         with eval_batches(self._data, source, process_index=0, num_processes=1) as batches:
-            for rows in batches:
+            num_batches = -(-len(source) // self._data.eval_batch_size)
+            for rows in track(batches, "features", "batches", num_batches, first_line_s=COMPUTING_LINE_S):
                 is_image = rows["mask"] > 0
                 features.append(np.asarray(self._compute(self._arrays, rows["image"]), np.float32)[is_image])
                 labels.append(rows["label"][is_image])

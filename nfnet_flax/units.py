@@ -40,6 +40,13 @@ def long_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def clock(seconds: float) -> str:
+    """A duration as text, to the second, such as `0:04` or `1:02:33` (hours, minutes and seconds)."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def as_float32(value: float) -> float:
     """A number rounded to float32. Its text, also in CSV and JSON, has the fewest digits that give this float32."""
     return float(str(np.float32(value)))

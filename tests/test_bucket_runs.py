@@ -117,6 +117,10 @@ def test_a_run_that_is_killed_while_it_saves_continues_on_another_machine(
     assert folder.read("damaged/metrics.jsonl") == damaged
     assert f"kept as {place}/damaged/metrics.jsonl" in printed
     assert_equal(whole, place)
+    logs = {name: folder.read(name).decode() for name in sorted(folder.files("log"))}
+    assert "stopping at step" in list(logs.values())[-2]
+    assert continued[0] in list(logs.values())[-1]
+    assert not (runs.copied(str(place), LAST) / "log").exists()  # nobody reads them on another machine
     for machine in ("second", "third"):
         assert list((tmp_path / machine).iterdir()) == []
     steps = {name.split("/")[0] for name in folder.files("checkpoints") for name in [name.removeprefix("checkpoints/")]}

@@ -251,7 +251,7 @@ def run(watchdog):
 config = DistributedConfig(
     coordinator_address=sys.argv[1], num_processes=2, process_id=index, heartbeat_timeout_s=10.0
 )
-sys.exit(run_together(config, WatchdogConfig(), run, lambda error: None))
+sys.exit(run_together(config, WatchdogConfig(), run, explain))
 """
 
 

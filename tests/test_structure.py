@@ -21,11 +21,13 @@ BASE = {
     "output",
     "own_code",
     "paths",
+    "progress",
     "run_clock",
     "runtime",
     "storage",
     "streams",
     "units",
+    "verbosity",
 }
 ALLOWED = {
     "columns": set[str](),
@@ -34,16 +36,20 @@ ALLOWED = {
     "exit_codes": set[str](),
     "html_page": {"columns"},
     "json_files": {"config"},
-    "messages": set[str](),
+    "drawing": {"columns", "progress", "units"},
+    "messages": {"verbosity"},
     "open_config": {"config", "own_code", "paths", "storage"},
     "output": set[str](),
     "own_code": {"config", "paths"},
     "paths": {"config", "storage"},
+    "progress": {"columns", "drawing", "messages", "output", "units", "verbosity"},
     "run_clock": set[str](),
     "runtime": {"config", "messages", "paths"},
-    "storage": {"config", "json_files"},
+    "session_log": {"messages", "output", "paths", "storage", "verbosity"},
+    "storage": {"config", "json_files", "progress"},
     "streams": set[str](),
     "units": set[str](),
+    "verbosity": set[str](),
     **dict.fromkeys(LEAVES, BASE),
     "multi_label_metrics": set[str](),
     "objectives": BASE | {"weights", "multi_label_metrics"},
@@ -56,7 +62,7 @@ ALLOWED = {
     "export": {"models", "weights"} | BASE,
     "finetuning": LEAVES | BASE | {"weights"},
     "probe": LEAVES | BASE | {"finetuning", "training", "weights"},
-    "training": LEAVES | BASE | {"objectives", "recipe", "telemetry", "weights"},
+    "training": LEAVES | BASE | {"objectives", "recipe", "session_log", "telemetry", "weights"},
     "prediction": LEAVES | BASE | {"training", "weights"},
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "telemetry", "training"},
@@ -64,7 +70,7 @@ ALLOWED = {
     "cli": LEAVES
     | BASE
     | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"}
-    | {"finetuning", "probe", "report", "telemetry"},
+    | {"finetuning", "probe", "report", "session_log", "telemetry"},
 }
 
 

@@ -27,7 +27,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -50,6 +49,7 @@ from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INPUT_FAILED, 
 from nfnet_flax.json_files import StorageFailed, json_content, parse_json
 from nfnet_flax.output import guarded_output
 from nfnet_flax.paths import local_path
+from nfnet_flax.progress import showing, tracking
 from nfnet_flax.storage import BucketUrl, bucket_url, folder_at
 
 IMAGENET_EXAMPLES = {"train": 1_281_167, "eval": 50_000}
@@ -176,17 +176,13 @@ def check_counts(split: str, class_names: Sequence[str], num_examples: int) -> N
 
 
 def _show_progress(label: str, futures: Sequence[Future], num_images: Sequence[int]) -> None:
-    """Waits for all futures and updates a progress line; raises the first of their errors."""
+    """Waits for all futures and shows their progress; raises the first of their errors."""
     number_of = dict(zip(futures, num_images, strict=True))
-    began, done = time.monotonic(), 0
-    end = "\r" if sys.stderr.isatty() else "\n"
-    for finished, future in enumerate(as_completed(futures), start=1):
-        future.result()
-        done += number_of[future]
-        rate = done / (time.monotonic() - began)
-        line = f"{label}: {finished}/{len(futures)} shards, {done:,}/{sum(num_images):,} images, {rate:,.0f} images/s"
-        print(line, end=end, file=sys.stderr, flush=True)
-    print(end="" if end == "\n" else "\n", file=sys.stderr, flush=True)
+    with tracking(label, sum(num_images), "images") as task:
+        for finished, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            task.advance(number_of[future])
+            task.text = f"{label}, {finished} of {len(futures)} shards"
 
 
 def prepare_split(options: Options, split: str, listing: Listing, pool: ProcessPoolExecutor) -> None:
@@ -298,7 +294,6 @@ def _run(options: Options, place: Place, index: Path) -> None:
             packed.check_outside("--out", place)
         listings = list_packed(packed)
     elif options.train_tar is not None and options.val_tar is not None:
-        print(f"reading the contents of {options.train_tar} ...", flush=True)
         listings = list_tars(options.train_tar, options.val_tar, devkit=options.devkit, val_synsets=options.val_synsets)
     for split, listing in listings.items():
         for found in listing.unused:
@@ -326,7 +321,7 @@ def main() -> int:
     """Runs the command line; returns the exit code, which does not depend on whether anything can be printed."""
     streams.open_missing()
     try:
-        with guarded_output(goes_on=True):
+        with guarded_output(goes_on=True), showing():
             return _main()
     finally:
         streams.drop_unwritten()

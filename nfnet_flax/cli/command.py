@@ -1,22 +1,28 @@
 """Runs the subcommand that the command line names, and reports its errors."""
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from logging import LogRecord
 from typing import NoReturn
 
 from absl import logging
 
-from nfnet_flax import streams
+from nfnet_flax import session_log, streams
 from nfnet_flax.cli import agc, convert, doctor, export, models, plan, predict, probe, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli import signal as signal_propagation
+from nfnet_flax.cli.ahead import values_of
 from nfnet_flax.cli.errors import explain
-from nfnet_flax.cli.usage import USAGE
+from nfnet_flax.cli.usage import USAGE, VERBOSITY
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE_FAILED
+from nfnet_flax.messages import NotesToStderr
 from nfnet_flax.output import OutputLost, guarded_output
+from nfnet_flax.progress import hidden, showing
 from nfnet_flax.telemetry.tracking import is_any_stuck
+from nfnet_flax.verbosity import Level, is_verbose, printing, stamp
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.run,
@@ -34,16 +40,24 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""
+_LEVELS: dict[str, Level] = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
+_HELP = {"-h", "--help"}
+_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+"""Variables with the number of a process of a run, before it has joined the others."""
 _EXIT_NOT_READ = 128 + signal.SIGPIPE
 """Exit code that a shell reports for a command whose output is no longer read, as in `nfnet models | head`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, level = _level_of(list(sys.argv[1:] if argv is None else argv))
     streams.open_missing()
     try:
-        with guarded_output(goes_on=argv[:1] in _WRITE_FILES and not {"-h", "--help"} & set(argv)):
+        with (
+            printing(level),
+            guarded_output(goes_on=argv[:1] in _WRITE_FILES and not _HELP & set(argv)),
+            session_log.keeping() if argv[:1] == ["train"] else contextlib.nullcontext(),
+        ):
             return _run(argv)
     except OutputLost as error:
         if isinstance(error.__cause__, BrokenPipeError):
@@ -54,24 +68,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams.drop_unwritten()
 
 
+def _level_of(argv: list[str]) -> tuple[list[str], Level]:
+    """The command line without `-q` and `-v`, which may stand anywhere before `--`; the last of them counts."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    levels = [_LEVELS[word] for word in argv[:end] if word in _LEVELS]
+    return [word for word in argv[:end] if word not in _LEVELS] + argv[end:], (levels or ["normal"])[-1]
+
+
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in _HELP:
         print(USAGE, end="")
         return EXIT_DONE if argv else EXIT_BAD_INPUT
     if argv[0] not in _COMMANDS:
         print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
-    logging.set_verbosity(logging.ERROR)  # Orbax's notices would break the progress line
-    # Orbax both logs its errors with tracebacks and raises them; they shall be reported once.
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    _choose_notes()
     try:
-        code = _COMMANDS[argv[0]](argv[1:])
-    except Exception as error:
-        known = explain(error)
-        if known is None:
-            raise
-        code, message = known
-        print(f"nfnet: {message}", file=sys.stderr)
+        with showing() if _is_first(argv) else hidden(), _help_on_verbosity(argv):
+            code = _COMMANDS[argv[0]](argv[1:])
+    except OutputLost:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explain(error)
+        print(f"{stamp()}nfnet: {message}", file=sys.stderr)
         if code == EXIT_STORAGE_FAILED:
             _leave(code)  # a normal exit would wait for threads that still write, some of them for minutes
     if is_any_stuck():
@@ -83,3 +102,42 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _choose_notes() -> None:
+    """Chooses which notes of the libraries are printed."""
+    logger = logging.get_absl_logger()
+    if is_verbose():
+        logging.set_verbosity(logging.INFO)
+        logger.removeFilter(_is_not_of_orbax)
+        logger.handlers, logger.propagate = [NotesToStderr()], False
+    else:
+        logging.set_verbosity(logging.ERROR)
+        logger.addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: LogRecord) -> bool:
+    """Orbax both logs its errors with tracebacks and raises them; they shall be reported once."""
+    return "orbax" not in record.pathname
+
+
+def _is_first(argv: list[str]) -> bool:
+    """Whether this is the only process of a run or the first, as far as that is known before it joins the others."""
+    if argv[0] != "train":
+        return True
+    given = [*values_of("--distributed.process-id", argv), *(os.environ[name] for name in _RANKS if name in os.environ)]
+    return not given or given[0] == "0"
+
+
+@contextlib.contextmanager
+def _help_on_verbosity(argv: list[str]) -> Iterator[None]:
+    """Adds the options that all commands have to the help that a command prints."""
+    is_help = bool(_HELP & set(argv))
+    try:
+        yield
+    except SystemExit as stopped:
+        is_help &= stopped.code in (None, 0)
+        raise
+    finally:
+        if is_help:
+            print(VERBOSITY)

@@ -11,6 +11,7 @@ from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.cli.options import CHECKPOINT, DIR, NAME, PIXELS, parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.portable import WeightsInfo
 
@@ -70,15 +71,16 @@ def run(argv: list[str]) -> int:
         dtype=options.dtype,
     )
     source, name, info, arrays = _source(options)
-    written = export_arrays(
-        source,
-        info,
-        arrays,
-        options.out,
-        name=name if options.name is None else options.name,
-        options=how,
-        overwrite=options.overwrite,
-    )
+    with tracking(f"exporting to {options.to}", first_line_s=COMPUTING_LINE_S):
+        written = export_arrays(
+            source,
+            info,
+            arrays,
+            options.out,
+            name=name if options.name is None else options.name,
+            options=how,
+            overwrite=options.overwrite,
+        )
     print(f"{options.to}: {written.comparison}")
     for path in written.files:
         print(f"written: {path}")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
+from nfnet_flax.cli.errors import EXIT_INTERRUPTED
 from nfnet_flax.cli.options import CHECKPOINT, COUNT, DIR, PIXELS, WEIGHTS, parsed
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import check_not_input, check_target
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 _RESULT = tyro.conf.arg(metavar="FILE|-")
 _CHANNELS = tyro.conf.arg(metavar="RED GREEN BLUE")
 _STDOUT = "-"
-_EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit code that a shell reports for a command that Ctrl-C ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def run(argv: list[str]) -> int:
         return _predict(options, argv)
     except KeyboardInterrupt:
         print("nfnet: interrupted; no file was written", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _predict(options: PredictOptions, argv: list[str]) -> int:
@@ -214,10 +213,12 @@ def _writers(options: PredictOptions, predictor: "Predictor", files: "dict[str, 
 
 def _write_all(results: "Generator[Prediction | Unreadable, None, None]", writers: "list[Writer]") -> "Counts":
     from nfnet_flax.prediction import Prediction
-    from nfnet_flax.prediction.results import Counts
+    from nfnet_flax.prediction.results import Counts, Table
 
     counts = Counts()
-    with contextlib.closing(results):
+    is_seen = sys.stdout.isatty() and any(isinstance(writer, Table) for writer in writers)
+    shown = tracking("predicting", unit="images", first_line_s=COMPUTING_LINE_S)
+    with contextlib.closing(results), contextlib.nullcontext() if is_seen else shown as task:
         for result in results:
             for writer in writers:
                 writer.write(result)
@@ -226,6 +227,8 @@ def _write_all(results: "Generator[Prediction | Unreadable, None, None]", writer
                 counts.good += 1
             else:
                 counts.failed += 1
+            if task is not None:
+                task.advance()
     for writer in writers:
         writer.finish(counts)
     return counts

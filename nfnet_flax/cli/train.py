@@ -13,6 +13,7 @@ from nfnet_flax.cli.ahead import Code
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.options import DIR
 from nfnet_flax.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.verbosity import is_quiet, stamp
 
 if TYPE_CHECKING:
     from nfnet_flax.training.loop import TrainResult
@@ -66,14 +67,14 @@ def run(argv: list[str]) -> int:
                 workdir,
                 watchdog,
                 profile_steps=profile_steps,
-                show_progress=True,
+                show_progress=not is_quiet(),
                 started_at_s=IMPORTED_AT_S,
                 start_timeout_s=chosen.distributed.start_timeout_s,
                 owns_process=True,
             )
         except TrainingDiverged as error:  # in all processes, as the loss is that of the whole batch
             if current().is_first:
-                print(f"nfnet: diverged: {error}", file=sys.stderr)
+                print(f"{stamp()}nfnet: diverged: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         if current().is_first:
             _print_result(result, str(place_of("workdir", workdir)))

@@ -1,5 +1,7 @@
 """The general help."""
 
+VERBOSITY = """every command: -q, --quiet    print only warnings, errors and the result
+               -v, --verbose  print lines with the time, notes of the libraries, and whole tracebacks"""
 USAGE = """usage: nfnet COMMAND ...
 
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
@@ -25,6 +27,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet convert run DIR --out DIR --to hub-folder           the same as a folder for a model hub and timm
   nfnet export FILE --to onnx|stablehlo --out DIR           a network for use without this package
   nfnet export --workdir DIR --to onnx --out DIR            the same, of a run; --to safetensors: folded weights alone
+  nfnet COMMAND ... -q | -v                                 less output: only warnings, errors, result | more
   nfnet COMMAND --help                                      every option of a command
 
 exit codes: 0 done, 1 a bug (doctor: something is wrong; predict: an image has no result), 2 bad input or a folder in

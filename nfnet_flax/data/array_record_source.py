@@ -38,6 +38,7 @@ from nfnet_flax.data.random_access import (
     digest,
 )
 from nfnet_flax.paths import check_place
+from nfnet_flax.progress import track
 from nfnet_flax.storage import BucketUrl
 
 # Reading the ends of a file means waiting for the disk or the network, so many are read at once.
@@ -175,7 +176,8 @@ class _LocalRecords:
         from nfnet_flax.data.record_files import open_records  # imports a library that a recipe does not need
 
         with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
-            list(threads.map(_check_identity, *zip(*found, strict=True)))
+            checked = threads.map(_check_identity, *zip(*found, strict=True))
+            list(track(checked, f"checking the files in {found[0][0].parent}", "files", len(found)))
         self._paths = [str(path) for path, _ in found]
         self._starts = [0, *itertools.accumulate(shard.num_records for _, shard in found)]
         self._records = open_records({str(path): shard.num_records for path, shard in found})

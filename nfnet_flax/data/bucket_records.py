@@ -17,6 +17,7 @@ from nfnet_flax.data.buckets import listing
 from nfnet_flax.data.random_access import Copies, CorruptRecordError
 from nfnet_flax.data.record_files import open_records, read_record
 from nfnet_flax.data.record_index import read_index, record_of
+from nfnet_flax.progress import track
 from nfnet_flax.storage import BucketUrl
 from nfnet_flax.storage.cache import ObjectCache, Wanted
 
@@ -52,7 +53,8 @@ class BucketRecords:
         self._ahead = Ahead()
         self._begin()
         with ThreadPoolExecutor(_NUM_OPEN_THREADS) as threads:
-            list(threads.map(self._check, range(len(found))))
+            checked = threads.map(self._check, range(len(found)))
+            list(track(checked, f"checking the files in {found[0][0].parent}", "files", len(found)))
 
     def _begin(self) -> None:
         self._files: dict[int, Any] = {}

@@ -1,5 +1,6 @@
 """Copies the shards of a set in the background, by several threads and perhaps several processes."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Protocol
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
+from nfnet_flax.progress import tracking
 from nfnet_flax.storage.cache import Outcome
 
 _NUM_THREADS = 4
@@ -45,15 +47,19 @@ class Copying:
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._said_s = -_PAUSE_S
+        self._shown = contextlib.ExitStack()
 
     def start(self) -> None:
-        """Starts the threads."""
+        """Starts the threads. Their progress is drawn; where it is not, nothing is printed, as nobody waits for it."""
+        shown = tracking("copying shards in the background", len(self._shards), "shards", first_line_s=None)
+        self._task = self._shown.enter_context(shown)
         for index in range(_NUM_THREADS):
             threading.Thread(target=self._run, name=f"copying shards {index}", daemon=True).start()
 
     def stop(self) -> None:
         """Ends it once the shards that were begun are there; does not wait for that."""
         self._end.set()
+        self._shown.close()
 
     def _run(self) -> None:
         """Copies shards until all are there, there is no room, or one of them has been replaced."""
@@ -74,6 +80,9 @@ class Copying:
                 elif outcome == "busy":
                     self._again(shard)
                     self._end.wait(LOOK_S)
+                else:
+                    self._task.advance()
+        self._shown.close()
 
     def _next(self) -> str | None:
         with self._lock:

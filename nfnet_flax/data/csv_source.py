@@ -18,6 +18,7 @@ from nfnet_flax.data.buckets import refuse_images
 from nfnet_flax.data.csv_table import Columns, Row, read_table
 from nfnet_flax.data.random_access import Record, SourceConfig, Split, Unused, check_index, digest
 from nfnet_flax.paths import check_path, local_path
+from nfnet_flax.progress import tracking
 from nfnet_flax.units import shown
 
 # Asking for the size of a file means waiting for the disk or the network, so many are asked for at once.
@@ -148,13 +149,14 @@ class CsvSource(SourceConfig):
         columns = Columns(
             self.image, self.label, self.split_column, self.separator, self.delimiter, self.encoding, self.allow_none
         )
-        rows, unused = read_table(path, columns), []
-        if self.split_column is not None:
-            rows, other = self._of_split(path, rows, split)
-            unused += other
-        rows, repeated = _each_once(path, rows)
-        # As in a folder: the first images, which may be held out, shall be of all classes (`fixed_order`).
-        rows.sort(key=lambda row: (hashlib.blake2b(row.image.encode(), digest_size=8).digest(), row.image))
+        with tracking(f"reading {path}"):
+            rows, unused = read_table(path, columns), []
+            if self.split_column is not None:
+                rows, other = self._of_split(path, rows, split)
+                unused += other
+            rows, repeated = _each_once(path, rows)
+            # As in a folder: the first images, which may be held out, shall be of all classes (`fixed_order`).
+            rows.sort(key=lambda row: (hashlib.blake2b(row.image.encode(), digest_size=8).digest(), row.image))
         return rows, (*unused, *repeated)
 
     def _of_split(self, path: Path, rows: list[Row], split: Split) -> tuple[list[Row], list[Unused]]:
@@ -283,9 +285,15 @@ def _sizes(table: Path, rows: Sequence[Row], paths: list[str]) -> np.ndarray:
     def sizes_of(start: int) -> list[int]:
         return [_size(path) for path in paths[start : start + _FILES_PER_TASK]]
 
-    with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
-        found = threads.map(sizes_of, range(0, len(paths), _FILES_PER_TASK))
-        sizes = np.array([size for part in found for size in part], np.int64)
+    found: list[int] = []
+    with (
+        tracking(f"looking for the images of {table}", len(paths), "images") as task,
+        ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads,
+    ):
+        for part in threads.map(sizes_of, range(0, len(paths), _FILES_PER_TASK)):
+            found += part
+            task.advance(len(part))
+    sizes = np.array(found, np.int64)
     if np.any(missing := sizes < 0):
         index = int(np.argmin(np.where(missing, [row.line for row in rows], np.iinfo(np.int64).max)))
         hint = "; the names have backslashes, write slashes" if "\\" in rows[index].image else ""

@@ -23,6 +23,7 @@ from nfnet_flax.data.random_access import (
     fixed_order,
 )
 from nfnet_flax.paths import check_path, local_path
+from nfnet_flax.progress import track, tracking
 
 _LAYOUT = "expected are image files in one folder per class, such as train/n01440764/n01440764_18.JPEG"
 # Listing a folder means waiting for the disk or the network, so many are listed at once.
@@ -132,7 +133,7 @@ def class_folders(split_folder: Path) -> tuple[str, ...]:
 def _list_split(split_folder: Path) -> tuple[tuple[str, ...], _Counts]:
     names, unused = [], []
     try:
-        with os.scandir(split_folder) as entries:
+        with tracking(f"listing {split_folder}"), os.scandir(split_folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     unused.append((_HIDDEN, entry.path))
@@ -243,7 +244,8 @@ def scan(split_folder: Path) -> Scan:
     """
     class_names, unused = _list_split(split_folder)
     with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
-        listed = list(threads.map(lambda name: _list_class(split_folder / name), class_names))
+        scanned = threads.map(lambda name: _list_class(split_folder / name), class_names)
+        listed = list(track(scanned, f"scanning {split_folder}", "class folders", len(class_names)))
     for _, more in listed:
         for reason, (count, example) in more.items():
             known, first = unused.get(reason, (0, example))

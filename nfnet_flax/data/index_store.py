@@ -12,7 +12,6 @@ import fcntl
 import glob
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -26,6 +25,7 @@ from nfnet_flax.data.shard_index import DamagedIndex, ShardIndex
 from nfnet_flax.json_files import write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import user_cache
+from nfnet_flax.progress import track
 from nfnet_flax.storage import BucketUrl
 from nfnet_flax.units import human_size
 
@@ -35,7 +35,6 @@ _COPY_SUFFIX = ".images"
 _PARTIAL_SUFFIX = ".partial"
 # Reading a small file, or finding the members of a large one, mostly means waiting for the disk or the network.
 _NUM_READERS, _NUM_MAKERS = 16, 4
-_SAY_EVERY_S = 30.0
 
 
 class NoIndexYet(ConfigError):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
@@ -86,7 +85,9 @@ class IndexStore:
             written.
         """
         with ThreadPoolExecutor(_NUM_READERS) as threads:
-            found = dict(zip(shards, threads.map(lambda shard: self._kept(shard, maker), shards), strict=True))
+            kept = threads.map(lambda shard: self._kept(shard, maker), shards)
+            text = f"reading the index of {folder_of(shards[0])}" if shards else ""
+            found = dict(zip(shards, track(kept, text, "files", len(shards)), strict=True))
         of_folder: dict[Place, list[str]] = {}
         for shard in shards:
             if found[shard] is None:
@@ -171,14 +172,10 @@ class IndexStore:
         if folder is not None and self.copies:
             _announce_copies(shards, maker, folder)
         found: dict[str, ShardIndex] = {}
-        began = said = time.monotonic()
         with _threads(_NUM_MAKERS) as threads:
             futures = {threads.submit(self._make, shard, maker, folder): shard for shard in shards}
-            for future in as_completed(futures):
+            for future in track(as_completed(futures), f"making the index of {parent}", "files", len(shards)):
                 found[futures[future]] = future.result()
-                if time.monotonic() > said + _SAY_EVERY_S:
-                    said = time.monotonic()
-                    warn(f"index of {parent}: {len(found)} of {len(shards)} files after {said - began:.0f} s")
         if folder is not None:
             warn(f"{len(shards)} files in {parent} were indexed, once; the index is in {folder}")
         return found

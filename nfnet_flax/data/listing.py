@@ -20,6 +20,7 @@ from nfnet_flax.data.packed_source import PackedSource
 from nfnet_flax.data.random_access import Split, Unused, digest, fixed_order
 from nfnet_flax.data.shard_files import read_bytes
 from nfnet_flax.paths import local_path
+from nfnet_flax.progress import track, tracking
 
 # Finding the members of a tar means waiting for the disk or the network, so many tars are read at once.
 _NUM_SCAN_THREADS = 16
@@ -177,17 +178,20 @@ def list_tars(train: Path, val: Path, *, devkit: Path | None, val_synsets: Path 
     Raises:
       ConfigError: a file is missing, incomplete, or of another kind; or the classes of the two sets differ.
     """
-    tars = imagenet_tars.class_tars(train)
+    with tracking(f"reading the classes of {train}"):
+        tars = imagenet_tars.class_tars(train)
     class_names = tuple(tars)
 
     def members(tar: Member) -> list[Member]:
         return imagenet_tars.tar_members(train, tar.offset, tar.offset + tar.size)
 
     with ThreadPoolExecutor(_NUM_SCAN_THREADS) as threads:
-        per_class = list(threads.map(members, tars.values()))
+        found = threads.map(members, tars.values())
+        per_class = list(track(found, f"reading the contents of {train}", "classes", len(tars)))
     train_examples = [(label, member) for label, found in enumerate(per_class) for member in found]
 
-    val_members = sorted(imagenet_tars.tar_members(val, 0, None))
+    with tracking(f"reading the contents of {val}"):
+        val_members = sorted(imagenet_tars.tar_members(val, 0, None))
     names = [member.name for member in val_members]
     if devkit is not None:
         classes = imagenet_tars.devkit_classes(devkit)

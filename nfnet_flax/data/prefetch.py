@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.output import draw_no_more
 from nfnet_flax.run_clock import RunClock
 
 Rows = dict[str, np.ndarray]
@@ -210,6 +211,7 @@ class Batches(Iterator[Rows]):
     def _stalled(self, step: int) -> InputFailed:
         # Some lane is computing this step: steps are claimed in order, and the batch is not ready.
         lane = self._owing[step]
+        draw_no_more()
         print(f"no batch within {self._stall_timeout_s:g} s; stacks of {lane.name}:", file=sys.__stderr__, flush=True)
         lane.dump_stacks()
         return InputFailed(

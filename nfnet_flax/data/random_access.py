@@ -18,12 +18,15 @@ import numpy as np
 from nfnet_flax.config import require
 from nfnet_flax.data.augment_config import AffineAugment, CropAugment
 from nfnet_flax.open_config import OpenConfig
+from nfnet_flax.progress import tracking
 from nfnet_flax.units import human_size
 
 Split = Literal["train", "eval"]
 Record = dict[str, Any]
 """`image`: bytes of an encoded file, or a (H, W, 3) uint8 array; `label`: an np.int32 scalar, or with
 `SourceConfig.is_multi_label` a (number of classes,) uint8 array of zeros and ones."""
+
+_HASHED_AT_ONCE = 10_000
 
 
 class Unused(NamedTuple):
@@ -259,11 +262,18 @@ def fixed_order(class_names: Sequence[str], file_names: np.ndarray, labels: np.n
     """
     by_name = np.lexsort((file_names, labels))  # makes equal hashes, should there ever be any, deterministic
     prefixes = [name.encode(errors="surrogateescape") + b"/" for name in class_names]
-    hashes = b"".join(
-        hashlib.blake2b(prefixes[label] + name, digest_size=8).digest()
-        for label, name in zip(labels[by_name].tolist(), file_names[by_name].tolist(), strict=True)
-    )
-    return by_name[np.argsort(np.frombuffer(hashes, ">u8"), kind="stable")]
+
+    def hashes(part: np.ndarray) -> bytes:
+        named = zip(labels[part].tolist(), file_names[part].tolist(), strict=True)
+        return b"".join(hashlib.blake2b(prefixes[label] + name, digest_size=8).digest() for label, name in named)
+
+    with tracking("fingerprint and order of the images", len(labels), "images") as task:
+        found = []
+        for start in range(0, len(labels), _HASHED_AT_ONCE):
+            part = by_name[start : start + _HASHED_AT_ONCE]
+            found.append(hashes(part))
+            task.advance(len(part))
+    return by_name[np.argsort(np.frombuffer(b"".join(found), ">u8"), kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import CodeNotLoaded
 from nfnet_flax.doctor.findings import Finding, nearest, seen, tree_bytes, wrong
+from nfnet_flax.progress import track
 from nfnet_flax.training import layout
 from nfnet_flax.training.layout import Damaged, read_array, read_sealed, steps_in
 from nfnet_flax.training.mirror import fetch_state
@@ -48,6 +49,7 @@ def check_workdir(folder: RunFolder, recipe: "Recipe | None", *, until_s: float)
         ]
         findings += _check_metrics(workdir)
         findings += _check_trackers(workdir)
+        findings += _check_logs(workdir / layout.LOG)
         findings += _check_owner(folder)
         findings += _check_identity(workdir, recipe)
     return findings
@@ -121,7 +123,7 @@ def _read(checkpoint: Path, until_s: float) -> bool:
     fetch_state(checkpoint)
     _, saved = read_sealed(checkpoint)
     context = layout.array_context()
-    for name, text in saved.items():
+    for name, text in track(saved.items(), f"reading {checkpoint}", "arrays"):
         if time.monotonic() >= until_s:
             return False
         read_array(checkpoint, name, text, context)
@@ -216,6 +218,14 @@ def _check_trackers(workdir: Path) -> list[Finding]:
         return []
     shown = [f"{key} to step {given.mark[0]}" if given.mark[0] > 0 else key for key, given in sorted(found.items())]
     return [seen(f"trackers: {', '.join(shown)}")]
+
+
+def _check_logs(folder: Path) -> list[Finding]:
+    """The logs of earlier starts; of a run in a bucket, there are none on this machine."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        return [wrong(f"{folder} is no folder", "move it away; nfnet train writes what it prints there")]
+    logs = sorted(folder.glob("*.log"))
+    return [seen(f"logs: {len(logs)}, the newest is {logs[-1]}")] if logs else []
 
 
 def _age(path: Path) -> str:

@@ -18,6 +18,7 @@ import jax
 from nfnet_flax.exit_codes import EXIT_LOST
 from nfnet_flax.parallel.processes import Processes, leave
 from nfnet_flax.run_clock import RunClock
+from nfnet_flax.verbosity import stamp
 
 BEAT_INTERVAL_S = 2.0
 """Interval at which each process reports what it is doing."""
@@ -111,7 +112,7 @@ class Peers:
         names = " and ".join(f"process {index}" for index in silent)
         lines = "\n".join(f"  {line}" for line in self.positions())
         reason = f"{names} died or is frozen"
-        print(f"nfnet: {reason}; last heard:\n{lines}", file=sys.stderr, flush=True)
+        print(f"{stamp()}nfnet: {reason}; last heard:\n{lines}", file=sys.stderr, flush=True)
         self.fail(EXIT_LOST, reason)
 
     def _watch(self) -> None:
@@ -122,7 +123,7 @@ class Peers:
             except jax.errors.JaxRuntimeError as error:
                 # JAX will soon abort this process, so it ends itself with a message now.
                 reason = "process 0, which all others depend on, cannot be reached: it died, or its network failed"
-                print(f"nfnet: {reason} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+                print(f"{stamp()}nfnet: {reason} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
                 self.fail(EXIT_LOST, reason)
             with self._lock:
                 for index, beat in beats.items():
@@ -130,7 +131,7 @@ class Peers:
                         self._heard[index] = _Heard(beat, self._clock.seconds())
             for index, (code, reason) in failed.items():
                 if index != self._processes.index:
-                    print(f"nfnet: process {index} ended: {reason}", file=sys.stderr, flush=True)
+                    print(f"{stamp()}nfnet: process {index} ended: {reason}", file=sys.stderr, flush=True)
                     self.fail(code, f"process {index} ended: {reason}")
             if silent := self._silent(self._timeout_s):
                 self._lost(silent)

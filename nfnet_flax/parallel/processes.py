@@ -21,6 +21,7 @@ from jax._src.clusters import ClusterEnv
 
 from nfnet_flax.config import ConfigError, Shown, check_types, require
 from nfnet_flax.exit_codes import EXIT_LOST
+from nfnet_flax.verbosity import is_quiet, stamp
 
 Platform = Literal["any", "accelerator", "gpu", "tpu"]
 """Kind of device that a recipe needs: `accelerator` is any device that is not a CPU."""
@@ -131,7 +132,9 @@ def start(config: DistributedConfig) -> None:
     if cluster is None or cluster.num_processes == 1:
         return
     about = f"{cluster.num_processes} processes at {cluster.address}"
-    print(f"process {cluster.process_id}: waiting for {about} for up to {config.start_timeout_s:g} s", flush=True)
+    if not is_quiet():
+        waiting = f"waiting for {about} for up to {config.start_timeout_s:g} s"
+        print(f"{stamp()}process {cluster.process_id}: {waiting}", flush=True)
     # JAX waits in C++ and aborts after its time limit: a timer ends the process before that.
     timer = threading.Timer(config.start_timeout_s, _not_all_came, (cluster, config.start_timeout_s))
     timer.daemon = True
@@ -159,7 +162,7 @@ def start(config: DistributedConfig) -> None:
 def _not_all_came(cluster: Cluster, waited_s: float) -> None:
     role = "process 0 listens there" if cluster.process_id == 0 else "this process calls there"
     print(
-        f"nfnet: process {cluster.process_id} waited {waited_s:g} s for {cluster.num_processes} processes at "
+        f"{stamp()}nfnet: process {cluster.process_id} waited {waited_s:g} s for {cluster.num_processes} processes at "
         f"{cluster.address}, and not all of them connected ({role}). Check that as many were started, each with a "
         "distributed.process_id of its own; that this address is that of process 0's host; and that no firewall is "
         f"between them.{_about_proxy(cluster.address)} A longer wait: --distributed.start-timeout-s",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.units import duration, human_size, scaled
 
@@ -116,7 +117,8 @@ def compile_step(recipe: Recipe, topology: str, mesh: "Mesh") -> "tuple[TrainSta
 
     try:
         state, lowered = lower_step(recipe, mesh)
-        return state, lowered.compile()
+        with tracking(f"compiling the step for {topology}", first_line_s=COMPUTING_LINE_S):
+            return state, lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
 

@@ -137,8 +137,10 @@ class BucketFolder:
 
         self._repeated("write", name, put)
 
-    def download(self, name: str, target: Path, *, size: int | None = None) -> None:
-        """See `Folder`. Parts are read at the same time."""
+    def download(
+        self, name: str, target: Path, *, size: int | None = None, on_bytes: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """See `Folder`. Parts are read at the same time; for each that has come, `on_bytes` gets its size."""
         if size is None:
             size = self._repeated(
                 "read", name, lambda: int(_file_system(self.url.scheme).info(self._path(name))["size"])
@@ -154,16 +156,15 @@ class BucketFolder:
                         readers.submit(self._download_part, name, file.fileno(), start, min(start + _PART_BYTES, size))
                         for start in starts
                     ]:
-                        done.result()
+                        on_bytes(done.result())
             partial.replace(target)
         except BaseException:  # also if the user stops it: half a file is never left
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
 
-    def _download_part(self, name: str, file: int, start: int, end: int) -> None:
-        content = self.read_part(name, start, end)
-        os.pwrite(file, content, start)
+    def _download_part(self, name: str, file: int, start: int, end: int) -> int:
+        return os.pwrite(file, self.read_part(name, start, end), start)
 
     def read_part(self, name: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (not included) of a file.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.progress import BYTES, tracking
 from nfnet_flax.storage.bucket import BucketFolder
 from nfnet_flax.storage.scratch import scratch_errors, scratch_folder
 from nfnet_flax.storage.url import BucketUrl
@@ -30,14 +31,17 @@ def copy_of(field: str, url: BucketUrl, wanted: tuple[str, ...]) -> Iterator[Pat
 
 
 def _copied(field: str, url: BucketUrl, wanted: tuple[str, ...], target: Path) -> Path:
-    if url.key:
-        with contextlib.suppress(FileNotFoundError):
-            BucketFolder(url.parent).download(url.name, target / url.name)
-            return target / url.name
-    folder = BucketFolder(url)
-    names = [name for name in wanted if name in folder.files()]
-    if not names:
-        raise ConfigError(f"{field} = {str(url)!r}: there is no such file, and no folder with {' or '.join(wanted)}")
-    for name in names:
-        folder.download(name, target / (url.name or url.bucket) / name)
-    return target / (url.name or url.bucket)
+    with tracking(f"copying {url}", unit=BYTES) as task:
+        if url.key:
+            with contextlib.suppress(FileNotFoundError):
+                BucketFolder(url.parent).download(url.name, target / url.name, on_bytes=task.advance)
+                return target / url.name
+        folder = BucketFolder(url)
+        sizes = {name: size for name, size in folder.files().items() if name in wanted}
+        if not sizes:
+            names = " or ".join(wanted)
+            raise ConfigError(f"{field} = {str(url)!r}: there is no such file, and no folder with {names}")
+        task.total = sum(sizes.values())
+        for name, size in sizes.items():
+            folder.download(name, target / (url.name or url.bucket) / name, size=size, on_bytes=task.advance)
+        return target / (url.name or url.bucket)

@@ -22,6 +22,7 @@ from nfnet_flax.models.keys import check_seed
 from nfnet_flax.models.layers import BatchNorm
 from nfnet_flax.models.nf_block import NFBlock
 from nfnet_flax.models.timm_nfnet import TimmNFBlock
+from nfnet_flax.progress import COMPUTING_LINE_S, track
 
 Normalization = Literal["none", "batch", "running"]
 """With which statistics BatchNorm normalises: the network has none; those of the batch; the running ones."""
@@ -135,7 +136,9 @@ def signal_propagation(
     stem_sq_mean, stem_var = map(float, stem)
     found: list[BlockSignal] = []
     expected = expected_variances(model)
-    for stage, (row, specs) in enumerate(zip(model.stages, model.specs, strict=True)):
+    stages = list(zip(model.stages, model.specs, strict=True))
+    shown = track(stages, "measuring the signal", "stages", first_line_s=COMPUTING_LINE_S)
+    for stage, (row, specs) in enumerate(shown):
         for position, (block, spec) in enumerate(zip(row, specs, strict=True)):
             x, moments = _block(block, x, spec)
             avg_sq_mean, avg_var, res_avg_var = map(float, moments)

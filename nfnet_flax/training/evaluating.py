@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import jax
@@ -18,6 +18,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.held_out import open_held_out
 from nfnet_flax.data.label_sets import LabelSet, open_labelled
 from nfnet_flax.data.pipeline import check_batches_fit, eval_batches, open_split, reading, say_unused
+from nfnet_flax.data.prefetch import Batches, Rows
 from nfnet_flax.data.random_access import Source, SourceConfig, Split
 from nfnet_flax.data.sources import own_class_names
 from nfnet_flax.messages import warn
@@ -26,6 +27,7 @@ from nfnet_flax.models.params import split
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.parallel.mesh import check_batch_size, make_mesh, replicated
 from nfnet_flax.paths import hub_name
+from nfnet_flax.progress import COMPUTING_LINE_S, track
 from nfnet_flax.training.evaluation import Weights, make_eval_step, make_row_step, run_evaluation
 from nfnet_flax.training.kept_code import change_of_code
 from nfnet_flax.training.measuring import Measurement, measure, row_values
@@ -117,7 +119,7 @@ class RunEvaluation:
             metrics = run_evaluation(
                 eval_step,
                 by_prefix,
-                batches,
+                _shown(batches, self.data, source),
                 self._mesh,
                 counted_in=counted_in,
                 summarize=self.run.recipe.objective.summarize,
@@ -145,8 +147,9 @@ class RunEvaluation:
         text = f"run {recipe.name!r}, step {step}, seed {recipe.seed}"
         described = {name: f"{text}, {name} parameters" for name in weights}
         with eval_batches(self.data, self.labelled.source, process_index=0, num_processes=1) as batches:
+            shown = _shown(batches, self.data, self.labelled.source)
             found = measure(
-                self._step, weights, batches, self._mesh, self.labelled, described=described, counts_corrupt=skips
+                self._step, weights, shown, self._mesh, self.labelled, described=described, counts_corrupt=skips
             )
         return step, found
 
@@ -155,6 +158,12 @@ class RunEvaluation:
         step, found = read_checkpoint(self.run.workdir, shapes, ("raw", "ema"), checked_which(checkpoint))
         placed = jax.device_put(found, replicated(self._mesh))
         return step, {"raw": placed["raw"], "ema": placed["ema"]}  # JAX sorts the names
+
+
+def _shown(batches: Batches, data: DataConfig, source: Source) -> Iterator[Rows]:
+    """The batches of an evaluation, whose progress is shown."""
+    num_batches = -(-len(source) // data.eval_batch_size)
+    return track(batches, "evaluating", "batches", num_batches, first_line_s=COMPUTING_LINE_S)
 
 
 def _require_one_class(data: DataConfig) -> None:
@@ -314,7 +323,7 @@ def measure_weights(
         found = measure(
             step,
             {"weights": (params, batch_stats)},
-            batches,
+            _shown(batches, data, labelled.source),
             mesh,
             labelled,
             described={"weights": info.source},

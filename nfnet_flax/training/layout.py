@@ -18,6 +18,7 @@
     tensorboard/       the same numbers for TensorBoard, with images, tables and settings
     tensorboard/plugins/profile/TIME_steps_A_to_B/   a profile: the trace and the memory of each process
     profile_now        asks for a profile, and is deleted then
+    log/               what each start printed, and tracebacks of errors: a file for each process
 
 A checkpoint is a folder with two parts. `notes/notes.json` lists every array with its type, shape and checksum, and
 contains a checksum of itself; anything that it does not list is not part of the checkpoint. `state` contains the arrays
@@ -62,6 +63,7 @@ TRACKER_FILES = "trackers"
 TENSORBOARD = "tensorboard"
 PROFILES = "plugins/profile"
 """Folder of the profiles, in that of TensorBoard's files, where its plugin looks for them."""
+LOG = "log"
 
 STATE = "state"
 """Part of a checkpoint: folder of the arrays."""

@@ -21,6 +21,7 @@ from nfnet_flax.optim import groups_table
 from nfnet_flax.output import guarded_output
 from nfnet_flax.parallel.mesh import to_global
 from nfnet_flax.parallel.processes import check_platform, current
+from nfnet_flax.progress import hidden, showing, track
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
@@ -43,6 +44,7 @@ from nfnet_flax.training.record import fixed_class_names
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run_folder import RunFolder, place_of
 from nfnet_flax.training.run_folder import opened as open_folder
+from nfnet_flax.training.run_log import logged
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
 from nfnet_flax.training.setup import Setup, assemble, facts_of
 from nfnet_flax.training.showing import observer, open_log, show_first_batch, unshown
@@ -51,7 +53,7 @@ from nfnet_flax.training.tracked import tracked
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
 from nfnet_flax.training.window import Window
-from nfnet_flax.units import metric_text
+from nfnet_flax.verbosity import stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,8 @@ def train(
         written; an error that it raises ends the run.
       profile_steps: steps of which a profile is taken, counted from 1; the same in all processes. None: only when the
         file `profile_now` appears in the folder of the run, or a process receives SIGUSR2.
-      show_progress: whether to print to stdout what the run does. Otherwise only warnings are printed (`messages.py`).
+      show_progress: whether to show what the run does: lines on stdout, and progress on stderr. Otherwise only warnings
+        are printed (`messages.py`).
       started_at_s: when the program started, by `time.perf_counter`, for the message that says how long the start took;
         None: the time of this call.
       start_timeout_s: how long processes wait for one another before the first step, in seconds.
@@ -146,6 +149,7 @@ def train(
     if recipe.execution.reproducible:
         check_deterministic()
     with contextlib.ExitStack() as opened:
+        opened.enter_context(showing() if show_progress and processes.is_first else hidden())
         others = {signal.SIGUSR2: profiles.signalled.set}
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process, others=others))
         folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
@@ -166,6 +170,7 @@ def train(
         identity = setup.identity(initial.record if initial else None)
         for line in claim(processes, folder, identity, start_timeout_s):
             warn(line)
+        opened.enter_context(logged(folder, processes))
         ledger.enter("restore")
         restored = restore_newest(folder, setup.abstract_state(), is_owner=True)
         trackers = opened.enter_context(tracked(recipe, folder.path, is_first=processes.is_first))
@@ -206,7 +211,7 @@ def _run(
     start_step = step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
     if step > 0 and report.is_shown:
-        print(f"continuing from step {step} in {folder}", flush=True)
+        print(f"{stamp()}continuing from step {step} in {folder}", flush=True)
     if step == num_steps and evaluated:
         ledger.ends("finished")
         return TrainResult(step, num_steps, eval_metrics, finished=True)
@@ -221,6 +226,7 @@ def _run(
         progress = Progress(
             num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
         )
+        opened.callback(progress.close)
         profiler = opened.enter_context(profiling_of(setup, folder, report.profiles, progress, step))
         opened.callback(lambda: activity.enter("end", step))
         log_step = LogStep(setup, log, ledger, progress, folder.path, step)
@@ -240,7 +246,7 @@ def _run(
                     evaluated, eval_metrics = True, found
                     log.write(step, found)
                     ledger.record("evaluated", step)
-                    _report_evaluation(progress, step, found, recipe.checkpoint.best_metric)
+                    progress.evaluated(step, found, recipe.checkpoint.best_metric)
                     activity.enter("save", step)
                     if saver.save_if_best(state, step, found, log):
                         ledger.record("saved", step, kind="best")
@@ -255,6 +261,7 @@ def _run(
                 notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
                 saver.save(state, step, notes, log)
                 ledger.record("saved", step, kind="checkpoints")
+                progress.saved(step)
             if step == num_steps or stopping:
                 window.drain(step)
                 if stopping:
@@ -299,7 +306,7 @@ def _open_batches(setup: Setup, step: int) -> Batches:
 
 def _end_at_once(error: LeaseLost) -> None:
     # Called in a thread. Whatever this process is doing, it must not write to the folder any more.
-    print(f"nfnet: {error}", file=sys.stderr, flush=True)
+    print(f"{stamp()}nfnet: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)
 
 
@@ -307,7 +314,7 @@ def _print_start(ledger: Ledger, joined_s: float) -> None:
     # The time of the first step, with waiting and compilation, is reported when that step is done.
     spent = ledger.totals()
     print(
-        f"ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
+        f"{stamp()}ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
         f"data and folder {spent['start'] - joined_s:.1f} s, state {spent['restore'] + spent['compile']:.1f} s",
         flush=True,
     )
@@ -328,24 +335,16 @@ def _evaluate(
     activity.ledger.enter("evaluation")
     with setup.eval_batches() as batches:
         weights = weights_to_evaluate(state)
+        num_batches = -(-len(setup.eval_source) // setup.recipe.data.eval_batch_size)
+        shown = track(batches, f"evaluating step {step}", "batches", num_batches, first_line_s=None)
         counted_in = setup.eval_source if setup.recipe.data.on_corrupt == "skip" else None
         return run_evaluation(
             setup.eval_step,
             weights,
-            batches,
+            shown,
             setup.mesh,
             is_stopped,
             counted_in=counted_in,
             summarize=setup.recipe.objective.summarize,
             observe=observer(setup, log, step),
         )
-
-
-def _report_evaluation(progress: Progress, step: int, metrics: dict[str, float], best_metric: str) -> None:
-    found = [name.removeprefix("eval_ema/") for name in metrics if name.startswith("eval_ema/")]
-    best = best_metric.partition("/")[2]
-    shown = []
-    for name in dict.fromkeys(["top1", best]) if "top1" in found else found:
-        (heading, raw), (_, ema) = (metric_text(name, metrics[f"{prefix}/{name}"]) for prefix in ("eval", "eval_ema"))
-        shown.append(f"{heading} {raw} raw, {ema} EMA")
-    progress.say(f"step {step}: {'; '.join(shown)} on {metrics['eval/num_examples']:.0f} held-out examples")

@@ -29,6 +29,7 @@ from typing import Any
 
 from nfnet_flax.json_files import write_json, write_whole
 from nfnet_flax.messages import warn
+from nfnet_flax.progress import BYTES, track, tracking
 from nfnet_flax.storage import BucketFolder, BucketUrl, bucket_url
 from nfnet_flax.storage.bucket import RETRY_S
 from nfnet_flax.storage.scratch import scratch_errors
@@ -42,6 +43,7 @@ from nfnet_flax.training.layout import (
     EVENTS,
     INITIAL,
     INPUT,
+    LOG,
     METRICS,
     NOTES,
     NOTES_FILE,
@@ -62,7 +64,7 @@ _IN_BUCKET = ".in_bucket.json"
 """File in the folder of a checkpoint on this machine whose arrays are still only in the bucket: it says where."""
 _SMALL = (f"{NOTES}/{NOTES_FILE}", "_CHECKPOINT_METADATA")
 """Files of a checkpoint that are copied at once: the notes, and one that Orbax reads when it looks for checkpoints."""
-_RECORD_FOLDERS = (CODE, TENSORBOARD, TRACKER_FILES, SET_ASIDE)
+_RECORD_FOLDERS = (CODE, TENSORBOARD, TRACKER_FILES, SET_ASIDE, LOG)
 _FOR_THE_OWNER = (f"{TENSORBOARD}/", f"{TRACKER_FILES}/")
 _RECORD = re.compile(
     rf"{RECIPE}|{INPUT}|{CLASSES}|{INITIAL}|{ENVIRONMENT}|environment-until-step-[0-9]+\.json|{METRICS}|{AGC}|{EVENTS}"
@@ -107,11 +109,11 @@ class Mirror:
         """Copies records, and the notes of complete checkpoints; what the bucket does not hold is removed here."""
         with self._lock, scratch_errors():
             found = self._bucket.files()
-            records = {name for name in found if _is_record(name)}
+            records = {name for name in found if _is_record(name) and not _is_log(name)}
             if not self._is_owner:
                 records = {name for name in records if not name.startswith(_FOR_THE_OWNER)}
             steps = _steps_of(found)
-            for name in set(_records_of(self.path)) - records:
+            for name in {name for name in _records_of(self.path) if not _is_log(name)} - records:
                 (self.path / name).unlink(missing_ok=True)
                 self._known.pop(name, None)
             self._download_all(records)
@@ -132,7 +134,8 @@ class Mirror:
                 self._known[name] = _state_of(self.path / name)
 
         with ThreadPoolExecutor(_NUM_THREADS) as readers:
-            list(readers.map(download, sorted(names)))
+            copied = readers.map(download, sorted(names))
+            list(track(copied, f"copying the records of {self.url}", "files", len(names)))
 
     def _made(self, name: str) -> Path:
         path = self.path / name
@@ -268,7 +271,7 @@ def fetch_state(checkpoint: Path) -> None:
         if there[name] != size:
             raise Damaged(f"{name} has {there[name]} bytes instead of {size}")
         try:
-            bucket.download(name, target, size=size)
+            bucket.download(name, target, size=size, on_bytes=task.advance)
         except FileNotFoundError as error:
             raise Damaged(f"{name} is missing") from error
         if digest is not None and _digest(target) != digest:
@@ -276,7 +279,12 @@ def fetch_state(checkpoint: Path) -> None:
 
     there = bucket.files()
     try:
-        with scratch_errors(), ThreadPoolExecutor(_NUM_THREADS) as readers:
+        num_bytes = sum(size for size, _ in commit["files"].values())
+        with (
+            tracking(f"copying {url}", num_bytes, BYTES) as task,
+            scratch_errors(),
+            ThreadPoolExecutor(_NUM_THREADS) as readers,
+        ):
             list(readers.map(download, commit["files"]))
     except Damaged:
         if not bucket.files():
@@ -308,6 +316,11 @@ def _at_most_every(interval_s: float, check: Callable[[], None]) -> Callable[[],
 def _is_record(name: str) -> bool:
     is_partial = any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))
     return _RECORD.fullmatch(name) is not None and not is_partial
+
+
+def _is_log(name: str) -> bool:
+    """Whether a record is a log, which nobody reads here: those of earlier starts stay in the bucket."""
+    return name.startswith(f"{LOG}/")
 
 
 def _records_of(path: Path) -> list[str]:

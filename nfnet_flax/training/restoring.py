@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
+from nfnet_flax.progress import track
 from nfnet_flax.training.fingerprints import Fingerprints, describe_type, fingerprints, named_leaves
 from nfnet_flax.training.layout import (
     BEST,
@@ -142,7 +143,7 @@ def read(checkpoint: Path, abstract_state: TrainState) -> tuple[TrainState, Note
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        arrays = list(readers.map(read_shards, wanted))
+        arrays = list(track(readers.map(read_shards, wanted), f"reading {checkpoint}", "arrays", len(wanted)))
     return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays), notes, saved
 
 
@@ -164,7 +165,8 @@ def read_arrays(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> dict[str
     _check_matches(checkpoint, {name: text for name, text in saved.items() if name.split(".")[0] in wanted}, leaves)
     context = array_context()
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        arrays = list(readers.map(lambda name: read_array(checkpoint, name, saved[name], context), leaves))
+        found_arrays = readers.map(lambda name: read_array(checkpoint, name, saved[name], context), leaves)
+        arrays = list(track(found_arrays, f"reading {checkpoint}", "arrays", len(leaves)))
     found: dict[str, dict[str, np.ndarray]] = jax.tree.unflatten(jax.tree.structure(wanted), arrays)
     return found
 

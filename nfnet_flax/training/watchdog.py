@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from nfnet_flax import session_log
 from nfnet_flax.config import check_types, require
+from nfnet_flax.output import draw_no_more
 from nfnet_flax.run_clock import RunClock
 
 Phase = Literal["start", "input", "step", "evaluation", "save", "end"]
@@ -80,8 +82,11 @@ def watching(config: WatchdogConfig, on_stall: Callable[[str], None]) -> Iterato
     def watch() -> None:
         while not is_over.wait(_LOOK_INTERVAL_S):
             if watchdog.seconds_left() <= 0:
+                draw_no_more()
                 # Not `sys.stderr`: if it was replaced, it may have no file descriptor.
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+                if (log := session_log.current()) is not None:
+                    log.keep_stacks()
                 message = f"no progress ({watchdog.describe()}); the stacks of this process are printed above"
                 on_stall(message)
                 return

@@ -14,6 +14,7 @@ from flax import nnx
 from nfnet_flax.config import ConfigError
 from nfnet_flax.models import Classifier, TimmNFNetConfig, build_model, model_config
 from nfnet_flax.paths import hub_name, local_path
+from nfnet_flax.progress import tracking
 from nfnet_flax.weights.entries import HostArrays
 from nfnet_flax.weights.files import check_target, read_safetensors
 from nfnet_flax.weights.haiku import haiku_arrays
@@ -40,7 +41,8 @@ def convert_haiku(
         must not be replaced (`overwrite`).
     """
     path, target = local_path("file", path), target_in(out, model, overwrite=overwrite)
-    tree = load_haiku_file(path)
+    with tracking(f"reading {path}"):
+        tree = load_haiku_file(path)
     # The head is the dense layer directly in the network, `NFNet/~/linear`; those of squeeze-excite have longer names.
     head = next((leaves.get("b") for module, leaves in tree.items() if re.fullmatch(r"\w+/~/linear", module)), None)
     info, arrays = _converted(path, model, parameters, tree, haiku_arrays, head, {})
@@ -141,6 +143,7 @@ def _converted(
     num_classes = int(np.size(head)) if head is not None else 1000  # if there is no head, it is reported as missing
     model = nnx.eval_shape(lambda: build_model(config, num_classes=max(1, num_classes), rngs=nnx.Rngs(0)))
     arrays = arrays_for(model, stored)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with tracking(f"checksum of {path}"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     source = f"{path.name}, SHA-256 {digest}"
     return WeightsInfo(model=config, num_classes=num_classes, source=source, parameters=parameters), arrays

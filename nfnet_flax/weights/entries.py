@@ -12,6 +12,7 @@ from flax import nnx
 
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.models.params import split
+from nfnet_flax.progress import track
 
 HostArrays = dict[str, np.ndarray]
 _LISTED = 3
@@ -106,7 +107,7 @@ def read_entries(
     problems = [Problem("missing", entry.theirs, f"{entry.shape}") for entry in wanted if entry.theirs not in given]
     problems += [Problem("unexpected", name, f"{np.shape(given[name])}") for name in given if name not in known]
     found: HostArrays = {}
-    for entry in wanted:
+    for entry in track(wanted, f"comparing the arrays of {source}", "arrays"):
         if entry.theirs in given:
             value = np.asarray(given[entry.theirs])
             problem = _problem(value, entry, types[entry.ours])

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.progress import track, tracking
 from nfnet_flax.weights.entries import HostArrays
 
 _LENGTH_BYTES = 8
@@ -52,7 +53,8 @@ def read_safetensors(path: Path) -> tuple[HostArrays, dict[str, str]]:
         raise ConfigError(f"{named} is a folder: give the file in it (a run's folder: `nfnet convert run` makes one)")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: _tensor(file, name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = track(list(file.keys()), f"reading {path}", "arrays")
+            return {name: _tensor(file, name) for name in names}, dict(file.metadata() or {})
     except OSError as error:
         raise ConfigError(f"{named} cannot be read: {error}") from error
     except SafetensorError as error:
@@ -116,10 +118,11 @@ def write_safetensors(path: Path, arrays: HostArrays, metadata: dict[str, str], 
         partial.touch()
         mode = partial.stat().st_mode  # follows the user's umask; safetensors makes files that only the owner can read
         # safetensors writes the memory as it is: a transposed view would be stored wrongly, without an error.
-        save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, partial, metadata)
-        partial.chmod(mode)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        with tracking(f"writing {path}"):
+            save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, partial, metadata)
+            partial.chmod(mode)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         check_target(path, overwrite=overwrite)  # again, as another process may have written the file meanwhile
         partial.replace(path)
     except (OSError, SafetensorError) as error:

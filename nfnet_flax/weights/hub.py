@@ -5,11 +5,14 @@
 
 import dataclasses
 import hashlib
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.paths import HubName
+from nfnet_flax.progress import BYTES, Task, tracking
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """Names of the two files of a repository that are read. Pickles are never fetched."""
@@ -52,9 +55,11 @@ def fetch(name: HubName) -> Fetched:
     except ImportError as error:
         raise ConfigError(f"weights {str(name)!r}: pip install 'nfnet_flax[hub]' ({error})") from error
     try:
-        config, weights = (
-            Path(hf_hub_download(name.repository, file, revision=name.revision)) for file in (CONFIG, WEIGHTS)
-        )
+        with tracking(f"fetching {name}", unit=BYTES) as task:
+            config, weights = (
+                Path(hf_hub_download(name.repository, file, revision=name.revision, tqdm_class=_bar_of(task)))
+                for file in (CONFIG, WEIGHTS)
+            )
     except HFValidationError as error:
         raise ConfigError(f"weights {str(name)!r}: {error}") from error
     except GatedRepoError as error:
@@ -72,6 +77,26 @@ def fetch(name: HubName) -> Fetched:
         raise _failure(name, error) from error
     revision = weights.parent.name[:12]
     return Fetched(config.parent, f"{name}, revision {revision}, SHA-256 {_checked(weights)}")
+
+
+def _bar_of(task: Task) -> type:
+    """A class that the hub's library uses to show its progress: it prints nothing, and sets that of a task."""
+    from tqdm.std import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # there is nothing to draw, and so nothing for a thread to do
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **(options | {"file": io.StringIO(), "disable": False}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            found = super().update(n)
+            if self.total:  # a file may have a bar for what comes, and one for what is written
+                task.total, task.done = int(self.total), max(task.done, int(self.n))
+            return found
+
+    return Bar
 
 
 def _failure(name: HubName, error: Exception) -> Exception:
@@ -105,10 +130,11 @@ def _checked(file: Path) -> str:
     """
     blob = file.resolve()
     digest, git = hashlib.sha256(), hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
-    with blob.open("rb") as stream:
+    with tracking(f"checksum of {blob}", blob.stat().st_size, BYTES) as task, blob.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             git.update(chunk)
+            task.advance(len(chunk))
     named_by_content = re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name)
     if named_by_content and blob.name not in (digest.hexdigest(), git.hexdigest()):
         raise ConfigError(f"weights file {str(blob)!r} is damaged: its checksum differs from its name; delete it")
