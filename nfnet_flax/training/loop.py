@@ -26,7 +26,6 @@ from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
 from nfnet_flax.telemetry.profiling import ProfileOptions
-from nfnet_flax.telemetry.tracking import Tracking
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.activity import Activity
 from nfnet_flax.training.copies import check_copies
@@ -35,24 +34,21 @@ from nfnet_flax.training.fingerprints import fingerprints
 from nfnet_flax.training.identity import check_same_run, claim
 from nfnet_flax.training.initial import check_same_start, initial_weights
 from nfnet_flax.training.lease import Lease, LeaseLost, owning
-from nfnet_flax.training.log_step import LogStep
-from nfnet_flax.training.metrics import MetricsLog, NoMetrics, OnMetrics
+from nfnet_flax.training.metrics import OnMetrics
 from nfnet_flax.training.preemption import StopPoint, stop_requests
-from nfnet_flax.training.profiles import profiling_of
-from nfnet_flax.training.progress import Progress
 from nfnet_flax.training.record import fixed_class_names
+from nfnet_flax.training.report import Listeners, Report, print_start, reporting
 from nfnet_flax.training.restoring import Notes, restore_newest
 from nfnet_flax.training.run_folder import RunFolder, place_of
 from nfnet_flax.training.run_folder import opened as open_folder
 from nfnet_flax.training.run_log import logged
 from nfnet_flax.training.saving import Saver, make_notes, noted_metrics, publishing, saving
 from nfnet_flax.training.setup import Setup, assemble, facts_of
-from nfnet_flax.training.showing import observer, open_log, show_first_batch, unshown
+from nfnet_flax.training.showing import observer, show_first_batch
 from nfnet_flax.training.state import TrainState
 from nfnet_flax.training.tracked import tracked
 from nfnet_flax.training.watchdog import Watchdog, WatchdogConfig
 from nfnet_flax.training.window import TrainingDiverged as TrainingDiverged
-from nfnet_flax.training.window import Window
 from nfnet_flax.verbosity import stamp
 
 
@@ -68,26 +64,6 @@ class TrainResult:
     """Metrics of the newest evaluation; empty if there was none."""
     finished: bool
     """False if the run was asked to stop, also if this was during the last evaluation; the same call continues it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Report:
-    """How a run reports its progress."""
-
-    is_shown: bool
-    """Whether this process prints what it does."""
-    on_metrics: OnMetrics | None
-    """Called with the metrics of a step."""
-    trackers: Tracking
-    """Other places that show the metrics."""
-    profiles: ProfileOptions
-    """What is profiled."""
-
-    def pass_on(self, step: int, metrics: dict[str, float]) -> None:
-        """Gives the metrics of a step to everyone who wants them."""
-        self.trackers.on_metrics(step, metrics)
-        if self.on_metrics is not None:
-            self.on_metrics(step, metrics)
 
 
 @guarded_output(goes_on=True)
@@ -136,25 +112,40 @@ def train(
     require(isinstance(recipe, Recipe), "recipe", recipe, "give a Recipe; nfnet_flax.load_recipe(file) makes one")
     require(watchdog is None or isinstance(watchdog, Watchdog), "watchdog", watchdog, "give a Watchdog, or None")
     profiles = ProfileOptions(profile_steps)
-    ledger = Ledger(started_at_s or time.perf_counter())
-    joined_s = ledger.totals()["start"]
+    activity = Activity(watchdog or Watchdog(WatchdogConfig()), Ledger(started_at_s or time.perf_counter()))
+    joined_s = activity.ledger.totals()["start"]
     prepare(reproducible=recipe.execution.reproducible)
     recipe, place = with_absolute_paths(recipe), place_of("workdir", workdir)
     if isinstance(place, Path):
         recipe.data.source.check_outside("workdir", place)
-    activity = Activity(watchdog or Watchdog(WatchdogConfig()), ledger)
     processes = current()
     check_same_run(processes, recipe, str(place), start_timeout_s, profile_steps=str(profile_steps))
     check_platform(recipe.platform)  # only for training: a run may be evaluated on any device
     if recipe.execution.reproducible:
         check_deterministic()
+    listeners = Listeners(is_shown=show_progress and processes.is_first, on_metrics=on_metrics, profiles=profiles)
     with contextlib.ExitStack() as opened:
-        opened.enter_context(showing() if show_progress and processes.is_first else hidden())
+        opened.enter_context(showing() if listeners.is_shown else hidden())
         others = {signal.SIGUSR2: profiles.signalled.set}
         stop = opened.enter_context(stop_requests(processes, owns_process=owns_process, others=others))
         folder = opened.enter_context(open_folder("workdir", workdir, is_first=processes.is_first))
+        return _train_in(folder, recipe, stop, activity, listeners, start_timeout_s, joined_s)
+
+
+def _train_in(
+    folder: RunFolder,
+    recipe: Recipe,
+    stop: StopPoint,
+    activity: Activity,
+    listeners: Listeners,
+    start_timeout_s: float,
+    joined_s: float,
+) -> TrainResult:
+    """Takes possession of the folder, makes or restores the state, and runs the loop."""
+    processes, ledger = current(), activity.ledger
+    with contextlib.ExitStack() as opened:
         setup = assemble(recipe, fixed_class_names(folder.path))
-        profiles.check(setup.num_steps)
+        listeners.profiles.check(setup.num_steps)
         class_names = setup.train_source.class_names
         is_new = checkpoint.latest_step(folder.path) is None
         initial = initial_weights(recipe, class_names) if is_new else None
@@ -179,14 +170,23 @@ def train(
             saving(folder, recipe.checkpoint, lease, log_every_steps=log_every_steps, publisher=publisher)
         )
         arrays = initial.arrays if initial else {}
-        start = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
-        ledger.record("restored", int(start[0].step))
+        state, notes = restored or (setup.create_state(arrays), make_notes(evaluated=False, metrics={}))
+        step, evaluated = int(state.step), notes["evaluated"]
+        ledger.record("restored", step)
         ledger.enter("start")
-        report = _Report(show_progress and processes.is_first, on_metrics, trackers, profiles)
-        if report.is_shown:
+        if listeners.is_shown:
             print(groups_table(recipe.optim, setup.structure.shapes), flush=True)
-            _print_start(ledger, joined_s)
-        return _run(setup, folder, start, saver, stop, activity, report)
+            print_start(ledger, joined_s)
+            if step > 0:
+                print(f"{stamp()}continuing from step {step} in {folder}", flush=True)
+        if step == setup.num_steps and evaluated:
+            ledger.ends("finished")
+            return TrainResult(step, step, noted_metrics(notes), finished=True)
+        saver.resume_at(step)
+        report = opened.enter_context(
+            reporting(setup, folder, listeners, trackers, activity, step, evaluated=evaluated)
+        )
+        return _run(setup, state, notes, saver, stop, report)
 
 
 @contextlib.contextmanager
@@ -197,99 +197,58 @@ def _owned(folder: RunFolder) -> Iterator[Lease]:
 
 
 def _run(
-    setup: Setup,
-    folder: RunFolder,
-    start: tuple[TrainState, Notes],
-    saver: Saver,
-    stop: StopPoint,
-    activity: Activity,
-    report: _Report,
+    setup: Setup, state: TrainState, restored: Notes, saver: Saver, stop: StopPoint, report: Report
 ) -> TrainResult:
-    ledger = activity.ledger
     recipe, num_steps = setup.recipe, setup.num_steps
-    state, restored = start
     start_step = step = int(state.step)
     evaluated, eval_metrics = restored["evaluated"], noted_metrics(restored)
-    if step > 0 and report.is_shown:
-        print(f"{stamp()}continuing from step {step} in {folder}", flush=True)
-    if step == num_steps and evaluated:
-        ledger.ends("finished")
-        return TrainResult(step, num_steps, eval_metrics, finished=True)
-
-    saver.resume_at(step)
     with contextlib.ExitStack() as opened:
-        log = open_log(folder.path, setup, step, evaluated=evaluated, on_metrics=report.pass_on)
-        opened.callback(log.close)
-        report.trackers.begin(step)
         batches = _open_batches(setup, step)
         opened.callback(batches.close)
-        progress = Progress(
-            num_steps=num_steps, batch_size=recipe.data.batch_size, start_step=step, is_shown=report.is_shown
-        )
-        opened.callback(progress.close)
-        profiler = opened.enter_context(profiling_of(setup, folder, report.profiles, progress, step))
-        opened.callback(lambda: activity.enter("end", step))
-        log_step = LogStep(setup, log, ledger, progress, folder.path, step)
-        opened.callback(log_step.flush)
-        window = Window(setup, log, progress, log_step, step)
-        if (text := unshown(setup, log)) is not None:
-            progress.say(text)
-        if step < num_steps:
-            progress.say("compiling the step, or reading it from the cache of compiled programs")
+        opened.callback(lambda: report.enter("end", step))
         while True:
             # 1. Evaluate.
             eval_due = step > 0 and (step % recipe.eval_every_steps == 0 or step == num_steps)
             if eval_due and not evaluated:
-                window.drain(step)
-                found = _evaluate(setup, state, step, stop, activity, log)
+                report.window.drain(step)
+                found = _evaluate(setup, state, step, stop, report)
                 if found is not None:
                     evaluated, eval_metrics = True, found
-                    log.write(step, found)
-                    ledger.record("evaluated", step)
-                    progress.evaluated(step, found, recipe.checkpoint.best_metric)
-                    activity.enter("save", step)
-                    if saver.save_if_best(state, step, found, log):
-                        ledger.record("saved", step, kind="best")
-                progress.restart_clock(step)
+                    report.evaluated(step, found)
+                    report.enter("save", step)
+                    if saver.save_if_best(state, step, found, report.log):
+                        report.saved(step, "best")
+                report.progress.restart_clock(step)
             # 2. Save.
             stopping = stop.reached()
             if saver.is_due(step, is_last=step == num_steps or stopping):
-                window.drain(step)
-                activity.enter("save", step)
-                log_step.flush()
+                report.window.drain(step)
+                report.enter("save", step)
+                report.log_step.flush()
                 # If the run is stopped during the evaluation, the notes say so, and it is repeated after the resume.
                 notes = make_notes(evaluated=evaluated or not eval_due, metrics=eval_metrics)
-                saver.save(state, step, notes, log)
-                ledger.record("saved", step, kind="checkpoints")
-                progress.saved(step)
+                saver.save(state, step, notes, report.log)
+                report.saved(step, "checkpoints")
             if step == num_steps or stopping:
-                window.drain(step)
-                if stopping:
-                    progress.say(f"stopping at step {step}: {stop.reason}")
+                report.window.drain(step)
                 is_finished = step == num_steps and evaluated
-                if is_finished:
-                    ledger.ends("finished")
-                    report.trackers.ends("finished", step, eval_metrics)
-                else:
-                    ledger.ends("stopped", reason=str(stop.reason))
-                    report.trackers.ends("stopped", step, eval_metrics, str(stop.reason))
+                report.ends(step, eval_metrics, stop.reason if stopping else None, finished=is_finished)
                 return TrainResult(step, num_steps, eval_metrics, finished=is_finished)
             # 3. Next batch.
-            activity.enter("input", step + 1)
+            report.enter("input", step + 1)
             rows = next(batches)
             if step == 0:
-                show_first_batch(setup, log, rows)
+                show_first_batch(setup, report.log, rows)
             batch = to_global(rows, setup.mesh)
             # 4. Step.
-            activity.enter("step", step + 1, "compile" if step == start_step else "step")
+            report.enter("step", step + 1, "compile" if step == start_step else "step")
             state, metrics = setup.train_step(state, batch, setup.objective_arrays, setup.measures(step + 1))
-            activity.enter("step", step + 1)
+            report.enter("step", step + 1)
             step, evaluated = step + 1, False
             if step == start_step + 1 and current().count > 1:
                 check_copies(current(), fingerprints(state), step)
             # 5. Push metrics.
-            window.push(step, metrics)
-            profiler.step(step, metrics)
+            report.stepped(step, metrics)
 
 
 def _open_batches(setup: Setup, step: int) -> Batches:
@@ -310,29 +269,12 @@ def _end_at_once(error: LeaseLost) -> None:
     os._exit(EXIT_LOST)
 
 
-def _print_start(ledger: Ledger, joined_s: float) -> None:
-    # The time of the first step, with waiting and compilation, is reported when that step is done.
-    spent = ledger.totals()
-    print(
-        f"{stamp()}ready {sum(spent.values()):.1f} s after the start: imports and joining {joined_s:.1f} s, "
-        f"data and folder {spent['start'] - joined_s:.1f} s, state {spent['restore'] + spent['compile']:.1f} s",
-        flush=True,
-    )
-
-
-def _evaluate(
-    setup: Setup,
-    state: TrainState,
-    step: int,
-    stop: StopPoint,
-    activity: Activity,
-    log: MetricsLog | NoMetrics,
-) -> dict[str, float] | None:
+def _evaluate(setup: Setup, state: TrainState, step: int, stop: StopPoint, report: Report) -> dict[str, float] | None:
     def is_stopped() -> bool:
-        activity.enter("evaluation", step)
+        report.enter("evaluation", step)
         return stop.reached()
 
-    activity.ledger.enter("evaluation")
+    report.activity.ledger.enter("evaluation")
     with setup.eval_batches() as batches:
         weights = weights_to_evaluate(state)
         num_batches = -(-len(setup.eval_source) // setup.recipe.data.eval_batch_size)
@@ -346,5 +288,5 @@ def _evaluate(
             is_stopped,
             counted_in=counted_in,
             summarize=setup.recipe.objective.summarize,
-            observe=observer(setup, log, step),
+            observe=observer(setup, report.log, step),
         )
