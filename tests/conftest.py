@@ -39,7 +39,8 @@ for number in STOP_SIGNALS:  # ignored where the suite runs in the background or
 
 _LONGEST_FIRST = (
     *("resume", "docs", "models", "step", "spatial", "own_code", "training", "execution", "processes", "identity"),
-    *("objectives", "copies", "output", "reproducible", "workers", "frozen", "extending", "recipes"),
+    *("objectives", "copies", "output", "reproducible", "workers", "frozen", "extending", "recipes", "tensorboard"),
+    *("profiling", "trackers", "telemetry", "terminal", "goodput", "report", "signal", "agc_statistics"),
 )
 """Files that take minutes. Workers get whole files in turn: one that began last would be waited for by all others."""
 
