@@ -233,6 +233,7 @@ TOGETHER = """
 import sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from nfnet_flax.cli.errors import explain
 from nfnet_flax.parallel.processes import DistributedConfig
 from nfnet_flax.training.launch import run_together
 from nfnet_flax.training.watchdog import WatchdogConfig
@@ -260,7 +261,7 @@ sys.exit(run_together(config, WatchdogConfig(), run, explain))
     [
         ("SIGKILL", exit_codes.EXIT_LOST, "nfnet: process 1 died or is frozen; last heard:"),
         ("SIGSTOP", exit_codes.EXIT_LOST, "nfnet: process 1 died or is frozen; last heard:"),
-        ("raise", exit_codes.EXIT_BUG, "nfnet: process 1 ended: ValueError: something is wrong here"),
+        ("raise", exit_codes.EXIT_BUG, "nfnet: process 1 ended: unexpected error (a bug, or in code of your own): ValueError: something"),
     ],
 )
 def test_who_is_left_alone_ends_and_names_the_other(how: str, code: int, message: str) -> None:
@@ -278,7 +279,7 @@ def test_who_is_left_alone_ends_and_names_the_other(how: str, code: int, message
     )
     assert first.stdout is not None
     started = time.monotonic()
-    while not first.stdout.readline().startswith("step 5/"):
+    while first.poll() is None and not first.stdout.readline().startswith("step 5/"):
         started = time.monotonic()
     if how == "raise":
         printed = runs.finish(first)
