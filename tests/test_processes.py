@@ -261,7 +261,11 @@ sys.exit(run_together(config, WatchdogConfig(), run, explain))
     [
         ("SIGKILL", exit_codes.EXIT_LOST, "nfnet: process 1 died or is frozen; last heard:"),
         ("SIGSTOP", exit_codes.EXIT_LOST, "nfnet: process 1 died or is frozen; last heard:"),
-        ("raise", exit_codes.EXIT_BUG, "nfnet: process 1 ended: unexpected error (a bug, or in code of your own): ValueError: something"),
+        (
+            "raise",
+            exit_codes.EXIT_BUG,
+            "nfnet: process 1 ended: unexpected error (a bug, or in code of your own): ValueError: something",
+        ),
     ],
 )
 def test_who_is_left_alone_ends_and_names_the_other(how: str, code: int, message: str) -> None:
