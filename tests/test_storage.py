@@ -114,6 +114,16 @@ def test_who_has_no_login_and_no_network_is_told_so_at_once(tmp_path: Path, monk
     assert time.monotonic() - started < 15.0
 
 
+def test_a_login_that_is_given_and_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    login = tmp_path / "login.json"
+    login.write_text('{"type": "nonsense"}')
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(login))
+    bucket._file_system.cache_clear()
+    with pytest.raises(StorageFailed, match=rf"{login} does not have a valid type.*log in"):
+        BucketFolder(BucketUrl("gs", "bucket", "run")).files()
+
+
 @pytest.mark.parametrize(
     ("text", "url"),
     [

@@ -122,7 +122,7 @@ def test_what_cannot_be_recorded_is_said_once_and_the_run_goes_on(tmp_path: Path
     assert "Traceback" not in printed
     for name, reason, reader in (
         ("events.jsonl", "No space left on device", "nfnet report"),
-        ("agc.jsonl", "Is a directory", "nfnet agc"),
+        ("agc.jsonl", "is a folder", "nfnet agc"),
     ):
         [line] = [line for line in printed.splitlines() if name in line]
         assert reason in line

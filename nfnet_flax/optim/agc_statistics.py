@@ -29,9 +29,9 @@ class AGCStatistics:
     """What adaptive gradient clipping did in one update."""
 
     total: ClippedUnits
-    """Of all units that are clipped."""
+    """All units of the parameters that are clipped."""
     layers: dict[str, ClippedUnits]
-    """Of the units of each parameter that is clipped, by its name."""
+    """Name of each parameter that is clipped -> its units."""
 
 
 def clipped_units(ratios: np.ndarray, clipping: float) -> ClippedUnits:

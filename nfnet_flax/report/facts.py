@@ -2,6 +2,7 @@
 meanwhile, and what is missing or damaged is named instead of being an error."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -221,7 +222,7 @@ def _environments(workdir: Path, notes: _Notes) -> tuple[Environment, ...]:
         until = _ENVIRONMENT_UNTIL.fullmatch(path.name)
         if until is None and path.name != layout.ENVIRONMENT:
             continue
-        data = notes.attempt("environment", lambda path=path: read_json(path, _REMEDY))  # type: ignore[misc]
+        data = notes.attempt("environment", functools.partial(read_json, path, _REMEDY))
         if data is not None:
             facts = {name: value for name, value in data.items() if isinstance(value, str)}
             found.append(Environment(until_step=None if until is None else int(until[1]), facts=facts))

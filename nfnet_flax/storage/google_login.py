@@ -16,7 +16,8 @@ def google_file_system(**options: Any) -> Any:
     that cannot be reached for minutes. Waiting does not help a machine that has neither a login nor the store.
 
     Raises:
-      DefaultCredentialsError: there is no login, and without one the store cannot be reached.
+      GoogleAuthError: the file that GOOGLE_APPLICATION_CREDENTIALS names is no login; or there is no login, and
+        without one the store cannot be reached.
     """
     import fsspec
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -26,7 +27,8 @@ def google_file_system(**options: Any) -> Any:
     try:
         return fsspec.filesystem("gs", token="google_default", **options)
     except GoogleAuthError:
-        pass
+        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):  # a login was given, and cannot be used
+            raise
     try:
         socket.create_connection(_STORE, timeout=_CONNECT_S).close()
     except OSError as error:

@@ -78,13 +78,15 @@ class Interruption:
     """What it cost that a session ended before the run was finished."""
 
     not_running_s: float
-    """Until the next session began."""
+    """Seconds until the next session began."""
     start_s: float
-    """Of the next session, as the following two."""
+    """Seconds that the next session needed to start."""
     restore_s: float
+    """Seconds that the next session needed to restore a checkpoint."""
     compile_s: float
+    """Seconds that the next session spent on compiling."""
     repeated_s: float
-    """Computing the steps that were lost because of this end."""
+    """Seconds in which the steps were computed that were lost because of this end."""
     num_repeated: int
     """Number of these steps."""
 

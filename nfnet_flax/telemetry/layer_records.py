@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nfnet_flax.telemetry.sessions import read_lines, wrong_format
+from nfnet_flax.telemetry.json_lines import read_lines, wrong_format
+from nfnet_flax.telemetry.layers import LINE_BEGINS
 
-_LINE_BEGINS = b'{"step"'
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
 _NUM_VALUES = 3
 
@@ -73,7 +73,7 @@ def read_layers(path: Path) -> LayerRecords:
       ConfigError: a line is complete, but not in the format of this version; or a folder has the name of the file.
       StorageFailed: the file cannot be opened or read.
     """
-    lines, unread = read_lines(path, _LINE_BEGINS)
+    lines, unread = read_lines(path, LINE_BEGINS)
     by_step: dict[int, dict[str, list[float]]] = {}
     for number, data in lines:
         step, layers = data.get("step"), data.get("layers")

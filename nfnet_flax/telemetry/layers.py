@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.json_files import write_whole
+from nfnet_flax.config import ConfigError
+from nfnet_flax.json_files import StorageFailed, write_whole
 from nfnet_flax.messages import warn
 from nfnet_flax.optim.agc_statistics import ClippedUnits
+from nfnet_flax.telemetry.json_lines import read_lines
 
+LINE_BEGINS = b'{"step"'
 _NUM_LINES = 200
 """About so many lines has the record of a run, if its recipe does not say otherwise."""
 _LONG_STEPS = 500
@@ -40,12 +43,11 @@ class LayerLog:
         self._lines: list[bytes] = []
         self._has_failed = False
         try:
-            content = path.read_bytes() if path.exists() else b""
-            rows = [(row_of(line), line) for line in content.split(b"\n")]
-            kept = b"".join(line + b"\n" for row, line in rows if row is not None and row["step"] <= resume_step)
-            if kept != content:
-                write_whole(path, kept)
-        except OSError as error:
+            lines, damaged = read_lines(path, LINE_BEGINS)
+            kept = [row for _, row in lines if type(row.get("step")) is int and row["step"] <= resume_step]
+            if damaged or len(kept) < len(lines) or not _ends_a_line(path):
+                write_whole(path, b"".join(map(_line, kept)))
+        except (OSError, ConfigError, StorageFailed) as error:
             self._fail(error)
 
     def write(self, step: int, layers: Mapping[str, ClippedUnits]) -> None:
@@ -66,19 +68,23 @@ class LayerLog:
             self._fail(error)
         self._lines.clear()
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._has_failed = True
         warn(f"{self._path} cannot be written ({error}): what is missing there, nfnet agc cannot show")
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """The contents of a line of the record; None if it is damaged or was cut short when a process was killed."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("layers"), dict)
-    return row if is_row else None
+def _rounded(value: float) -> float | None:
+    """Four digits of a number, as a file with more of them would be much larger; None if it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is missing, empty, or ends with a whole line."""
+    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
 
 
 class ClippingWatch:

@@ -2,7 +2,6 @@
 train`, until its end."""
 
 import dataclasses
-import json
 import math
 import re
 import typing
@@ -10,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nfnet_flax.config import ConfigError
-from nfnet_flax.json_files import StorageFailed
 from nfnet_flax.telemetry.events import Event
+from nfnet_flax.telemetry.json_lines import read_lines, wrong_format
 from nfnet_flax.telemetry.ledger import CATEGORIES, Category
 
 Ending = Literal["finished", "stopped", "failed"]
@@ -131,63 +129,8 @@ def read_history(path: Path) -> History:
     return History(sessions=tuple(map(_session_of, of_session.values())), unread_lines=tuple(unread), num_late=num_late)
 
 
-def read_lines(path: Path, begins: bytes) -> tuple[list[tuple[int, dict[str, Any]]], list[int]]:
-    """Reads a file with a JSON object in each line.
-
-    Args:
-      path: the file; if it does not exist, there are no lines.
-      begins: how the objects begin. After a kill in the middle of a line, the next object may follow in the same one.
-
-    Returns:
-      The objects with the numbers of their lines, from 1; and the numbers of lines that hold something else, too, such
-      as an object that was cut short. The last line of a file that is being written is not among these.
-
-    Raises:
-      ConfigError: a folder has the name of the file.
-      StorageFailed: the file cannot be opened or read.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], []
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path} is a folder, but a run writes a file there: move it away") from error
-    except OSError as error:
-        raise StorageFailed(f"{path}: {type(error).__name__}: {error.strerror}") from error
-    found, unread = [], []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        data = _object_of(line)
-        if data is None:
-            unread.append(number)
-            start = line.rfind(begins)
-            data = _object_of(line[start:]) if start > 0 else None
-        if data is not None:
-            found.append((number, data))
-    if unread and not content.endswith(b"\n") and unread[-1] == content.count(b"\n") + 1:
-        unread.pop()
-    return found, unread
-
-
-def wrong_format(path: Path, number: int, text: str) -> ConfigError:
-    """The error for a complete line whose object is not what this version writes."""
-    return ConfigError(
-        f"{path}, line {number}: {text}: it was written by another version of nfnet_flax, or changed by hand; read it "
-        "with that version, or move the file away"
-    )
-
-
 class _WrongFormat(Exception):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
     """A line is not in the format."""
-
-
-def _object_of(text: bytes) -> dict[str, Any] | None:
-    try:
-        data = json.loads(text.decode())
-    except (ValueError, RecursionError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def _line_of(data: dict[str, Any]) -> tuple[str, Line]:

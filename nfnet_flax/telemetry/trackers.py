@@ -27,7 +27,7 @@ Outcome = Literal["finished", "stopped", "failed"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What a tracker is told when a run begins or continues."""
+    """What a tracker gets when a run begins or continues."""
 
     name: str
     """Name of the run in the recipe."""
@@ -43,7 +43,7 @@ class RunStart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """What a tracker is told when a run ends."""
+    """What a tracker gets when a run ends."""
 
     outcome: Outcome
     """`stopped`: by a signal; the same command continues it. A run that is killed is not ended: it only continues."""

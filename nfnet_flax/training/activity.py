@@ -1,4 +1,4 @@
-"""What the loop is doing, told to everyone who keeps watch over it."""
+"""Passes on what the loop is doing, to the watchdog and to the record of times."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from nfnet_flax.training.watchdog import Phase, Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
-    """Tells the watchdog and the ledger what the loop is doing."""
+    """The watchdog and the record of times of one run."""
 
     watchdog: Watchdog
     ledger: Ledger

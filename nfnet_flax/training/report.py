@@ -1,4 +1,4 @@
-"""Everyone who is told what the loop does: the metrics on disk, other trackers, the record of times, the terminal."""
+"""Passes on what the loop does: to the metrics on disk, other trackers, the record of times, and the terminal."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from nfnet_flax.verbosity import stamp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listeners:
-    """Who wants to be told, by the arguments of `train`."""
+    """To whom this process reports, by the arguments of `train`."""
 
     is_shown: bool
     """Whether this process prints what it does."""
@@ -36,7 +36,7 @@ class Listeners:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Tells everyone; made by `reporting`."""
+    """What the loop calls when it has done something; made by `reporting`."""
 
     activity: Activity
     trackers: Tracking
@@ -91,12 +91,12 @@ def reporting(
     *,
     evaluated: bool,
 ) -> Iterator[Report]:
-    """Opens everything that is told what the loop does; leaving the context closes it.
+    """Opens the metrics, trackers, progress and profiler of a run; leaving the context closes them.
 
     Args:
       setup: result of `assemble`.
       folder: folder of the run.
-      listeners: who else wants to be told.
+      listeners: to whom this process reports besides.
       trackers: other places that show the metrics.
       activity: the watchdog and the record of times.
       step: the step from which the run continues.

@@ -1,4 +1,4 @@
-"""The trackers of a run: what they are told about it, and where in the run's folder they write."""
+"""The trackers of a run: what they get of its recipe, and where in the run's folder they write."""
 
 import dataclasses
 from contextlib import AbstractContextManager
