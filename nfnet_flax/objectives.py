@@ -137,11 +137,12 @@ def hits_of(logits: jax.Array, batch: Batch) -> Arrays:
     return {"top1": hits[:, 0].astype(jnp.float32), "top5": jnp.any(hits, axis=1).astype(jnp.float32)}
 
 
-def _top1(logits: jax.Array, batch: Batch) -> dict[str, Metric]:
-    best = jnp.argmax(logits, axis=-1)
-    label = batch["label"]
-    hits = best == label if jnp.ndim(label) == 1 else jnp.take_along_axis(label, best[:, None], axis=-1)[:, 0] > 0
-    return {"top1": Metric(hits)}
+def _hits(logits: jax.Array, batch: Batch) -> dict[str, Metric]:
+    """`top1` and, if there are more classes than five, `top5` of a training batch; of mixed images, the first label
+    counts."""
+    found = hits_of(logits, batch)
+    is_shown = {"top1": True, "top5": logits.shape[-1] > _NUM_CANDIDATES}
+    return {name: Metric(hits) for name, hits in found.items() if is_shown[name]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ class SoftmaxCrossEntropy(_Smoothed):
         del arrays
         _require_one_class(batch)
         targets = optax.smooth_labels(targets_of(batch, logits.shape[-1]), self.label_smoothing)
-        return softmax_cross_entropy(logits, targets), _top1(logits, batch)
+        return softmax_cross_entropy(logits, targets), _hits(logits, batch)
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         _require_one_class(batch)
@@ -200,7 +201,7 @@ class SigmoidCrossEntropy(_Smoothed, _OfEachClass):
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
         targets = optax.smooth_labels(targets_of(batch, logits.shape[-1]), self.label_smoothing)
-        return _sigmoid_cross_entropy(logits, targets), _top1(logits, batch)
+        return _sigmoid_cross_entropy(logits, targets), _hits(logits, batch)
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         loss = _sigmoid_cross_entropy(logits, targets_of(batch, logits.shape[-1]))
@@ -226,7 +227,7 @@ class Focal(_OfEachClass):
 
     def train(self, logits: jax.Array, batch: Batch, arrays: Arrays) -> tuple[jax.Array, dict[str, Metric]]:
         del arrays
-        return self._loss(logits, batch), _top1(logits, batch)
+        return self._loss(logits, batch), _hits(logits, batch)
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         return {"loss": self._loss(logits, batch), **hits_of(logits, batch), **_rows_of(logits, batch)}
@@ -276,7 +277,7 @@ class Distillation(_Smoothed):
         difference = self.temperature**2 * optax.losses.kl_divergence_with_log_targets(own, taught)
         loss = (1 - self.teacher_share) * softmax_cross_entropy(logits, targets) + self.teacher_share * difference
         agrees = jnp.argmax(taught, axis=-1) == jnp.argmax(logits, axis=-1)
-        return loss, {**_top1(logits, batch), "teacher_agreement": Metric(agrees)}
+        return loss, {**_hits(logits, batch), "teacher_agreement": Metric(agrees)}
 
     def evaluate(self, logits: jax.Array, batch: Batch) -> Arrays:
         return SoftmaxCrossEntropy(label_smoothing=0.0).evaluate(logits, batch)

@@ -245,5 +245,5 @@ def test_steps_with_a_teacher_have_the_same_bits_on_any_devices(tmp_path: Path) 
     assert done.stdout.split() == [
         "agc/clipped_fraction",
         *("train/classes", "train/examples", "train/grad_norm", "train/learning_rate", "train/loss"),
-        *("train/teacher_agreement", "train/top1"),
+        *("train/teacher_agreement", "train/top1", "train/top5"),
     ]
