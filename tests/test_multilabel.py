@@ -109,7 +109,8 @@ def test_a_run_measures_the_metrics_of_the_whole_set(several: Path, capsys: pyte
     assert "num_classes = 4: must be 3, the number of classes" in capsys.readouterr().err
     assert cli.main([*start, "--checkpoint.best-metric", "eval/auc"]) == exit_codes.EXIT_BAD_INPUT
     assert "eval_ema/mean_average_precision, eval_ema/f1" in capsys.readouterr().err
-    assert cli.main([*start, *best]) == exit_codes.EXIT_DONE
+    assert cli.main([*start, *best, "--tensorboard"]) == exit_codes.EXIT_DONE
+    assert "TensorBoard shows no confusion matrix" in capsys.readouterr().out
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if "eval/loss" in row]
     assert row["eval/num_examples"] == 10
