@@ -1,8 +1,6 @@
 """`python -m nfnet_flax.cli` is `nfnet`."""
 
-import sys
-
-from nfnet_flax.cli.command import main
+from nfnet_flax.cli.command import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -48,8 +48,23 @@ _EXIT_NOT_READ = 128 + signal.SIGPIPE
 """Exit code that a shell reports for a command whose output is no longer read, as in `nfnet models | head`."""
 
 
+def program() -> NoReturn:
+    """The program `nfnet`: runs its command line and ends the process, at once where threads would be waited for.
+
+    A failed store has threads that still write, some of them for minutes, and a tracker may never be ready; Python
+    waits for both at a normal end.
+    """
+    code = main()
+    if code == EXIT_STORAGE_FAILED or is_any_stuck():
+        os._exit(code)  # `main` has written what was printed
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line of `nfnet`, which is `sys.argv` by default; returns the exit code.
+
+    The process goes on, so notebooks and other programs can call this.
+    """
     argv, level = _level_of(list(sys.argv[1:] if argv is None else argv))
     streams.open_missing()
     try:
@@ -91,17 +106,7 @@ def _run(argv: list[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
         print(f"{stamp()}nfnet: {message}", file=sys.stderr)
-        if code == EXIT_STORAGE_FAILED:
-            _leave(code)  # a normal exit would wait for threads that still write, some of them for minutes
-    if is_any_stuck():
-        _leave(code)
     return code
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _choose_notes() -> None:
