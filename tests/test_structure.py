@@ -21,6 +21,7 @@ BASE = {
     "output",
     "own_code",
     "paths",
+    "plots",
     "progress",
     "run_clock",
     "runtime",
@@ -42,6 +43,7 @@ ALLOWED = {
     "output": set[str](),
     "own_code": {"config", "paths"},
     "paths": {"config", "storage"},
+    "plots": {"config"},
     "progress": {"columns", "drawing", "messages", "output", "units", "verbosity"},
     "run_clock": set[str](),
     "runtime": {"config", "messages", "paths"},
@@ -67,8 +69,10 @@ ALLOWED = {
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "telemetry", "training"},
     "report": {"models"} | BASE | {"recipe", "telemetry", "training"},
+    "claims": LEAVES | BASE | {"objectives", "programs", "recipe", "recipe_file", "telemetry", "training", "weights"},
     "cli": LEAVES
     | BASE
+    | {"claims"}
     | {"recipe", "recipe_file", "training", "weights", "programs", "debug", "doctor", "export", "prediction"}
     | {"finetuning", "probe", "report", "session_log", "telemetry"},
 }

@@ -39,11 +39,12 @@ class AgcOptions:
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     options = parsed(AgcOptions, argv, "nfnet agc")
-    from nfnet_flax.telemetry.layer_picture import check_picture, layers_picture
+    from nfnet_flax.plots import picture_kind
+    from nfnet_flax.telemetry.layer_picture import layers_picture
 
-    target, kind = None, ""
+    target = None
     if options.out is not None:
-        kind = check_picture("out", options.out)
+        kind = picture_kind("out", options.out)
         target = check_target("out", options.out, overwrite=options.overwrite)
         if bucket_url("workdir", options.workdir) is None:
             check_not_input("out", target, options.workdir)

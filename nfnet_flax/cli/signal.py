@@ -101,7 +101,7 @@ def _targets(options: SignalOptions) -> dict[str, Path]:
       ConfigError: options do not fit together, or a file may not be written.
     """
     from nfnet_flax.models import list_models
-    from nfnet_flax.telemetry.signal_picture import check_picture
+    from nfnet_flax.plots import picture_kind
 
     require_count("batch_size", options.batch_size)
     if options.image_size is not None:
@@ -120,7 +120,7 @@ def _targets(options: SignalOptions) -> dict[str, Path]:
     if len(set(found.values())) < len(found):
         raise ConfigError("out, csv and json: two of them are the same file: give each its own")
     if "out" in found:
-        check_picture("out", found["out"])
+        picture_kind("out", str(found["out"]))
     return found
 
 
@@ -174,9 +174,10 @@ def _series(text: str, model: "Classifier", seen: "Input", skip_gain: float | No
 
 
 def _picture(path: Path, source: str, seen: "Input", measured: "list[Series]") -> bytes:
+    from nfnet_flax.plots import picture_kind
     from nfnet_flax.telemetry.signal_picture import signal_picture
 
-    return signal_picture(path.suffix, f"{source}\n{seen.text}", measured)
+    return signal_picture(picture_kind("out", str(path)), f"{source}\n{seen.text}", measured)
 
 
 def _write(form: str, path: Path, content: bytes) -> None:

@@ -1,21 +1,17 @@
 """A picture of what adaptive gradient clipping did: layers x steps, drawn by Matplotlib (extra `plots`)."""
 
-import importlib.util
-import io
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfnet_flax.config import ConfigError, require
+from nfnet_flax.plots import Kind, picture_file
 from nfnet_flax.telemetry.layer_records import LayerRecords, place_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("png", "svg")
-"""Kinds of pictures, which are the ends of their files' names."""
 _MAX_NAMED = 150
 """Largest number of parameters that are named one by one; of more, only the blocks are named."""
 _INCHES_PER_NAME = 0.1
@@ -29,29 +25,15 @@ _RATIO_DECADES = 4
 """Powers of ten of the ratio that the colours distinguish, half of them on each side of lambda."""
 
 
-def check_picture(field: str, value: str) -> str:
-    """The kind of picture that the name of a file asks for.
-
-    Raises:
-      ConfigError: it is none of `FORMATS`, or Matplotlib is missing.
-    """
-    kind = value.rpartition(".")[2].lower()
-    require(kind in FORMATS, field, value, f"is no picture: give a name that ends in .{' or .'.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{field} = {value!r}: pip install 'nfnet_flax[plots]' (Matplotlib)")
-    return kind
-
-
-def layers_picture(records: LayerRecords, *, title: str, clipping: float, kind: str) -> bytes:
+def layers_picture(records: LayerRecords, *, title: str, clipping: float, kind: Kind) -> bytes:
     """A picture with two panels: the share of clipped units, and the median ratio of gradient to parameters.
 
     Args:
       records: at least one step.
       title: text above the panels, taken as it is.
       clipping: lambda, the ratio above which a unit is clipped; it is the middle of the colours of the ratio.
-      kind: one of `FORMATS`.
+      kind: kind of the file.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -84,10 +66,7 @@ def layers_picture(records: LayerRecords, *, title: str, clipping: float, kind: 
     left.invert_yaxis()
     _label_parts(left, right, records.names, (height - _INCHES_AROUND) / len(records.names))
     figure.suptitle(title, fontsize=11, parse_math=False)
-    file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "nfnet_flax"}):
-        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return file.getvalue()
+    return picture_file(figure, kind)
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:

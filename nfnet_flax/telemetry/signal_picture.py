@@ -1,17 +1,13 @@
 """The picture of measured signals: the three published metrics over the depth of the network."""
 
-import importlib.util
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from nfnet_flax.config import ConfigError
+from nfnet_flax.plots import Kind, picture_file
 from nfnet_flax.telemetry.signal import SignalPropagation
 from nfnet_flax.telemetry.signal_table import Series
 
-_FORMATS = (".png", ".svg")
 _COLOURS = ("#0072b2", "#d55e00")
 _CLOSED_FORM = "#555555"
 _LOG_FROM = 30.0
@@ -31,27 +27,14 @@ class _Line(NamedTuple):
     """Arguments of `Axes.plot`."""
 
 
-def check_picture(field: str, path: Path) -> None:
-    """Checks, before any work is done, that a picture can be drawn.
-
-    Raises:
-      ConfigError: the name of the file ends in none of the known formats, or Matplotlib is not installed.
-    """
-    if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"{field} = {str(path)!r}: give a name that ends in {' or '.join(_FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{field} = {str(path)!r}: pip install 'nfnet_flax[plots]' (Matplotlib)")
-
-
-def signal_picture(suffix: str, title: str, measured: Sequence[Series]) -> bytes:
+def signal_picture(kind: Kind, title: str, measured: Sequence[Series]) -> bytes:
     """The content of a picture file.
 
     Args:
-      suffix: format of the file, `.png` or `.svg`.
+      kind: kind of the file.
       title: network and input.
       measured: what was measured, with one or two sets of parameters of the same network.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8), layout="constrained", dpi=_DPI)
@@ -65,11 +48,7 @@ def signal_picture(suffix: str, title: str, measured: Sequence[Series]) -> bytes
     by_label = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     by_label = {label: line for label, line in by_label.items() if not label.startswith("_")}  # lines between stages
     figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=1, fontsize=9, frameon=False)
-    file = io.BytesIO()
-    kind = suffix.lower().removeprefix(".")
-    with matplotlib.rc_context({"svg.hashsalt": "nfnet_flax"}):  # the same picture is the same file
-        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return file.getvalue()
+    return picture_file(figure, kind)
 
 
 def _panels(measured: Sequence[Series]) -> dict[str, list[_Line]]:

@@ -1,0 +1,97 @@
+"""One cell of a study: a training run in a process of its own, whose result is kept in a file.
+
+`python -m nfnet_flax.claims.cell FOLDER` trains the recipe in `FOLDER/recipe.json` in `FOLDER/run`, or continues that
+run, and then writes `FOLDER/result.json`. When its standard input ends, as it does when the process that started it
+ends in any way, it saves the run and ends.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.recipe import read_recipe
+from nfnet_flax.storage.file_locks import locked
+from nfnet_flax.training.loop import TrainingDiverged, train
+
+RECIPE, RESULT, RUN = "recipe.json", "result.json", "run"
+_LOCK = "lock"
+Outcome = Literal["finished", "diverged"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """How the run of a cell ended."""
+
+    outcome: Outcome
+    """`diverged`: the loss or a gradient was not finite."""
+    step: int
+    """Number of updates that are on record."""
+    metrics: dict[str, float]
+    """Metrics of the evaluation at its end; empty if it diverged."""
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result of the cell in a folder; None: it has not ended yet.
+
+    Raises:
+      ConfigError: the file is damaged.
+      StorageFailed: it cannot be read.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    remedy = "remove this folder; the command then repeats the cell"
+    match read_json(path, remedy):
+        case {"outcome": str(outcome), "step": int(step), "metrics": dict(metrics)} if outcome in typing.get_args(
+            Outcome
+        ):
+            return Result(outcome=typing.cast(Outcome, outcome), step=step, metrics=metrics)
+        case content:
+            raise ConfigError(f"{path} is damaged ({content!r}): {remedy}")
+
+
+def main(folder: Path) -> int:
+    """Trains; returns an exit code of `exit_codes`."""
+    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run
+        return _train(folder)
+
+
+def _stop_at_end_of_input() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(folder: Path) -> int:
+    if read_result(folder) is not None:
+        return EXIT_DONE
+    recipe, run = read_recipe(folder / RECIPE), folder / RUN
+    try:
+        ended = train(recipe, run, owns_process=True)
+    except TrainingDiverged as error:
+        print(error)
+        result = Result(outcome="diverged", step=_last_step(run / "metrics.jsonl"), metrics={})
+    else:
+        if not ended.finished:
+            return EXIT_STOPPED
+        result = Result(outcome="finished", step=ended.step, metrics=ended.metrics)
+    write_json(folder / RESULT, dataclasses.asdict(result))
+    return EXIT_DONE
+
+
+def _last_step(path: Path) -> int:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,121 @@
+"""Many short training runs, each in a folder and a process of its own, as many at a time as there are cores.
+
+A study that was stopped or killed continues with the same command: cells that have ended are not repeated, and runs
+continue from their checkpoints. As a run depends on its recipe and seed alone, the results are then the same.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+from nfnet_flax.claims.cell import RECIPE, Result, read_result
+from nfnet_flax.config import ConfigError, require
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.progress import Task, tracking
+from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
+
+_LOG = "log"
+_LAST_LINES = 3
+
+
+def run_study(cells: Mapping[str, Recipe], folder: Path, *, num_jobs: int) -> dict[str, Result]:
+    """Trains all cells that have no result yet; returns the results of all, by the names of the cells.
+
+    Args:
+      cells: name of each cell, which is the name of its folder, and its recipe.
+      folder: holds a folder for each cell.
+      num_jobs: number of runs at the same time; each has a core of its own where there are enough.
+
+    Raises:
+      ConfigError: the folder has cells of other recipes, or a run failed; other than diverging, which is a result.
+      KeyboardInterrupt: the study was interrupted; the runs have saved their state.
+      StorageFailed: a result cannot be read.
+    """
+    require(num_jobs >= 1, "jobs", num_jobs, "must be at least 1")
+    found = {name: _known(folder / name, recipe) for name, recipe in cells.items()}
+    waiting = [name for name, result in found.items() if result is None]
+    processes = _Processes(num_jobs)
+    done = f", {len(cells) - len(waiting)} are done already" if len(waiting) < len(cells) else ""
+    with (
+        tracking(f"{len(cells)} runs{done}", len(waiting), "runs", at_once=True) as task,
+        ThreadPoolExecutor(num_jobs) as pool,  # leaving it waits for the runs
+    ):
+        futures = {name: pool.submit(_carry_out, folder / name, processes, task) for name in waiting}
+        try:
+            for name, future in futures.items():
+                found[name] = future.result()
+        except BaseException:
+            processes.stop()
+            raise
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _known(folder: Path, recipe: Recipe) -> Result | None:
+    """The result of a cell, if it has ended; otherwise its folder is prepared."""
+    path = folder / RECIPE
+    if path.exists():
+        if changed := recipe_differences(read_recipe(path), recipe):
+            raise ConfigError(f"{folder} has another run ({'; '.join(changed)}): give another --out, or remove it")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, path)
+    return read_result(folder)
+
+
+def _carry_out(folder: Path, processes: "_Processes", task: Task) -> Result:
+    with (folder / _LOG).open("a") as log:
+        code = processes.run([sys.executable, "-m", "nfnet_flax.claims.cell", str(folder)], log)
+    result = read_result(folder)
+    if code != EXIT_DONE or result is None:
+        last = " | ".join((folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        raise ConfigError(f"the run in {folder} ended with exit code {code}: {last}")
+    task.advance()
+    return result
+
+
+class _Processes:
+    """The processes of a study, at most `num_jobs` at a time, each on a core of its own if there are enough."""
+
+    def __init__(self, num_jobs: int) -> None:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._free: list[int | None] = [*cores[:num_jobs]] if len(cores) >= num_jobs else [None] * num_jobs
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._is_stopped = False
+        self._lock = threading.Lock()
+
+    def run(self, command: list[str], log: IO[str]) -> int:
+        """Runs a command; returns its exit code. The end of its input tells it that it shall stop.
+
+        A session of its own, because Ctrl-C is for this process, which then stops the others.
+        """
+        with self._lock:
+            if self._is_stopped:
+                return EXIT_STOPPED
+            core = self._free.pop()
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self._running.add(process)
+            if core is not None:
+                with contextlib.suppress(OSError):  # it has ended already
+                    os.sched_setaffinity(process.pid, {core})
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+                self._free.append(core)
+
+    def stop(self) -> None:
+        """Starts no other process, and tells those that run to save their state and end."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._running:
+                assert process.stdin is not None
+                process.stdin.close()

@@ -1,0 +1,36 @@
+"""`nfnet claim`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from nfnet_flax.config import unknown_name
+from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
+
+_ABOUT = {
+    "agc": "figure 2a: what clipping does for batch size and learning rate",
+}
+"""Name of a claim -> what it is about."""
+_USAGE = (
+    "usage: nfnet claim NAME [--out DIR] ...\n\nMeasures what the paper claims (arXiv 2102.06171). NAME is one of:\n\n"
+)
+_END = "\nnfnet claim NAME --help: every option. The results are in docs/claims.md.\n"
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, _ABOUT))
+        lines = (f"  {name:<{width}}  {text}\n" for name, text in _ABOUT.items())
+        print(_USAGE + "".join(lines) + _END, end="", file=sys.stdout if argv else sys.stderr)
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+    return _command(argv[0])(argv[1:])
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    match name:
+        case "agc":
+            from nfnet_flax.claims import agc
+
+            return agc.command
+        case _:
+            raise unknown_name("claim", name, _ABOUT)
