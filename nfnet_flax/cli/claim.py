@@ -8,6 +8,8 @@ from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 
 _ABOUT = {
     "agc": "figure 2a: what clipping does for batch size and learning rate",
+    "exact": "parameters, FLOPs, logits and accuracy beside the published ones",
+    "cost": "table 3: what the published runs would cost on TPUs, by the compiler's estimates",
 }
 """Name of a claim -> what it is about."""
 _USAGE = (
@@ -32,5 +34,13 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
             from nfnet_flax.claims import agc
 
             return agc.command
+        case "exact":
+            from nfnet_flax.cli import claim_exact
+
+            return claim_exact.run
+        case "cost":
+            from nfnet_flax.cli import claim_cost
+
+            return claim_cost.run
         case _:
             raise unknown_name("claim", name, _ABOUT)
