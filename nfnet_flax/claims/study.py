@@ -12,25 +12,34 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from nfnet_flax.claims.cell import RECIPE, Result, read_result
 from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config_json import differences, to_json
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.progress import Task, tracking
-from nfnet_flax.recipe import Recipe, read_recipe, recipe_differences, save_recipe
+from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 
 _LOG = "log"
 _LAST_LINES = 3
 
 
-def run_study(cells: Mapping[str, Recipe], folder: Path, *, num_jobs: int) -> dict[str, Result]:
+def run_study(
+    cells: Mapping[str, Recipe],
+    folder: Path,
+    *,
+    num_jobs: int,
+    variables: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> dict[str, Result]:
     """Trains all cells that have no result yet; returns the results of all, by the names of the cells.
 
     Args:
       cells: name of each cell, which is the name of its folder, and its recipe.
       folder: holds a folder for each cell.
       num_jobs: number of runs at the same time; each has a core of its own where there are enough.
+      variables: name of a cell -> variables that its process has besides those of this process, such as `XLA_FLAGS`.
 
     Raises:
       ConfigError: the folder has cells of other recipes, or a run failed; other than diverging, which is a result.
@@ -46,7 +55,9 @@ def run_study(cells: Mapping[str, Recipe], folder: Path, *, num_jobs: int) -> di
         tracking(f"{len(cells)} runs{done}", len(waiting), "runs", at_once=True) as task,
         ThreadPoolExecutor(num_jobs) as pool,  # leaving it waits for the runs
     ):
-        futures = {name: pool.submit(_carry_out, folder / name, processes, task) for name in waiting}
+        futures = {
+            name: pool.submit(_carry_out, folder / name, variables.get(name, {}), processes, task) for name in waiting
+        }
         try:
             for name, future in futures.items():
                 found[name] = future.result()
@@ -60,7 +71,8 @@ def _known(folder: Path, recipe: Recipe) -> Result | None:
     """The result of a cell, if it has ended; otherwise its folder is prepared."""
     path = folder / RECIPE
     if path.exists():
-        if changed := recipe_differences(read_recipe(path), recipe):
+        # All fields: a run may continue with another length, but its result would not be that of this cell.
+        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
             raise ConfigError(f"{folder} has another run ({'; '.join(changed)}): give another --out, or remove it")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +80,9 @@ def _known(folder: Path, recipe: Recipe) -> Result | None:
     return read_result(folder)
 
 
-def _carry_out(folder: Path, processes: "_Processes", task: Task) -> Result:
+def _carry_out(folder: Path, variables: Mapping[str, str], processes: "_Processes", task: Task) -> Result:
     with (folder / _LOG).open("a") as log:
-        code = processes.run([sys.executable, "-m", "nfnet_flax.claims.cell", str(folder)], log)
+        code = processes.run([sys.executable, "-m", "nfnet_flax.claims.cell", str(folder)], variables, log)
     result = read_result(folder)
     if code != EXIT_DONE or result is None:
         last = " | ".join((folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:])
@@ -89,7 +101,7 @@ class _Processes:
         self._is_stopped = False
         self._lock = threading.Lock()
 
-    def run(self, command: list[str], log: IO[str]) -> int:
+    def run(self, command: list[str], variables: Mapping[str, str], log: IO[str]) -> int:
         """Runs a command; returns its exit code. The end of its input tells it that it shall stop.
 
         A session of its own, because Ctrl-C is for this process, which then stops the others.
@@ -99,7 +111,12 @@ class _Processes:
                 return EXIT_STOPPED
             core = self._free.pop()
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variables},
+                start_new_session=True,
             )
             self._running.add(process)
             if core is not None:

@@ -1,0 +1,26 @@
+"""The frame of `nfnet claim`: studies of many runs."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nfnet_flax.claims.cell import RESULT
+from nfnet_flax.claims.study import run_study
+from nfnet_flax.config import ConfigError
+from nfnet_flax.json_files import write_json
+from nfnet_flax.recipe import save_recipe
+from nfnet_flax.recipe_file import load_recipe
+from tests.runs import DIGITS
+
+
+def test_a_result_is_not_taken_for_that_of_another_length(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(load_recipe(str(DIGITS)), num_steps=4)
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    save_recipe(recipe, folder / "recipe.json")
+    write_json(folder / RESULT, {"outcome": "finished", "step": 4, "metrics": {"eval/top1": 0.5}})
+    assert run_study({"cell": recipe}, tmp_path, num_jobs=1)["cell"].metrics == {"eval/top1": 0.5}
+    longer = dataclasses.replace(recipe, num_steps=8)
+    with pytest.raises(ConfigError, match=r"another run \(num_steps: 4 -> 8\): give another --out"):
+        run_study({"cell": longer}, tmp_path, num_jobs=1)
