@@ -188,8 +188,13 @@ def test_copies_that_nobody_uses_make_room(bucket: Bucket, tmp_path: Path) -> No
 def test_making_room_leaves_files_alone_that_are_just_written(tmp_path: Path) -> None:
     folder, room = tmp_path / "copies" / "of a bucket", CacheRoom(tmp_path / "copies", 3)
     folder.mkdir(parents=True)
+
+    def write() -> None:
+        for number in range(300):
+            write_json(folder / "2-new.json", {"number": number})
+
     with ThreadPoolExecutor(1) as thread:
-        written = thread.submit(lambda: [write_json(folder / "2-new.json", {"number": n}) for n in range(300)])
+        written = thread.submit(write)
         while not written.done():
             (folder / "1-old").write_bytes(b"old")
             assert room.reserve(folder / "2-new.partial", 3)

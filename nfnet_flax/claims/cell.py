@@ -67,7 +67,8 @@ def main(folder: Path) -> int:
 
 
 def _stop_at_end_of_input() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not `sys.stdin`, which would be locked when Python ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
