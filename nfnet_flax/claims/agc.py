@@ -20,7 +20,7 @@ from nfnet_flax.optim.clipping import Clipping
 from nfnet_flax.recipe import CheckpointConfig, Recipe
 
 Kind = Literal["BatchNorm", "no clipping", "AGC", "global norm"]
-PUBLISHED_EXEMPT, SKIP_GAINS = "the last dense layer", "skip gains, too"
+PUBLISHED_EXEMPT, SKIP_GAINS = "the last dense layer", "the last dense layer, skip gains"
 _SHAPE: dict[str, Any] = {"widths": (32, 64, 128), "depths": (1, 1, 1), "stem_width": 16}
 """Of both networks: about 80,000 parameters."""
 _HEAD, _STEM, _REST = ParamGroup("head.kernel", 0.0), ParamGroup("stem.kernel", 0.0), ParamGroup("*", 1.0)
@@ -86,7 +86,7 @@ class Method:
     @property
     def key(self) -> str:
         """Name of a folder."""
-        words = [self.kind, *([] if self.value is None else [f"{self.value:g}"]), self.exempt]
+        words = [self.kind, *([] if self.value is None else [f"{self.value:g}"]), self.exempt.replace(",", " and")]
         return "-".join(words).strip("-").replace(" ", "-")
 
 
