@@ -78,7 +78,7 @@ def test_costs_follow_from_the_step() -> None:
     unknown = dataclasses.replace(PLAN, clock_hz=None, cycles=2_000_000_000)
     on_v6e = estimate(dataclasses.replace(result(), plan=unknown), topology="v6e:2x4")
     too_large = estimate(result("full", gib=20))
-    failed = estimate(dataclasses.replace(result(), plan=None, num_chips=0, problem="did not compile"))
+    failed = estimate(dataclasses.replace(result(), plan=None, num_chips=0, problem="no | yes"))
     all_rows = rows(estimate(result()), on_v6e, too_large, failed, rates={"v5e": 1.25}, clocks_hz={})
     assert all_rows[0] == [
         *("nfnet_f0", TOPOLOGY, "8", "512", "16", "none", "1.0 GiB of 16.0 GiB"),
@@ -86,7 +86,7 @@ def test_costs_follow_from_the_step() -> None:
     ]
     assert all_rows[1][7:] == ["2.00 G cycles", "", "", ""]
     assert all_rows[2][6:] == ["20.0 GiB of 16.0 GiB (DOES NOT FIT)", "1.50 G cycles = 1000.0 ms", "", "", ""]
-    assert all_rows[3][2:] == ["", "", "", "none", "", "did not compile", "", "", ""]
+    assert all_rows[3][2:] == ["", "", "", "none", "", "no / yes", "", "", ""]
     (with_clock,) = rows(on_v6e, rates={}, clocks_hz={"v6e": 1e9})
     assert with_clock[7:] == ["2.00 G cycles = 2000.0 ms", "0.8", "160", ""]
 

@@ -27,13 +27,11 @@ from nfnet_flax.units import duration, human_size, scaled
 CLAIM = "cost"
 RUNS = tuple(published.STEP_MS)
 """Networks of the published runs."""
-TOPOLOGIES = ("v4:4x4x8", "v5e:8x16", "v6e:8x16")
-"""128 chips each, so that each has 32 images, as each core of the published TPUv3 had."""
 _NOTE = (
     "Estimates of the TPU compiler for one training step, times the number of steps of the run; nothing was measured. "
     "Not included: reading and decoding images, starts and compilation, evaluations, checkpoints, preemptions. A "
-    "chip-hour is an hour of one chip; the price is chip-hours times the rate that --rate gives. Where the clock of a "
-    "chip is not published, the estimate is in cycles only, unless --clock-ghz gives one."
+    "chip-hour is an hour of one chip; the price is chip-hours times the rate that --rate gives. Where the package "
+    "does not know the clock of a chip, the estimate is in cycles only, unless --clock-ghz gives the clock."
 )
 _PUBLISHED_NOTE = (
     "For comparison, from the published time of a step (arXiv 2102.06171, table 3; TPUv3, 32 images for each core), in "
@@ -172,7 +170,8 @@ def _row(estimate: Estimate, rates: Mapping[str, float], clocks_hz: Mapping[str,
     plan = estimate.compiled.plan
     first = [estimate.network, estimate.topology]
     if plan is None:
-        return [*first, *[""] * 3, estimate.compiled.rematerialization, "", estimate.compiled.problem, *[""] * 3]
+        problem = estimate.compiled.problem.replace("|", "/")  # which would end a cell
+        return [*first, *[""] * 3, estimate.compiled.rematerialization, "", problem, *[""] * 3]
     per_chip = plan.num_devices / estimate.compiled.num_chips
     fits = "" if plan.fits else " (DOES NOT FIT)"
     return [

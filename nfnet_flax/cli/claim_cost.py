@@ -24,13 +24,13 @@ class CostOptions:
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Networks: nfnet_f0 ... nfnet_f6; without this option all of them."""
-    topologies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ()
-    """Slices, such as v4:4x4x8, v5e:8x16 or v6e:8x16, which are those without this option."""
+    topologies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ("v4:4x4x8", "v5e:8x16", "v6e:8x16")
+    """Slices. Those without this option have 128 chips, so 32 images for each chip, as the published TPUv3 cores."""
     rate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=USD ...")] = ()
     """Price of an hour of one chip in US dollars, for each kind of chip: v5e=1.5. Without it there are no prices."""
     clock_ghz: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=GHZ ...")] = ()
-    """Clock of a kind of chip in GHz. It is needed for kinds whose clock is not published, such as v6e: without it,
-    their steps are in cycles."""
+    """Clock in GHz of a kind of chip whose clock the package does not know, such as v6e: without it, its steps are in
+    cycles."""
     timeout_s: Annotated[float, SECONDS] = 7200.0
     """Time limit of one compilation."""
     out: Annotated[str, DIR] = "claims/cost"
@@ -52,7 +52,8 @@ def run(argv: Sequence[str]) -> int:
         if name not in cost.RUNS:
             raise unknown_name("published run", name, cost.RUNS)
     names = tuple(dict.fromkeys(options.models)) or cost.RUNS
-    topologies = tuple(dict.fromkeys(options.topologies)) or cost.TOPOLOGIES
+    topologies = tuple(dict.fromkeys(options.topologies))
+    require(bool(topologies), "topologies", topologies, "give at least one, such as v5e:2x4")
     for topology in topologies:
         devices_of(topology)  # an error now, not after hours
     _check_kinds(topologies, {"rate": rates, "clock_ghz": clocks_ghz})
