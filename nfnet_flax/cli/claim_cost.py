@@ -18,8 +18,8 @@ class CostOptions:
     """What the published runs would cost on TPUs: memory per chip, days, chip-hours and price.
 
     The TPU compiler (extra `tpu`) compiles each training step; no TPU is needed, and its estimates are no measurements.
-    Compiling F0 takes minutes of one core; F5 and F6 take an hour or more each, and over 10 GB of memory. The same
-    command continues what was stopped or killed.
+    Compiling F0 takes minutes of one core; allow hours and more than 10 GB of memory for F5 and F6. The same command
+    continues what was stopped or killed.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
