@@ -43,7 +43,7 @@ def estimate(found: Compiled, network: str = "nfnet_f0", topology: str = TOPOLOG
 
 @pytest.mark.parametrize("name", cost.RUNS)
 def test_runs_are_those_of_the_recipe(name: str) -> None:
-    ours, theirs = cost.recipe_of(name), load_recipe(f"{ROOT}/recipes/nfnet_imagenet.py:variant={name[-2:]}")
+    ours, theirs = cost.recipe_of(name, 16), load_recipe(f"{ROOT}/recipes/nfnet_imagenet.py:variant={name[-2:]}")
     for field in ("model", "optim", "execution", "objective"):
         assert differences(to_json(getattr(ours, field)), to_json(getattr(theirs, field))) == []
     for field in ("image_size", "batch_size"):
@@ -78,7 +78,7 @@ def test_costs_follow_from_the_step() -> None:
     unknown = dataclasses.replace(PLAN, clock_hz=None, cycles=2_000_000_000)
     on_v6e = estimate(dataclasses.replace(result(), plan=unknown), topology="v6e:2x4")
     too_large = estimate(result("full", gib=20))
-    failed = estimate(dataclasses.replace(result(), plan=None, num_chips=0, problem="did not compile"))
+    failed = estimate(dataclasses.replace(result(), plan=None, num_chips=0, problem="no | yes"))
     all_rows = rows(estimate(result()), on_v6e, too_large, failed, rates={"v5e": 1.25}, clocks_hz={})
     assert all_rows[0] == [
         *("nfnet_f0", TOPOLOGY, "8", "512", "16", "none", "1.0 GiB of 16.0 GiB"),
@@ -86,7 +86,7 @@ def test_costs_follow_from_the_step() -> None:
     ]
     assert all_rows[1][7:] == ["2.00 G cycles", "", "", ""]
     assert all_rows[2][6:] == ["20.0 GiB of 16.0 GiB (DOES NOT FIT)", "1.50 G cycles = 1000.0 ms", "", "", ""]
-    assert all_rows[3][2:] == ["", "", "", "none", "", "did not compile", "", "", ""]
+    assert all_rows[3][2:] == ["", "", "", "none", "", "no / yes", "", "", ""]
     (with_clock,) = rows(on_v6e, rates={}, clocks_hz={"v6e": 1e9})
     assert with_clock[7:] == ["2.00 G cycles = 2000.0 ms", "0.8", "160", ""]
 
@@ -107,19 +107,19 @@ def test_the_text_says_what_is_not_included(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_not_compiled_again(tmp_path: Path) -> None:
-    recipe, place = small_recipe(), tmp_path / "digits" / "v5e_2x4"
+    recipe, place = small_recipe(), tmp_path / "digits" / "v5e_2x4-8_parts"
     prepare_folder(place, recipe)
     write_json(place / "none.json", dataclasses.asdict(result(gib=20)))
     write_json(place / "blocks.json", dataclasses.asdict(result("blocks")))
-    (found,) = cost.study({"digits": recipe}, [TOPOLOGY], tmp_path, timeout_s=1e-3)
+    (found,) = cost.study([recipe], [TOPOLOGY], tmp_path, timeout_s=1e-3)
     assert found.compiled == result("blocks")
     assert sorted(path.name for path in place.iterdir()) == ["blocks.json", "none.json", "recipe.json"]
     other = dataclasses.replace(recipe, seed=recipe.seed + 1)
     with pytest.raises(ConfigError, match=r"plans of another run \(seed: .*give another --out"):
-        cost.study({"digits": other}, [TOPOLOGY], tmp_path, timeout_s=1.0)
+        cost.study([other], [TOPOLOGY], tmp_path, timeout_s=1.0)
     (place / "none.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"none\.json is damaged .*remove it; the command then repeats"):
-        cost.study({"digits": recipe}, [TOPOLOGY], tmp_path, timeout_s=1.0)
+        cost.study([recipe], [TOPOLOGY], tmp_path, timeout_s=1.0)
 
 
 def test_a_time_limit_is_kept_until_a_longer_one_is_given(tmp_path: Path) -> None:
@@ -154,6 +154,7 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
         (["--rate", "v5e"], "rate = 'v5e': give a kind of chip and a positive number, such as v5e=1.5"),
         (["--rate", "v5e=1", "v5e=2"], "rate = 'v5e=2': give a kind of chip and a positive number"),
         (["--clock-ghz", "v6e=-1"], "clock_ghz = 'v6e=-1': give a kind of chip and a positive number"),
+        (["--images-per-part", "0"], "images_per_part = 0: must be at least 1"),
         (["--timeout-s", "0"], "timeout_s = 0.0: must be positive"),
         (["--topologies", "v5e:9x9"], "topology 'v5e:9x9'"),
     ],

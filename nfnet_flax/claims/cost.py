@@ -1,8 +1,8 @@
 """What the published runs would cost on TPUs, by the TPU compiler's estimate of their training step.
 
-A run is 360 epochs of ImageNet in batches of 4096, F6 with SAM, as `recipes/nfnet_imagenet.py` trains it: in parts of
-16 images, whose gradients are added in a fixed order. Of the ways to need less memory the one that computes least again
-is taken that fits into the chip.
+A run is 360 epochs of ImageNet in batches of 4096, F6 with SAM, as `recipes/nfnet_imagenet.py` trains it: in parts,
+whose gradients are added in a fixed order. Of the ways to need less memory the one that computes least again is taken
+that fits into the chip.
 """
 
 import dataclasses
@@ -27,13 +27,11 @@ from nfnet_flax.units import duration, human_size, scaled
 CLAIM = "cost"
 RUNS = tuple(published.STEP_MS)
 """Networks of the published runs."""
-TOPOLOGIES = ("v4:4x4x8", "v5e:8x16", "v6e:8x16")
-"""128 chips each, so that each has 32 images, as each core of the published TPUv3 had."""
 _NOTE = (
     "Estimates of the TPU compiler for one training step, times the number of steps of the run; nothing was measured. "
     "Not included: reading and decoding images, starts and compilation, evaluations, checkpoints, preemptions. A "
-    "chip-hour is an hour of one chip; the price is chip-hours times the rate that --rate gives. Where the clock of a "
-    "chip is not published, the estimate is in cycles only, unless --clock-ghz gives one."
+    "chip-hour is an hour of one chip; the price is chip-hours times the rate that --rate gives. Where the package "
+    "does not know the clock of a chip, the estimate is in cycles only, unless --clock-ghz gives the clock."
 )
 _PUBLISHED_NOTE = (
     "For comparison, from the published time of a step (arXiv 2102.06171, table 3; TPUv3, 32 images for each core), in "
@@ -44,8 +42,16 @@ CompileFor = Callable[[Rematerialization], Compiled]
 """Gives the compilation for a rematerialization."""
 
 
-def recipe_of(name: str) -> Recipe:
-    """A published run, without what only the input does: mixing and RandAugment."""
+def recipe_of(name: str, images_per_part: int) -> Recipe:
+    """A published run, without what only the input does: mixing and RandAugment.
+
+    Args:
+      name: one of `RUNS`.
+      images_per_part: number of images that a chip computes at a time.
+
+    Raises:
+      ConfigError: the batch cannot be cut into such parts.
+    """
     optim = OptimConfig(
         learning_rate_per_256=0.1,
         warmup_epochs=5.0,
@@ -63,7 +69,7 @@ def recipe_of(name: str) -> Recipe:
         optim,
         num_epochs=published.NUM_EPOCHS,
         batch_size=published.BATCH_SIZE,
-        images_per_part=16,
+        images_per_part=images_per_part,
     )
     # No images are opened; which source there is must not depend on what lies in the folder data/imagenet.
     source = ArrayRecordSource(train=("train-*.array_record",), eval=("eval-*.array_record",))
@@ -82,11 +88,11 @@ class Estimate:
     """The compilation that was chosen, or the last one if none fits."""
 
 
-def study(recipes: Mapping[str, Recipe], topologies: Sequence[str], folder: Path, timeout_s: float) -> list[Estimate]:
+def study(recipes: Sequence[Recipe], topologies: Sequence[str], folder: Path, timeout_s: float) -> list[Estimate]:
     """Compiles every recipe for every topology, one after the other; what `folder` has already is not repeated.
 
     Args:
-      recipes: name of each network, and its run.
+      recipes: the runs; their names are those of the networks.
       topologies: slices, such as `v5e:8x16`.
       folder: has a file for each compilation, written as soon as it has ended.
       timeout_s: time limit of one compilation, in seconds.
@@ -96,10 +102,11 @@ def study(recipes: Mapping[str, Recipe], topologies: Sequence[str], folder: Path
       StorageFailed: a file cannot be read.
     """
     found: list[Estimate] = []
-    pairs = [(name, topology) for name in recipes for topology in topologies]
+    pairs = [(recipe, topology) for recipe in recipes for topology in topologies]
     with tracking("estimating", len(pairs), "steps", at_once=True) as task:
-        for name, topology in pairs:
-            recipe, place = recipes[name], folder / name / re.sub(r"\W", "_", topology)
+        for recipe, topology in pairs:
+            slice_name = re.sub(r"\W", "_", topology)
+            place = folder / recipe.name / f"{slice_name}-{recipe.execution.num_microbatches}_parts"
             prepare_folder(place, recipe)
 
             def compile_for(kind: Rematerialization, place: Path = place, topology: str = topology) -> Compiled:
@@ -107,7 +114,7 @@ def study(recipes: Mapping[str, Recipe], topologies: Sequence[str], folder: Path
 
             found.append(
                 Estimate(
-                    network=name,
+                    network=recipe.name,
                     topology=topology,
                     num_steps=recipe.total_steps(published.NUM_IMAGES),
                     compiled=first_that_fits(compile_for),
@@ -172,7 +179,8 @@ def _row(estimate: Estimate, rates: Mapping[str, float], clocks_hz: Mapping[str,
     plan = estimate.compiled.plan
     first = [estimate.network, estimate.topology]
     if plan is None:
-        return [*first, *[""] * 3, estimate.compiled.rematerialization, "", estimate.compiled.problem, *[""] * 3]
+        problem = estimate.compiled.problem.replace("|", "/")  # which would end a cell
+        return [*first, *[""] * 3, estimate.compiled.rematerialization, "", problem, *[""] * 3]
     per_chip = plan.num_devices / estimate.compiled.num_chips
     fits = "" if plan.fits else " (DOES NOT FIT)"
     return [

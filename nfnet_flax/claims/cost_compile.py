@@ -23,6 +23,7 @@ from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
 
 RECIPE, _LOG = "recipe.json", "log"
@@ -77,11 +78,13 @@ def compiled(folder: Path, topology: str, rematerialization: Rematerialization, 
     kept = read_compiled(path)
     if kept is not None and (kept.limit_s is None or kept.limit_s >= timeout_s):
         return kept
+    place = f"{folder.parent.name}, rematerialization {rematerialization}"
     command = [sys.executable, "-m", "nfnet_flax.claims.cost_compile", str(folder), topology, rematerialization]
     with (
         (folder / _LOG).open("ab") as log,
         # A session of its own, because Ctrl-C is for this process, which then ends the other.
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
+        tracking(f"compiling the step for {topology} ({place})", first_line_s=COMPUTING_LINE_S),
     ):
         try:
             code = process.wait(timeout_s)

@@ -142,7 +142,7 @@ def _compared(counted: int, published: Figure | None) -> list[str]:
         return ["", ""]
     if counted == published.value:
         return [published.text, "0"]
-    difference = f"{(counted - published.value) / published.value:+.2%}"
+    difference = f"{(counted - published.value) / published.value:+.3%}"
     return [published.text, f"{difference} (rounding)" if published.contains(counted) else difference]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,6 +11,9 @@ from nfnet_flax.cli.options import DIR, parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.paths import local_path, made_folder
+
+if TYPE_CHECKING:
+    from nfnet_flax.claims.released import Accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     files = [] if options.weights is None else weight_files(local_path("weights", options.weights))
     images = None if options.images is None else images_in(options.images)
     # What a user's folders can spoil comes first.
-    accuracies = [] if images is None else [accuracy(file, images) for file in files]
+    accuracies = [] if images is None else [_shown(accuracy(file, images)) for file in files]
     logits = [agreement(golden) for golden in track(goldens, "comparing logits", "networks")]
     sizes = exact.measured_sizes(names)
     data = exact.data_of(sizes, logits, accuracies)
@@ -62,3 +65,9 @@ def run(argv: Sequence[str]) -> int:
     if out is not None:
         print(f"\nevidence: {write_evidence(found, out)}")
     return EXIT_DONE
+
+
+def _shown(found: "Accuracy") -> "Accuracy":
+    """Prints a result at once: an error in the next file must not lose it."""
+    print(f"{found.weights}: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, {found.num_examples:,} images", flush=True)
+    return found
