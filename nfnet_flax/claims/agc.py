@@ -48,7 +48,7 @@ class Study:
     """Thresholds of clipping by the norm of the whole gradient."""
     learning_rate_per_256: float = 0.4
     """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
-    num_epochs: float = 60.0
+    num_epochs: float = 40.0
     """Length of each run."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
