@@ -67,7 +67,9 @@ def main(folder: Path) -> int:
 
 
 def _stop_at_end_of_input() -> None:
-    sys.stdin.buffer.read()
+    # Not `sys.stdin.read`: it holds a lock that Python wants as the process ends, and without it ends by an abort.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
