@@ -8,6 +8,7 @@ from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 
 _ABOUT = {
     "agc": "figure 2a: what clipping does for batch size and learning rate",
+    "cuts": "beside the paper: normalizer-free against BatchNorm, by the cut of the batch",
 }
 """Name of a claim -> what it is about."""
 _USAGE = (
@@ -32,5 +33,9 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
             from nfnet_flax.claims import agc
 
             return agc.command
+        case "cuts":
+            from nfnet_flax.cli import claim_cuts
+
+            return claim_cuts.run
         case _:
             raise unknown_name("claim", name, _ABOUT)

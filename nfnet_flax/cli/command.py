@@ -11,7 +11,7 @@ from typing import NoReturn
 from absl import logging
 
 from nfnet_flax import session_log, streams
-from nfnet_flax.cli import agc, convert, doctor, export, models, plan, predict, probe, report, train
+from nfnet_flax.cli import agc, claim, convert, doctor, export, models, plan, predict, probe, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli import signal as signal_propagation
 from nfnet_flax.cli.ahead import values_of
@@ -37,6 +37,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "signal": signal_propagation.run,
     "report": report.run,
     "agc": agc.run,
+    "claim": claim.run,
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""

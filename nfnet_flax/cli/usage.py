@@ -19,6 +19,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet agc RUN [--out agc.png]                             what AGC clipped, by layer; a picture of layers and steps
   nfnet probe IMAGES --weights WEIGHTS                      is it worth fine-tuning? Regression on the features
   nfnet signal MODEL|RUN|WEIGHTS [--out FILE.png]           how the signal grows with depth, as a table and a picture
+  nfnet claim NAME [--out DIR]                              measures what the paper claims; nfnet claim --help
   nfnet models [PATTERN]                                    list the named networks, such as 'nf_*'
   nfnet convert haiku FILE --model NAME --out DIR           a published pickle -> NAME.safetensors
   nfnet convert timm FILE --model NAME --out DIR            timm's .safetensors -> NAME.safetensors
