@@ -111,7 +111,7 @@ def cells(study: Study) -> tuple[Cell, ...]:
         for network in NETWORKS
         for images in study.images_per_part
     ]
-    return tuple(dict.fromkeys([*cuts, *on_devices(study)]))
+    return tuple(dict.fromkeys([*on_devices(study), *cuts]))
 
 
 def on_devices(study: Study) -> list[Cell]:
