@@ -152,6 +152,20 @@ def check_target(field: str, value: str, *, overwrite: bool) -> Path:
     return path
 
 
+def made_folder(field: str, value: str) -> Path:
+    """The path of a folder for results, which is made if it is not there.
+
+    Raises:
+      ConfigError: as for `local_path`; or it is a file, or cannot be made.
+    """
+    path = local_path(field, value)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{field} = {value!r}: cannot be made ({error.strerror}): give another folder") from error
+    return path
+
+
 def run_folder(field: str, value: str | os.PathLike[str]) -> Path:
     """`local_path` of the folder of a run, whose arrays TensorStore writes and reads.
 

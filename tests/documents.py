@@ -6,10 +6,22 @@ from collections.abc import Iterator
 
 from tests.runs import ROOT
 
-DOCUMENTS = ("README.md", "docs/from_laptop_to_pod.md", "docs/extending.md", "docs/telemetry.md")
+DOCUMENTS = ("README.md", "docs/from_laptop_to_pod.md", "docs/extending.md", "docs/telemetry.md", "docs/claims.md")
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE
 )
+_TABLE = re.compile(r"^<!-- table: (?P<file>\S+)(?: (?P<name>\S+))? -->\n(?P<text>(?:\|[^\n]*\n)*)", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table that a claim made of its evidence, after the comment `<!-- table: FILE NAME -->`."""
+
+    file: str
+    """The evidence, as a path in the repository."""
+    name: str
+    """Which of the claim's tables; empty: its only one."""
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +65,11 @@ def blocks(document: str) -> list[Block]:
         )
         for found in _BLOCK.finditer(text)
     ]
+
+
+def tables(document: str) -> list[Table]:
+    """All tables of a document that are made of evidence, in their order."""
+    return [Table(found["file"], found["name"] or "", found["text"]) for found in _TABLE.finditer(text_of(document))]
 
 
 def commands(block: Block) -> Iterator[str]:

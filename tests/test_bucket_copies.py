@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
@@ -22,8 +23,9 @@ from nfnet_flax.data.array_record_source import ArrayRecordSource
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.random_access import begin_copying
 from nfnet_flax.data.sources import open_source
-from nfnet_flax.json_files import StorageFailed
+from nfnet_flax.json_files import StorageFailed, write_json
 from nfnet_flax.storage.cache import DamagedObject, ObjectCache, Wanted
+from nfnet_flax.storage.cache_room import CacheRoom
 from nfnet_flax.storage.objects import ObjectFolder
 from tests import image_sets, stores
 from tests.bucket_sets import NAME, Bucket, copied, records, shards_of, wait_until
@@ -181,6 +183,23 @@ def test_copies_that_nobody_uses_make_room(bucket: Bucket, tmp_path: Path) -> No
     assert {f"eval-0000{number}-of-00002.array_record" for number in (0, 1)} <= left
     assert len(left) < 5
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*.array_record")) <= 1.1 * size
+
+
+def test_making_room_leaves_files_alone_that_are_just_written(tmp_path: Path) -> None:
+    folder, room = tmp_path / "copies" / "of a bucket", CacheRoom(tmp_path / "copies", 3)
+    folder.mkdir(parents=True)
+
+    def write() -> None:
+        for number in range(300):
+            write_json(folder / "2-new.json", {"number": number})
+
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(write)
+        while not written.done():
+            (folder / "1-old").write_bytes(b"old")
+            assert room.reserve(folder / "2-new.partial", 3)
+            assert not (folder / "1-old").exists()
+    written.result()
 
 
 def test_damaged_and_old_copies_are_replaced(

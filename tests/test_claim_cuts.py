@@ -195,7 +195,8 @@ def test_claims_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_shows_what_the_evidence_says() -> None:
-    found = read_evidence(STORED, "cuts")
-    assert f"<!-- table: docs/claims/cuts.json -->\n\n{text(found)}\n" in text_of("docs/claims.md")
-    assert f"\n{found.command}\n" in text_of("docs/claims.md")
+    found, page = read_evidence(STORED, "cuts"), text_of("docs/claims.md")
+    for part in text(found).split("\n\n"):
+        assert part in page
+    assert f"\n{found.command}\n" in page
     xml.etree.ElementTree.parse(STORED.with_suffix(".svg"))

@@ -69,7 +69,9 @@ ALLOWED = {
     "programs": LEAVES | BASE | {"objectives", "recipe", "training"},
     "doctor": LEAVES | BASE | {"recipe", "recipe_file", "telemetry", "training"},
     "report": {"models"} | BASE | {"recipe", "telemetry", "training"},
-    "claims": LEAVES | BASE | {"objectives", "programs", "recipe", "recipe_file", "telemetry", "training", "weights"},
+    "claims": LEAVES
+    | BASE
+    | {"imagenet", "objectives", "programs", "recipe", "recipe_file", "telemetry", "training", "weights"},
     "cli": LEAVES
     | BASE
     | {"claims"}

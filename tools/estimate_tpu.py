@@ -16,12 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Milliseconds of a training step on TPUv3, 32 images per device.
-PUBLISHED_MS = {
-    "nfnet_f0": 73.3, "nfnet_f1": 158.5, "nfnet_f2": 295.8, "nfnet_f3": 532.2, "nfnet_f4": 1033.3, "nfnet_f5": 1398.5,
-    "nfnet_f6": 2774.1,
-}  # fmt: skip
-
 
 def main() -> None:
     """Compiles and prints."""
@@ -50,6 +44,7 @@ def main() -> None:
 
 def line(options: argparse.Namespace, model: str, topology: str) -> str:
     """One row of the table, or the error."""
+    from nfnet_flax.claims.published import STEP_MS
     from nfnet_flax.units import duration, human_size, scaled
 
     command = [sys.executable, __file__, "--inner", "--models", model, "--topologies", topology]
@@ -67,7 +62,7 @@ def line(options: argparse.Namespace, model: str, topology: str) -> str:
     time_ms = "" if found["clock_hz"] is None else f" = {duration(found['cycles'] / found['clock_hz'])}"
     fits = "" if found["peak_bytes"] <= found["hbm_bytes"] else ", does not fit"
     moved = ", ".join(f"{kind} {scaled(size)}B" for kind, size in found["collectives"].items())
-    published = PUBLISHED_MS.get(model)
+    published = STEP_MS.get(model)
     return (
         f"| {model} | {found['image_size']} | {topology} | {found['images_per_device']} | {found['rematerialization']} "
         f"| {human_size(found['peak_bytes'])}{fits} | {scaled(found['flops'])} "

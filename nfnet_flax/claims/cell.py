@@ -67,8 +67,7 @@ def main(folder: Path) -> int:
 
 
 def _stop_at_end_of_input() -> None:
-    # Not `sys.stdin.read`: it holds a lock that Python wants as the process ends, and without it ends by an abort.
-    while os.read(sys.stdin.fileno(), 1):
+    while os.read(0, 1024):  # not `sys.stdin`, which would be locked when Python ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -18,24 +18,34 @@ _NONE = "-"
 Value = Callable[[RunRow], float | None]
 
 
+def tables(found: Evidence) -> dict[str, str]:
+    """Name of each table -> its text in Markdown.
+
+    Raises:
+      ConfigError: the evidence has another form.
+    """
+    measured = from_data(found.data)
+    return {"cuts": _cuts_table(measured), "spread": _spread_table(measured), "devices": _devices_table(measured)}
+
+
 def text(found: Evidence) -> str:
     """Tables in Markdown and what follows from them.
 
     Raises:
       ConfigError: the evidence has another form.
     """
-    measured = from_data(found.data)
+    measured, made = from_data(found.data), tables(found)
     study = measured.study
     parts = [
         f"Each run: {study.steps} updates of {BATCH_SIZE} images of {study.image_size} px. Given are the mean over "
         f"{_count(len(study.seeds), 'seed')}, and in brackets the lowest and the highest value.",
-        _cuts_table(measured),
+        made["cuts"],
         "How far the cuts are apart, for the same seed:",
-        _spread_table(measured),
+        made["spread"],
         *(_about_cuts(measured, network) for network in NETWORKS),
         f"The same cut, in parts of {_count(study.images_per_part_on_devices, 'image')}, divided over devices "
         f"(seed {study.seeds[0]}):",
-        _devices_table(measured),
+        made["devices"],
         *(_about_devices(measured, network) for network in NETWORKS),
     ]
     return "\n\n".join(parts)

@@ -26,6 +26,16 @@ _LOG = "log"
 _LAST_LINES = 3
 
 
+def num_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(_cores()) or os.cpu_count() or 1
+
+
+def _cores() -> list[int]:
+    """Numbers of these cores; empty where the system does not tell them."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def run_study(
     cells: Mapping[str, Recipe],
     folder: Path,
@@ -95,7 +105,7 @@ class _Processes:
     """The processes of a study, at most `num_jobs` at a time, each on a core of its own if there are enough."""
 
     def __init__(self, num_jobs: int) -> None:
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        cores = _cores()
         self._free: list[int | None] = [*cores[:num_jobs]] if len(cores) >= num_jobs else [None] * num_jobs
         self._running: set[subprocess.Popen[bytes]] = set()
         self._is_stopped = False

@@ -7,7 +7,9 @@ from nfnet_flax.config import unknown_name
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 
 _ABOUT = {
-    "agc": "figure 2a: what clipping does for batch size and learning rate",
+    "agc": "figure 2: what clipping does for batch size and learning rate",
+    "exact": "parameters, FLOPs, logits and accuracy beside the published ones",
+    "cost": "table 3: what the published runs would cost on TPUs, by the compiler's estimates",
     "cuts": "beside the paper: normalizer-free against BatchNorm, by the cut of the batch",
 }
 """Name of a claim -> what it is about."""
@@ -30,9 +32,17 @@ def run(argv: list[str]) -> int:
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     match name:
         case "agc":
-            from nfnet_flax.claims import agc
+            from nfnet_flax.cli import claim_agc
 
-            return agc.command
+            return claim_agc.run
+        case "exact":
+            from nfnet_flax.cli import claim_exact
+
+            return claim_exact.run
+        case "cost":
+            from nfnet_flax.cli import claim_cost
+
+            return claim_cost.run
         case "cuts":
             from nfnet_flax.cli import claim_cuts
 

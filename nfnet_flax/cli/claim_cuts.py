@@ -1,19 +1,17 @@
 """`nfnet claim cuts`."""
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nfnet_flax.cli.options import COUNT, DIR, PIXELS, parsed
-from nfnet_flax.config import ConfigError, require
+from nfnet_flax.config import require
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.json_files import write_named
-from nfnet_flax.paths import local_path
+from nfnet_flax.paths import made_folder
 from nfnet_flax.plots import check_matplotlib
 
 _PICTURE = "cuts.svg"
@@ -63,12 +61,12 @@ def run(argv: Sequence[str]) -> int:
     require(options.seeds >= 1, "seeds", options.seeds, "must be at least 1")
     if options.picture:
         check_matplotlib("picture", "True")
-    out = local_path("out", options.out)
 
     from nfnet_flax.claims import cuts
     from nfnet_flax.claims.cuts_measured import measure
     from nfnet_flax.claims.cuts_shown import picture, text
     from nfnet_flax.claims.evidence import evidence, write_evidence
+    from nfnet_flax.claims.study import num_cores
     from nfnet_flax.runtime import prepare
 
     study = cuts.Study(
@@ -82,9 +80,9 @@ def run(argv: Sequence[str]) -> int:
         learning_rate=options.learning_rate,
         clipping=options.clipping,
     )
-    folder = _made(out)
+    folder = made_folder("out", options.out)
     prepare(reproducible=True)
-    results = cuts.run(study, folder, num_jobs=_cores() if options.jobs is None else options.jobs)
+    results = cuts.run(study, folder, num_jobs=num_cores() if options.jobs is None else options.jobs)
     measured = measure(study, results, folder)
     found = evidence("cuts", shlex.join(["nfnet", "claim", "cuts", *argv]), dataclasses.asdict(measured))
     written = [write_evidence(found, folder)]
@@ -94,15 +92,3 @@ def run(argv: Sequence[str]) -> int:
     print(text(found))
     print("\n" + "\n".join(f"written: {path}" for path in written))
     return EXIT_DONE
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out = {str(folder)!r}: cannot be made ({error.strerror}): give another folder") from error
-    return folder
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,11 +11,10 @@ from nfnet_flax.cli.options import CHECKPOINT, DIR, WEIGHTS
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.label_sets import LabelSet
-from nfnet_flax.data.recognition import packed_source
+from nfnet_flax.data.recognition import evaluation_source
 from nfnet_flax.data.source_config import DigitsSource, FolderSource, SourceConfig
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import local_path
 from nfnet_flax.training.evaluation_files import STDOUT, EvaluationFiles, json_text
 from nfnet_flax.training.reading import NoCheckpoint, Parameters, Run, Which
 from nfnet_flax.weights.entries import HostArrays
@@ -244,10 +243,8 @@ def _weights_given(reference: str, argv: list[str]) -> tuple[_Weights, DataConfi
         raise ConfigError("--weights: give the images: --data.source.root DIR, or another set by --data.source NAME")
     source: SourceConfig = DigitsSource()
     if roots:
-        source = FolderSource(root=roots[-1])
-        if not is_named:
-            path = local_path("data.source.root", roots[-1])
-            source, _ = packed_source(roots[-1], path, image="image", label="label") or (source, False)
+        root = roots[-1]
+        source = FolderSource(root=root) if is_named else evaluation_source("data.source.root", root)
     info, arrays = opened_weights(reference)
     data = data_for(info, source)
     if data is None:

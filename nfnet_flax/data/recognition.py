@@ -1,16 +1,34 @@
-"""Which source reads a file or a folder that a user names, if it is a set in shards: Parquet files or tar files."""
+"""Which source reads a file or a folder that a user names."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from nfnet_flax.data.image_folder import FolderSource
 from nfnet_flax.data.packed_source import PackedSource
 from nfnet_flax.data.parquet_source import ParquetSource
+from nfnet_flax.data.random_access import SourceConfig
 from nfnet_flax.data.shard_files import PARQUET, TAR, ShardKind, shards_in, splits_in
 from nfnet_flax.data.webdataset_source import WebDatasetSource
+from nfnet_flax.paths import local_path
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test", "testing")
 """Words for a held-out split; of several that are there, the first one here is used."""
+
+
+def evaluation_source(field: str, root: str) -> SourceConfig:
+    """The source of a folder of labelled images that are evaluated: Parquet or tar files, or `val/` with a folder for
+    each class. It is not opened.
+
+    Args:
+      field: name of the value in messages, such as `images`.
+      root: the folder as the user gave it.
+
+    Raises:
+      ConfigError: it cannot be the path of a folder.
+    """
+    packed = packed_source(root, local_path(field, root), image="image", label="label")
+    return FolderSource(root=root) if packed is None else packed[0]
 
 
 def packed_source(data: str, path: Path, *, image: str, label: str) -> tuple[PackedSource, bool] | None:

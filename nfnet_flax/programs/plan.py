@@ -33,6 +33,9 @@ _DEVICES: dict[str, tuple[float, float | None]] = {
     "TPU v6 lite": (32, None),
     "TPU7x": (96, None),
 }
+_CHIP_CONFIGS = {"v4": "megacore"}
+"""Kind of chip -> libtpu's name of the configuration that JAX uses on it, where it is not libtpu's default: on a v4 the
+two cores of a chip are one device, with all of its memory."""
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -224,8 +227,10 @@ def devices_of(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     whole, _, number = topology.partition("/")
+    config = _CHIP_CONFIGS.get(whole.partition(":")[0])
+    options = {} if config is None else {"chip_config_name": config}
     try:
-        described: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=whole).devices
+        described: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=whole, **options).devices
         found = sorted(described, key=lambda device: device.process_index)
     except Exception as error:  # libtpu's own errors have no common class
         raise ConfigError(

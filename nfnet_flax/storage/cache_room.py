@@ -104,8 +104,8 @@ class CacheRoom:
     def _copies(self) -> Iterator[_Copy]:
         """All copies, also those that are being made."""
         for path in self.folder.glob("*/*"):
-            if path.parent == self._claims or path.suffix in (".json", ".lock"):
-                continue
+            if path.parent == self._claims or path.suffix in (".json", ".lock") or path.name.startswith("."):
+                continue  # a dot begins the names of files that `write_whole` is writing, beside copies
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 used_s = about.st_mtime

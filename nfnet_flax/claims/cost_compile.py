@@ -1,0 +1,187 @@
+"""One compilation of a study of costs: a training step under the TPU compiler, in a process of its own, whose plan is
+kept in a file.
+
+`python -m nfnet_flax.claims.cost_compile FOLDER TOPOLOGY REMATERIALIZATION` compiles the step of the recipe in
+`FOLDER/recipe.json` and writes `FOLDER/REMATERIALIZATION.json`. When its standard input ends, as it does when the
+process that started it ends in any way, it ends.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import subprocess
+import sys
+import threading
+import typing
+from pathlib import Path
+from typing import Any
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.models.classifier import Rematerialization
+from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
+from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
+
+RECIPE, _LOG = "recipe.json", "log"
+_LAST_LINES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What one compilation gave."""
+
+    rematerialization: Rematerialization
+    plan: Plan | None
+    """None: there is no program, for the reason in `problem`."""
+    num_chips: int
+    """Number of chips of the topology; some kinds have two devices on a chip. 0 if there is no program."""
+    libtpu: str
+    """Version of the compiler."""
+    problem: str = ""
+    """Why there is no program."""
+    limit_s: float | None = None
+    """Time limit that the compilation exceeded, in seconds; None: it did not."""
+
+
+def prepare_folder(folder: Path, recipe: Recipe) -> None:
+    """Makes the folder of a recipe's compilations on one topology.
+
+    Raises:
+      ConfigError: it has those of another recipe, or cannot be made.
+    """
+    path = folder / RECIPE
+    if path.exists():
+        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
+            raise ConfigError(f"{folder} has plans of another run ({'; '.join(changed)}): give another --out")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
+    save_recipe(recipe, path)
+
+
+def compiled(folder: Path, topology: str, rematerialization: Rematerialization, timeout_s: float) -> Compiled:
+    """The kept result of a compilation; if there is none, or only one with a shorter time limit, compiles.
+
+    A compilation that ended in another way, such as for lack of memory, is not kept, so the next call repeats it.
+
+    Raises:
+      ConfigError: the kept file is damaged.
+      StorageFailed: it cannot be read.
+    """
+    path = folder / f"{rematerialization}.json"
+    kept = read_compiled(path)
+    if kept is not None and (kept.limit_s is None or kept.limit_s >= timeout_s):
+        return kept
+    place = f"{folder.parent.name}, rematerialization {rematerialization}"
+    command = [sys.executable, "-m", "nfnet_flax.claims.cost_compile", str(folder), topology, rematerialization]
+    with (
+        (folder / _LOG).open("ab") as log,
+        # A session of its own, because Ctrl-C is for this process, which then ends the other.
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
+        tracking(f"compiling the step for {topology} ({place})", first_line_s=COMPUTING_LINE_S),
+    ):
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = f"did not compile within {timeout_s:g} s"
+            too_slow = _without_plan(rematerialization, text, timeout_s)
+            write_json(path, dataclasses.asdict(too_slow))
+            return too_slow
+        except BaseException:
+            process.kill()
+            raise
+    found = read_compiled(path) if code == EXIT_DONE else None
+    if found is None:
+        last = " | ".join((folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        found = _without_plan(rematerialization, f"the compilation ended with exit code {code}: {last}", None)
+    return found
+
+
+def read_compiled(path: Path) -> Compiled | None:
+    """The content of a file that a compilation wrote; None: there is none.
+
+    Raises:
+      ConfigError: it is damaged.
+      StorageFailed: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    remedy = "remove it; the command then repeats the compilation"
+    content = read_json(path, remedy)
+    try:
+        return compiled_of(content)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def compiled_of(content: dict[str, Any]) -> Compiled:
+    """The inverse of `dataclasses.asdict`, also after it was JSON."""
+    stored = content["plan"]
+    if stored is not None:
+        operations = [(str(name), int(cycles)) for name, cycles in stored["most_expensive"]]
+        stored = Plan(**{**stored, "most_expensive": operations})
+    return Compiled(**{**content, "plan": stored})
+
+
+def libtpu_version() -> str:
+    """Version of the TPU compiler; empty: it is not installed."""
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: float | None) -> Compiled:
+    return Compiled(
+        rematerialization=rematerialization,
+        plan=None,
+        num_chips=0,
+        libtpu=libtpu_version(),
+        problem=problem,
+        limit_s=limit_s,
+    )
+
+
+def main(folder: Path, topology: str, rematerialization: Rematerialization) -> int:
+    """Compiles; returns an exit code of `exit_codes`. What the compiler refuses is a result, too.
+
+    Raises:
+      ConfigError: there is no compiler, or it does not know the topology.
+    """
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    set_environment()
+    recipe = read_recipe(folder / RECIPE)
+    execution = dataclasses.replace(recipe.execution, rematerialization=rematerialization)
+    chips = {tuple(device.coords) for device in devices_of(topology)}
+    try:
+        found = Compiled(
+            rematerialization=rematerialization,
+            plan=plan(dataclasses.replace(recipe, execution=execution), topology, num_operations=0),
+            num_chips=len(chips),
+            libtpu=libtpu_version(),
+        )
+    except ConfigError as error:
+        found = _without_plan(rematerialization, str(error), None)
+    write_json(folder / f"{rematerialization}.json", dataclasses.asdict(found))
+    return EXIT_DONE
+
+
+def _end_with_input() -> None:
+    # Not by `sys.stdin`: Python ends with a fatal error while a thread waits in its buffer.
+    with contextlib.suppress(OSError):
+        while os.read(0, 1):
+            pass
+    os._exit(EXIT_STOPPED)  # the compiler cannot be interrupted otherwise, and there is nothing to save
+
+
+if __name__ == "__main__":
+    _folder, _topology, _rematerialization = sys.argv[1:]
+    assert _rematerialization in typing.get_args(Rematerialization)
+    sys.exit(main(Path(_folder), _topology, typing.cast(Rematerialization, _rematerialization)))
