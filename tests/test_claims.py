@@ -1,6 +1,8 @@
 """The frame of `nfnet claim`: studies of many runs."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from nfnet_flax.claims.cell import RESULT
 from nfnet_flax.claims.study import run_study
 from nfnet_flax.config import ConfigError
+from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.json_files import write_json
 from nfnet_flax.recipe import save_recipe
 from nfnet_flax.recipe_file import load_recipe
@@ -24,3 +27,12 @@ def test_a_result_is_not_taken_for_that_of_another_length(tmp_path: Path) -> Non
     longer = dataclasses.replace(recipe, num_steps=8)
     with pytest.raises(ConfigError, match=r"another run \(num_steps: 4 -> 8\): give another --out"):
         run_study({"cell": longer}, tmp_path, num_jobs=1)
+
+
+def test_a_cell_ends_although_its_input_is_still_open(tmp_path: Path) -> None:
+    write_json(tmp_path / RESULT, {"outcome": "diverged", "step": 3, "metrics": {}})
+    command = [sys.executable, "-m", "nfnet_flax.claims.cell", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        code = process.wait(timeout=60)  # `communicate` would close the input
+        assert process.stderr is not None
+        assert (code, process.stderr.read()) == (EXIT_DONE, b"")

@@ -138,6 +138,8 @@ class _Processes:
             with self._lock:
                 self._running.discard(process)
                 self._free.append(core)
+                assert process.stdin is not None
+                process.stdin.close()
 
     def stop(self) -> None:
         """Starts no other process, and tells those that run to save their state and end."""

@@ -10,6 +10,7 @@ _ABOUT = {
     "agc": "figure 2: what clipping does for batch size and learning rate",
     "exact": "parameters, FLOPs, logits and accuracy beside the published ones",
     "cost": "table 3: what the published runs would cost on TPUs, by the compiler's estimates",
+    "cuts": "beside the paper: normalizer-free against BatchNorm, by the cut of the batch",
 }
 """Name of a claim -> what it is about."""
 _USAGE = (
@@ -42,5 +43,9 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
             from nfnet_flax.cli import claim_cost
 
             return claim_cost.run
+        case "cuts":
+            from nfnet_flax.cli import claim_cuts
+
+            return claim_cuts.run
         case _:
             raise unknown_name("claim", name, _ABOUT)
