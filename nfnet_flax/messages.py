@@ -19,14 +19,20 @@ class _ToStderr(logging.Handler):
     """Prints to `sys.stderr`, which is looked up at each message, as it may have been replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{stamp()}nfnet: {record.getMessage()}", file=sys.stderr, flush=True)
+        _print_line(f"{stamp()}nfnet: {record.getMessage()}")
 
 
 class NotesToStderr(logging.Handler):
     """Prints the notes of a library, each with the name of its module."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{stamp()}{record.module}: {record.getMessage()}", file=sys.stderr, flush=True)
+        _print_line(f"{stamp()}{record.module}: {record.getMessage()}")
+
+
+def _print_line(text: str) -> None:
+    # Not by `print`, which writes the end of the line by itself: a line of another thread could come between.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 if not _logger.handlers:

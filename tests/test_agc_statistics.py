@@ -14,6 +14,7 @@ import pytest
 from nfnet_flax.config import ConfigError
 from nfnet_flax.optim import adaptive_grad_clip, agc_statistics
 from nfnet_flax.optim.agc import num_units, unitwise_norm
+from nfnet_flax.telemetry import layers
 from nfnet_flax.telemetry.layers import ClippingWatch, LayerLog, is_due
 from tests import runs
 
@@ -151,6 +152,16 @@ def test_layers_are_recorded_about_200_times_and_never_more_often_than_metrics()
         due = [step for step in range(every, num_steps + 1, every) if is_due(step, num_steps, every, None)]
         assert min(num_steps // every, 100) <= len(due) <= 201, (num_steps, every, len(due))
     assert [step for step in range(10, 101, 10) if is_due(step, 1000, 10, 25)] == [50, 100]
+
+
+def test_the_record_of_layers_does_not_wait_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = agc_statistics(adaptive_grad_clip(0.1, keeps_ratios=True).init({"w": jnp.ones((2, 3))})).layers
+    log = LayerLog(tmp_path / "agc.jsonl", resume_step=0)
+    log.write(10, units)
+    assert not (tmp_path / "agc.jsonl").exists()
+    monkeypatch.setattr(layers, "_FLUSH_S", 0.0)
+    log.write(20, units)
+    assert [json.loads(line)["step"] for line in (tmp_path / "agc.jsonl").read_text().splitlines()] == [10, 20]
 
 
 def test_the_record_of_layers_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:

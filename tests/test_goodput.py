@@ -17,7 +17,9 @@ import pytest
 
 from nfnet_flax import cli
 from nfnet_flax.config import ConfigError
+from nfnet_flax.telemetry import ledger as ledger_module
 from nfnet_flax.telemetry.goodput import Account, account_of
+from nfnet_flax.telemetry.ledger import Ledger
 from nfnet_flax.telemetry.sessions import read_history
 from nfnet_flax.units import long_duration
 from tests import runs
@@ -164,7 +166,6 @@ def test_what_each_interruption_cost(killed: Killed) -> None:
     assert kill.repeated_s == account.seconds["repeated"] > 0
     assert (kill.num_repeated, stop.num_repeated, stop.repeated_s) == (account.num_repeated, 0, 0.0)
     assert account.not_running_s == {
-        "finished": 0.0,
         "stopped": stop.not_running_s,
         "failed": 0.0,
         "killed": kill.not_running_s,
@@ -270,6 +271,65 @@ def test_clocks_that_are_set_back_count_as_no_time(tmp_path: Path) -> None:
     assert found.seconds["not_running"] == 0
     assert found.wall_s == sum(found.seconds.values()) == 16 + 16
     assert found.num_productive == 20
+
+
+def test_the_time_in_which_a_run_is_finished_does_not_count(tmp_path: Path) -> None:
+    written = Written(tmp_path / "events.jsonl")
+    written.add(1, "start", 5, 0, start=5)
+    written.add(1, "restored", 6, 0, restore=1)
+    written.add(1, "finished", 16, 10, step=10)
+    written.add(2, "start", 3605, 0, start=5)
+    written.add(2, "restored", 3606, 10, restore=1)
+    written.add(2, "finished", 3607, 10, end=1)
+    found = written.account()
+    assert (found.wall_s, found.num_needless, found.finished_s) == (16, 1, 0)
+    assert found.goodput == 10 / 16
+    written.add(3, "start", 7205, 0, start=5)
+    written.add(3, "restored", 7206, 10, restore=1)
+    written.add(3, "finished", 7216, 20, step=10)
+    found = written.account()
+    assert (found.wall_s, found.num_needless, found.finished_s) == (32, 1, 7200 - 16)
+    assert sum(found.seconds.values()) == 32
+    assert (found.seconds["not_running"], found.num_productive) == (0, 20)
+
+
+def test_what_is_written_before_a_checkpoint_is_restored_is_no_step(tmp_path: Path) -> None:
+    written = Written(tmp_path / "events.jsonl")
+    written.add(1, "start", 5, 0, start=5)
+    written.add(1, "restored", 6, 0, restore=1)
+    written.add(1, "interval", 16, 10, step=10)
+    written.add(2, "start", 25, 0, start=5)
+    written.add(2, "interval", 35, 0, start=10)
+    written.add(2, "restored", 36, 8, restore=1)
+    written.add(2, "interval", 46, 8, compile=10)
+    written.add(2, "interval", 56, 12, step=10)
+    found = written.account()
+    assert (found.num_productive, found.num_repeated) == (12, 2)
+    assert (found.seconds["start"], found.seconds["compile"]) == (20, 10)
+
+
+def test_a_kill_in_a_long_compilation_loses_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "LONGEST_SILENCE_S", 0.2)
+    path = tmp_path / "events.jsonl"
+    ledger = Ledger(time.perf_counter())
+    with ledger.recording(path, KeyError, **START):
+        ledger.record("restored", 4)
+        ledger.enter("compile", 4)
+        time.sleep(1.0)
+        # What a kill would leave.
+        (session,) = read_history(path).sessions
+        assert (session.from_step, session.last_step, session.ending) == (4, 4, None)
+        assert sum(line.seconds.get("compile", 0.0) for line in session.lines) > 0.4
+        ledger.enter("step", 6)
+        time.sleep(0.5)
+    (session,) = read_history(path).sessions
+    assert (session.lines[-2].event, session.last_step, session.ending) == ("interval", 6, "failed")
+    account = account_of(read_history(path))
+    assert account.num_productive == 2
+    assert account.seconds["unrecorded"] == 0
+    num_lines = len(session.lines)
+    time.sleep(0.5)
+    assert len(read_history(path).sessions[0].lines) == num_lines  # the thread has ended
 
 
 def test_lines_of_a_process_that_lost_the_run_are_left_out(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_a_report_shows_what_is_on_record_and_changes_nothing(
     seen = Seen(page.read_text())
     assert is_alone(page.read_text())
     assert page.stat().st_size < 200_000
-    last = read_rows(made.clipped / "metrics.jsonl")[-1]
+    rows = read_rows(made.clipped / "metrics.jsonl")
+    last = rows[-1]
+    steps, losses = zip(*[(row["step"], row["train/loss"]) for row in rows if "train/loss" in row], strict=True)
     environment = json.loads((made.clipped / "environment.json").read_text())
     for found in (text, seen.text):
         assert f"finished, step {NUM_STEPS} of {NUM_STEPS}" in found
@@ -129,6 +131,10 @@ def test_a_report_shows_what_is_on_record_and_changes_nothing(
         assert "compared with the defaults" in found
         assert f"{NUM_STEPS} steps count, 0 were lost and repeated" in found
         assert "not recorded" not in found
+        share = np.mean([row["agc/clipped_fraction"] for row in rows if "agc/clipped_fraction" in row])
+        assert f"of the units of all parameters, {share:.1%} were clipped" in found
+        assert f"{losses[0]:.4g} at step {steps[0]} to {losses[-1]:.4g} at step {steps[-1]}" in found
+    assert ("not much better than guessing one of 10 classes (10.0%)" in text) == (last["eval_ema/top1"] <= 0.15)
     assert f"report: {page}" in text
     assert NAME in seen.text
     assert [tag for tag, _ in seen.elements].count("img") == 1  # the picture of the layers
@@ -193,8 +199,8 @@ def test_several_runs_stand_side_by_side(made: Made, copy: Path, capsys: pytest.
     assert re.search(r"^  optim\.clipping +- +null +null$", compared, re.MULTILINE)
     assert re.search(r"^  optim\.clipping\.ratio +0\.05 +- +-$", compared, re.MULTILINE)
     assert re.search(r"^  seed +0 +1 +1$", compared, re.MULTILINE)
-    assert f"digits ({made.plain})" in text
-    assert f"digits ({copy})" in text
+    assert f"=== {made.plain.name}\n" in text
+    assert f"=== {copy.name}\n" in text
     page = report_page(with_labels([read_facts(made.clipped), read_facts(made.plain)]), None)
     seen = Seen(page)
     assert [tag for tag, _ in seen.elements].count("section") == 2
@@ -386,7 +392,9 @@ def test_what_a_picture_needs_is_named(made: Made, copy: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=re.escape("pip install 'nfnet_flax[plots]'")):
         agc.run([str(made.clipped), "--out", str(copy / "a.png")])
     (copy / "agc.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"there is no agc\.jsonl, or nothing in it"):
+    with pytest.raises(
+        ConfigError, match=r"no clipping is on record in agc\.jsonl: the run has just begun, or had fewer"
+    ):
         agc.run([str(copy)])
 
 
@@ -403,4 +411,7 @@ def test_lines_of_layers_that_were_cut_short(made: Made, copy: Path) -> None:
 def test_labels_are_different(made: Made) -> None:
     run = read_facts(made.plain)
     twice: list[RunFacts] = with_labels([run, run])
-    assert [one.label for one in twice] == [f"digits ({made.plain}) [1]", f"digits ({made.plain}) [2]"]
+    assert [one.label for one in twice] == [f"{made.plain.name} [1]", f"{made.plain.name} [2]"]
+    place = made.plain.parent
+    others = [dataclasses.replace(run, place=f"{place}/{name}") for name in ("a/x", "b/x", "b/y")]
+    assert [one.label for one in with_labels(others)] == ["a/x", "b/x", "y"]

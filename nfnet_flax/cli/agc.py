@@ -81,8 +81,8 @@ def _read(workdir: str) -> "tuple[Recipe, float, LayerRecords]":
     records = read_layers(run.workdir / layout.AGC)
     if not len(records.steps):
         raise ConfigError(
-            f"workdir = {workdir!r}: there is no {layout.AGC}, or nothing in it: an older version trained the run, or "
-            "it has not saved a checkpoint yet"
+            f"workdir = {workdir!r}: no clipping is on record in {layout.AGC}: the run has just begun, or had fewer "
+            f"steps than log_every_steps = {run.recipe.log_every_steps}, or an earlier version trained it"
         )
     return run.recipe, clipping.ratio, records
 

@@ -1,6 +1,7 @@
 """`nfnet train`."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,7 +91,8 @@ def _print_result(result: "TrainResult", workdir: str) -> None:
     print(f"finished: {result.num_steps} steps")
     print_accuracy(result.metrics)
     print(f"checkpoints: {workdir}/checkpoints (newest), {workdir}/best (best)")
+    logdir = shlex.quote(f"{workdir}/tensorboard")
     if "://" in workdir:
-        print(f"curves: tensorboard --logdir {workdir}/tensorboard, without TensorFlow: see docs/telemetry.md")
+        print(f"curves: tensorboard --logdir {logdir}, without TensorFlow: see docs/telemetry.md")
     elif any(Path(workdir, "tensorboard").glob("events*")):  # not only profiles
-        print(f"curves: tensorboard --logdir {workdir}/tensorboard")
+        print(f"curves: tensorboard --logdir {logdir}")

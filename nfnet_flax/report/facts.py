@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from nfnet_flax.config import ConfigError
@@ -288,12 +288,22 @@ def _lines(numbers: list[int] | tuple[int, ...]) -> str:
 
 
 def with_labels(runs: list[RunFacts]) -> list[RunFacts]:
-    """The runs with different labels: where names are equal, the folders are added, and numbers if these are equal."""
+    """The runs with different labels: their names; where these are equal, as much of the folders as tells them apart;
+    and numbers if the folders are equal, too."""
     names = [run.name for run in runs]
     labels = [
-        name if names.count(name) == 1 else f"{name} ({run.place})" for name, run in zip(names, runs, strict=True)
+        name if names.count(name) == 1 else _end_of_place(run, runs) for name, run in zip(names, runs, strict=True)
     ]
     return [
         dataclasses.replace(run, label=label if labels.count(label) == 1 else f"{label} [{index}]")
         for index, (run, label) in enumerate(zip(runs, labels, strict=True), start=1)
     ]
+
+
+def _end_of_place(run: RunFacts, runs: list[RunFacts]) -> str:
+    """The shortest end of the folder of a run that no other run of the same name has."""
+    parts = PurePosixPath(run.place).parts
+    others = [PurePosixPath(other.place).parts for other in runs if other.name == run.name and other.place != run.place]
+    lengths = range(1, len(parts))
+    length = next((count for count in lengths if all(other[-count:] != parts[-count:] for other in others)), len(parts))
+    return "/".join(parts[-length:])

@@ -52,6 +52,8 @@ def _time(account: Account) -> dict[str, Any]:
         "wall_s": _rounded(account.wall_s),
         "seconds": {part: _rounded(seconds) for part, seconds in account.seconds.items()},
         "not_running_s": {cause: _rounded(seconds) for cause, seconds in account.not_running_s.items()},
+        "finished_s": _rounded(account.finished_s),
+        "num_needless": account.num_needless,
         "num_productive": account.num_productive,
         "num_repeated": account.num_repeated,
         "set_back_s": _rounded(account.set_back_s),

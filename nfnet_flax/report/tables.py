@@ -29,6 +29,8 @@ _MAX_SESSIONS = 100
 """Number of sessions that are listed one by one, the newest."""
 _MAX_LAYERS = 10
 """Number of layers that are listed, the most clipped ones."""
+_CHANCE_FACTOR = 1.5
+"""A top-1 accuracy below so many times that of guessing is said to be little better than guessing."""
 _NOTHING = "-"
 
 
@@ -76,6 +78,7 @@ def _summary_of(run: RunFacts) -> dict[str, str]:
         "repeated steps": _NOTHING if account is None else f"{account.num_repeated:,}",
         "images/s, median": f"{statistics.median(rates):,.1f}" if rates else _NOTHING,
         "devices": devices,
+        "training loss, first to last": _first_to_last(run, "train/loss"),
         "best held-out top-1, EMA": _best(run, "eval_ema/top1"),
         "best held-out top-1, raw": _best(run, "eval/top1"),
         "published top-1": "none on record" if run.published is None else f"{run.published[1].top1_percent:.1f}%",
@@ -86,6 +89,11 @@ def _interrupted(account: Account) -> str:
     number = len(account.interruptions)
     lost_s = sum(one.total_s for one in account.interruptions)
     return f", {number} interrupted, which cost {long_duration(lost_s)}" if number else ""
+
+
+def _first_to_last(run: RunFacts, name: str) -> str:
+    found = [(step, value) for step, value in zip(*run.column(name), strict=True) if value is not None]
+    return " to ".join(f"{value:.4g} at step {step:,}" for step, value in [found[0], found[-1]]) if found else _NOTHING
 
 
 def _best(run: RunFacts, name: str) -> str:
@@ -128,6 +136,13 @@ def _time_notes(run: RunFacts, *, with_label: bool) -> list[str]:
     causes = [f"{long_duration(account.not_running_s[cause])} after it was {cause}" for cause in CAUSES]
     shown = [text for cause, text in zip(CAUSES, causes, strict=True) if account.not_running_s[cause] > 0]
     lines += [f"{about}not running: {', '.join(shown)}"] if shown else []
+    if account.finished_s > 0:
+        lines.append(
+            f"{about}{long_duration(account.finished_s)} in which it was finished, before it was made longer, "
+        )
+        lines[-1] += "do not count"
+    if account.num_needless:
+        lines.append(f"{about}starts that found it finished, which do not count: {account.num_needless}")
     return lines
 
 
@@ -192,6 +207,9 @@ def accuracy(run: RunFacts) -> Table | None:
         ]
         cells.append((f"{label}, step {newest['step']:,}", *shown))
     notes = []
+    top1, num_classes = newest.get("eval_ema/top1", newest.get("eval/top1")), run.recipe and run.recipe.num_classes
+    if top1 is not None and num_classes and top1 <= _CHANCE_FACTOR / num_classes:
+        notes.append(f"not much better than guessing one of {num_classes:,} classes ({1 / num_classes:.1%})")
     if run.published is not None:
         name, published = run.published
         percent = {"top1": published.top1_percent, "top5": published.top5_percent}
@@ -257,8 +275,10 @@ def clipping(run: RunFacts) -> Table | None:
     rows = sorted(run.layers.rows(), key=lambda row: -row.mean_fraction)
     steps = run.layers.steps
     about = f"{len(steps):,} steps on record, {steps[0]:,} to {steps[-1]:,}"
-    mean = statistics.fmean(row.mean_fraction for row in rows) if rows else 0.0
-    notes = [f"{about}; mean over {len(rows)} parameters: {mean:.1%} of the units clipped"]
+    shares = [value for value in run.column("agc/clipped_fraction")[1] if value is not None]
+    notes = [
+        f"{about}; of the units of all parameters, {statistics.fmean(shares):.1%} were clipped" if shares else about
+    ]
     if len(rows) > _MAX_LAYERS:
         notes.append(f"the {_MAX_LAYERS} parameters that were clipped most; nfnet agc shows all")
     cells = (

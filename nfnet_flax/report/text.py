@@ -10,7 +10,7 @@ from nfnet_flax.report.tables import PART_TEXTS, Table
 from nfnet_flax.telemetry.goodput import Account, Part
 
 _BAR_WIDTH = 72
-_MAX_CELL, _MAX_LAST_CELL = 60, 200
+_MAX_CELL, _MAX_LAST_CELL = 60, 400
 """Longer texts in a cell are cut; in the last column there is more room."""
 _LETTERS: dict[Part, str] = {
     "productive": "=",

@@ -16,8 +16,8 @@ from nfnet_flax.messages import warn
 
 Event = Literal["start", "restored", "interval", "evaluated", "saved", "stopped", "finished", "failed"]
 """`start` is the first line of a session, and tells the number of processes, devices and the versions; `restored` the
-step from which it continues; `interval` comes at log steps; `saved` when the writing of a checkpoint begins; the last
-three end a session. A session without one of these was killed."""
+step from which it continues; `interval` comes at log steps, and where nothing else comes for ten seconds; `saved` when
+the writing of a checkpoint begins; the last three end a session. A session without one of these was killed."""
 
 
 class EventLog:

@@ -1,7 +1,8 @@
 """The account of a run: on what its wall time was spent, across all its sessions, and what each interruption cost.
 
 Every second from the beginning of the first session to the last line of `events.jsonl` belongs to one part, so the
-parts add up to the wall time. Goodput is the share of it in which updates were computed that the run still has.
+parts add up to the wall time. Only the time after a run was finished does not count, until it is made longer. Goodput
+is the share of the wall time in which updates were computed that the run still has.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ PARTS: tuple[Part, ...] = typing.get_args(Part)
 continued from an earlier step. `unrecorded`: time within a session whose lines cannot be read. `not_running`: time
 between two sessions; after a kill, this includes the time since the last line. The others are categories of
 the ledger."""
-Cause = Literal["finished", "stopped", "failed", "killed"]
-"""How a session ended; after `finished` a run may be made longer."""
+Cause = Literal["stopped", "failed", "killed"]
+"""How a session ended before the run was finished."""
 CAUSES: tuple[Cause, ...] = typing.get_args(Cause)
 
 _ROUNDING_S = 0.01
@@ -101,11 +102,15 @@ class Account:
     """On what a run spent its wall time."""
 
     wall_s: float
-    """From the beginning of the first session to the last line; the sum of `seconds`."""
+    """From the beginning of the first session to the last line, without `finished_s`; the sum of `seconds`."""
     seconds: dict[Part, float]
     """Part -> seconds, in the order of `PARTS`."""
     not_running_s: dict[Cause, float]
     """Seconds between sessions, by how the session before ended."""
+    finished_s: float
+    """Seconds between sessions in which the run was finished; later it was made longer."""
+    num_needless: int
+    """Number of sessions that found the run finished and ended at once. They are not among `sessions`."""
     num_productive: int
     """Number of recorded steps that count."""
     num_repeated: int
@@ -139,7 +144,7 @@ class _Spent:
 
 def account_of(history: History) -> Account:
     """The account of a run; one without sessions has no wall time."""
-    sessions = history.sessions
+    sessions = _that_worked(history.sessions)
     spent = [_spent_in(session, _rewinds(sessions, index)) for index, session in enumerate(sessions)]
     gaps = [after.began_at_s - before.last_at_s for before, after in itertools.pairwise(sessions)]
     lost = _lost_by_end(sessions, spent)
@@ -169,26 +174,43 @@ def account_of(history: History) -> Account:
             )
         )
     set_back_s = sum(own.set_back_s for own in spent) + sum(-gap for gap in gaps if gap < 0)
-    return _total(accounts, set_back_s)
+    return _total(accounts, set_back_s, len(history.sessions) - len(sessions))
 
 
-def _total(accounts: Sequence[SessionAccount], set_back_s: float) -> Account:
+def _that_worked(sessions: Sequence[Session]) -> list[Session]:
+    """The sessions without those that found the run finished, and so only looked at it."""
+    found: list[Session] = []
+    for session in sessions:
+        is_finished = bool(found) and found[-1].ending == session.ending == "finished"
+        if not (is_finished and session.from_step == session.last_step == found[-1].last_step):
+            found.append(session)
+    return found
+
+
+def _total(accounts: Sequence[SessionAccount], set_back_s: float, num_needless: int) -> Account:
     not_running_s: dict[Cause, float] = dict.fromkeys(CAUSES, 0.0)
+    finished_s = 0.0
     for one in accounts:
-        if one.gap_s is not None and one.ending is not None:
+        if one.gap_s is None:
+            continue
+        if one.ending == "finished":
+            finished_s += one.gap_s
+        elif one.ending is not None:
             not_running_s[one.ending] += one.gap_s
     seconds = {part: sum(one.seconds.get(part, 0.0) for one in accounts) for part in PARTS}
     seconds["not_running"] = sum(not_running_s.values())
     wall_s = sum(seconds.values())
     if accounts:
         first, last = accounts[0].session, accounts[-1].session
-        by_clock_s = last.last_at_s - first.began_at_s + set_back_s
+        by_clock_s = last.last_at_s - first.began_at_s + set_back_s - finished_s
         num_lines = sum(len(one.session.lines) for one in accounts)
         assert math.isclose(wall_s, by_clock_s, rel_tol=1e-6, abs_tol=num_lines * _ROUNDING_S), (wall_s, by_clock_s)
     return Account(
         wall_s=wall_s,
         seconds=seconds,
         not_running_s=not_running_s,
+        finished_s=finished_s,
+        num_needless=num_needless,
         num_productive=sum(one.num_productive for one in accounts),
         num_repeated=sum(one.num_repeated for one in accounts),
         set_back_s=set_back_s,
@@ -212,7 +234,7 @@ def _rewinds(sessions: Sequence[Session], index: int) -> list[tuple[int, int]]:
 
 def _spent_in(session: Session, rewinds: Sequence[tuple[int, int]]) -> _Spent:
     spent = _Spent()
-    at_s, step = session.began_at_s, session.from_step
+    at_s, step = session.began_at_s, None
     for line in session.lines:
         known_s = sum(line.seconds.values())
         missing_s, at_s = line.at_s - at_s - known_s, line.at_s

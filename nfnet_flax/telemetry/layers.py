@@ -8,6 +8,7 @@ each step is there once.
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _LONG_STEPS = 500
 _LONG_LINES = 20
 """Clipping of everything or of nothing is long if it lasts for so many steps, and so many log steps."""
 _NEARLY_ALL = 0.9
+_FLUSH_S = 20.0
+"""What is older is in the file, in seconds, although no checkpoint has been saved."""
 
 
 def is_due(step: int, num_steps: int, log_every_steps: int, layers_every_steps: int | None) -> bool:
@@ -41,6 +44,7 @@ class LayerLog:
         """Removes what an earlier process wrote for steps after `resume_step`, which will be repeated."""
         self._path = path
         self._lines: list[bytes] = []
+        self._flushed_s = time.monotonic()
         self._has_failed = False
         try:
             lines, damaged = read_lines(path, LINE_BEGINS)
@@ -56,9 +60,12 @@ class LayerLog:
             name: [float(f"{value:.4g}") for value in dataclasses.astuple(units)] for name, units in layers.items()
         }
         self._lines.append(json.dumps({"step": step, "layers": values}).encode() + b"\n")
+        if time.monotonic() - self._flushed_s >= _FLUSH_S:
+            self.flush()
 
     def flush(self) -> None:
         """Appends to the file; to be called before a checkpoint is saved."""
+        self._flushed_s = time.monotonic()
         if not self._lines or self._has_failed:
             return
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ Category = Literal["start", "restore", "compile", "step", "input", "evaluation",
 batch; `save`: handing over a checkpoint, which is written in the background; `end`: waiting for what is still being
 written. Compilations count as `compile`, wherever they happen."""
 CATEGORIES: tuple[Category, ...] = get_args(Category)
+LONGEST_SILENCE_S = 10.0
+"""Time after which a line is written although nothing has happened, in seconds: a kill loses no more than this."""
 _COMPILATIONS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 
 
@@ -38,36 +41,55 @@ class Ledger:
         self._compiled_s = _compiled_s()[0]
         self._totals: dict[Category, float] = dict.fromkeys(CATEGORIES, 0.0)
         self._written = dict(self._totals)
+        self._written_s = now
         self._events: EventLog | None = None
         self._step = 0
+        self._lock = threading.RLock()
         self._outcome: tuple[Event, dict[str, str]] = ("failed", {})
 
-    def enter(self, category: Category) -> None:
-        """From now on, the time belongs to this category."""
-        now = time.perf_counter()
-        compiled_s = _compiled_s()[0]
-        spent_s = now - self._since_s
-        # Compilations are timed by JAX, some of them in other threads: they cannot have taken longer than the time.
-        of_compiling_s = min(spent_s, compiled_s - self._compiled_s) if self._category != "compile" else 0.0
-        self._totals["compile"] += of_compiling_s
-        self._totals[self._category] += spent_s - of_compiling_s
-        self._category, self._since_s, self._compiled_s = category, now, compiled_s
+    def enter(self, category: Category, step: int | None = None) -> None:
+        """From now on, the time belongs to this category.
+
+        Args:
+          category: what is done.
+          step: number of updates done; None: as before.
+        """
+        with self._lock:
+            now = time.perf_counter()
+            compiled_s = _compiled_s()[0]
+            spent_s = now - self._since_s
+            # Compilations are timed by JAX, some of them in other threads: they cannot have taken longer than the time.
+            of_compiling_s = min(spent_s, compiled_s - self._compiled_s) if self._category != "compile" else 0.0
+            self._totals["compile"] += of_compiling_s
+            self._totals[self._category] += spent_s - of_compiling_s
+            self._category, self._since_s, self._compiled_s = category, now, compiled_s
+            self._step = self._step if step is None else step
 
     def totals(self) -> dict[Category, float]:
         """Seconds of each category since the process began."""
-        self.enter(self._category)
-        return dict(self._totals)
+        with self._lock:
+            self.enter(self._category)
+            return dict(self._totals)
 
     def record(self, event: Event, step: int, **facts: Any) -> None:
         """Writes a line with the time since the previous one into the run's record, if there is one."""
-        self._step = step
-        if self._events is None:
-            return
-        totals = self.totals()
-        spent: dict[str, float] = {}
-        spent |= {name: value - self._written[name] for name, value in totals.items() if value > self._written[name]}
-        self._written = totals
-        self._events.write(event, self._since_s + self._offset_s, step, spent, facts)
+        with self._lock:
+            self._step = step
+            if self._events is None:
+                return
+            totals = self.totals()
+            spent: dict[str, float] = {}
+            spent |= {name: each - self._written[name] for name, each in totals.items() if each > self._written[name]}
+            self._written = totals
+            self._written_s = self._since_s
+            self._events.write(event, self._since_s + self._offset_s, step, spent, facts)
+
+    def _record_often(self, ended: threading.Event) -> None:
+        """Writes a line whenever none has been written for a while. Runs in a thread."""
+        while not ended.wait(LONGEST_SILENCE_S / 4):
+            with self._lock:
+                if time.perf_counter() - self._written_s >= LONGEST_SILENCE_S and not ended.is_set():
+                    self.record("interval", self._step)
 
     def ends(self, event: Event, **facts: str) -> None:
         """Tells how the session ends, if nothing fails until then; `facts` are further entries of its last line."""
@@ -84,17 +106,22 @@ class Ledger:
         """
         self._events = EventLog(path)
         self.record("start", 0, began_at_s=round(self.began_at_s, 3), **facts)
+        ended = threading.Event()
+        threading.Thread(target=self._record_often, args=(ended,), name="record of times", daemon=True).start()
         try:
             yield
         except BaseException as error:
             self._outcome = ("failed", {"reason": f"{type(error).__name__}: {error}".splitlines()[0]})
             if isinstance(error, silent_after):
-                self._close()
+                with self._lock:
+                    self._close()
             raise
         finally:
-            event, how = self._outcome
-            self.record(event, self._step, **how)
-            self._close()
+            with self._lock:
+                ended.set()
+                event, how = self._outcome
+                self.record(event, self._step, **how)
+                self._close()
 
     def _close(self) -> None:
         if self._events is not None:

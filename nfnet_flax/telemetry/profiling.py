@@ -8,6 +8,7 @@ goes on with one warning.
 import contextlib
 import dataclasses
 import itertools
+import shlex
 import socket
 import threading
 import time
@@ -215,7 +216,7 @@ class Profiler:
             why = problems[failed[0]]
             warn(f"the profile of {described(appointment.steps)}{by} is missing: {why}. The run goes on")
         if len(failed) < self._processes.count:
-            logdir = f"{self._place}/{self._folder.partition('/')[0]}"
+            logdir = shlex.quote(f"{self._place}/{self._folder.partition('/')[0]}")
             self._say(
                 f"profile of {described(appointment.steps)}: {self._place}/{name}; to look at it: xprof --logdir "
                 f"{logdir} (pip install 'nfnet_flax[profile]')"

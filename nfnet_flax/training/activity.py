@@ -22,4 +22,4 @@ class Activity:
           category: what its time counts as; None: as the phase.
         """
         self.watchdog.enter(phase, step)
-        self.ledger.enter(category or phase)
+        self.ledger.enter(category or phase, step - 1 if phase in ("input", "step") else step)
