@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,8 +142,19 @@ def claimed(workdir: Path, recipe: Recipe, initial: dict[str, str] | None = None
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Waits for a run and returns what it printed."""
-    return process.communicate(timeout=300)[0]
+    """Waits for the end of a run; returns what it has printed that was not read yet."""
+    timer = threading.Timer(300, lambda: os.killpg(process.pid, signal.SIGKILL))
+    timer.start()
+    try:
+        # Not `communicate`, which leaves out lines that are in the buffer of a stream that was read line by line.
+        printed = ""
+        if process.stdout is not None:
+            printed = process.stdout.read()
+            process.stdout.close()
+        process.wait()
+    finally:
+        timer.cancel()
+    return printed
 
 
 def signal_at(
