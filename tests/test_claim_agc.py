@@ -14,7 +14,8 @@ import pytest
 
 from nfnet_flax import cli
 from nfnet_flax.claims import agc
-from nfnet_flax.claims.agc_shown import agc_text, spread
+from nfnet_flax.claims.agc_shown import agc_text, spread, tables
+from nfnet_flax.claims.evidence import read_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from nfnet_flax.models import NFResNetConfig, ResNetConfig
@@ -82,14 +83,13 @@ def test_another_seed_gives_other_numbers_and_another_folder_is_asked_for(
 
 def test_the_text_is_made_of_the_evidence(measured: tuple[Path, str]) -> None:
     out, printed = measured
-    data = json.loads((out / "evidence.json").read_text())["data"]
-    assert agc_text(data) in printed
+    found = read_evidence(out / "evidence.json", "agc")
+    assert agc_text(found) in printed
     assert "nfnet claim agc --out" in printed
     assert (out / "agc.svg").read_text().startswith("<?xml")
-    changed = json.loads(json.dumps(data))
-    row = next(cell for cell in changed["cells"] if cell["kind"] == "BatchNorm")
+    row = next(cell for cell in found.data["cells"] if cell["kind"] == "BatchNorm")
     row |= {"outcome": "diverged", "top1": None, "loss": None}
-    assert "| BatchNorm, no clipping | diverged (1 of 1) |" in agc_text(changed)
+    assert "| BatchNorm, no clipping | diverged (1 of 1) |" in tables(found)["settings"]
 
 
 def test_spread_counts_what_diverged() -> None:

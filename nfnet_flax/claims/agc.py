@@ -52,7 +52,7 @@ class Study:
     """Length of each run."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
-    exempt_batch_size: int = 1024
+    exempt_batch_size: int = 256
     """Batch size of the runs that exempt layers from AGC."""
     exempt_ratio: float = 0.16
     """Their lambda."""

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 _NEAR = 0.01
 """A setting is as good as the best one if its top-1 is lower by at most this."""
+_NOTE = (
+    "Top-1 on held-out digits: mean and standard deviation over the seeds; a run that diverged, that is, whose loss or "
+    "gradient was not finite, counts as 0. Factor: of the largest setting within one point of the best one to the "
+    "smallest, so a large factor means that the setting hardly matters."
+)
 _COLOURS = {
     ("BatchNorm", ""): "#555555",
     ("no clipping", ""): "#cc79a7",
@@ -43,7 +48,8 @@ class Spread(NamedTuple):
         if self.num_diverged == self.num_runs:
             return f"diverged ({self.num_runs} of {self.num_runs})"
         about = f", {self.num_diverged} of {self.num_runs} diverged" if self.num_diverged else ""
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}{about}"
+        deviation = f" ± {100 * self.std:.1f}" if self.num_runs > 1 else ""
+        return f"{100 * self.mean:.1f}{deviation}{about}"
 
 
 def spread(cells: Sequence[dict[str, Any]]) -> Spread:
@@ -54,23 +60,42 @@ def spread(cells: Sequence[dict[str, Any]]) -> Spread:
     return Spread(mean, math.sqrt(square), sum(cell["outcome"] == "diverged" for cell in cells), len(values))
 
 
-def agc_text(data: dict[str, Any]) -> str:
-    """Tables and sentences in Markdown."""
+def tables(found: Evidence) -> dict[str, str]:
+    """Name of each table -> its text in Markdown."""
+    data = found.data
     study = data["study"]
     sizes = study["batch_sizes"]
+    num_seeds = f"{study['seeds']} seed{'' if study['seeds'] == 1 else 's'}"
     rows = []
     for kind, exempt in _LABELS:
         for value in _values(study, kind):
             label = _LABELS[kind, exempt] + ("" if value is None else f" {value:g}")
             spreads = [spread(_chosen(data, kind, exempt, value, size)) for size in sizes]
-            rows.append([label, *(found.text() for found in spreads)])
-    table = markdown_table(["top-1 in % (mean ± deviation)", *(f"batch {size}" for size in sizes)], rows)
+            rows.append([label, *(each.text() for each in spreads)])
+    columns = [f"top-1 in %, {num_seeds}", *(f"batch {size}" for size in sizes)]
     size, ratio = study["exempt_batch_size"], study["exempt_ratio"]
-    exempt_rows = []
-    for exempt in _exemptions(data):
-        exempt_rows.append([exempt, spread(_chosen(data, "AGC", exempt, ratio, size)).text()])
-    exempt_table = markdown_table([f"AGC {ratio:g}, batch {size}: not clipped", "top-1 in %"], exempt_rows)
-    return "\n".join([table, "", *(f"- {line}" for line in _sensitivities(data)), "", exempt_table])
+    exempt_rows = [[each, spread(_chosen(data, "AGC", each, ratio, size)).text()] for each in _exemptions(data)]
+    about = f"not clipped (AGC {ratio:g}, batch {size})"
+    near = [
+        "batch",
+        "clipping",
+        "best at",
+        "top-1, %",
+        "worst at",
+        "top-1, %",
+        "within one point of the best",
+        "factor",
+    ]
+    return {
+        "settings": markdown_table(columns, rows),
+        "sensitivity": markdown_table(near, list(_sensitivities(data))),
+        "exempt": markdown_table([about, f"top-1 in %, {num_seeds}"], exempt_rows),
+    }
+
+
+def agc_text(found: Evidence) -> str:
+    """All tables, and what they mean."""
+    return "\n\n".join([origin(found), _NOTE, *tables(found).values()])
 
 
 def _values(study: dict[str, Any], kind: str) -> Sequence[float | None]:
@@ -88,7 +113,7 @@ def _exemptions(data: dict[str, Any]) -> list[str]:
     return [exempt for exempt in found if exempt != SKIP_GAINS]
 
 
-def _sensitivities(data: dict[str, Any]) -> Iterator[str]:
+def _sensitivities(data: dict[str, Any]) -> Iterator[list[str]]:
     """For each batch size and way of clipping: the best setting, and which others are as good."""
     study = data["study"]
     for size in study["batch_sizes"]:
@@ -99,12 +124,9 @@ def _sensitivities(data: dict[str, Any]) -> Iterator[str]:
             means = {value: spread(_chosen(data, kind, exempt, value, size)).mean for value in values}
             best, worst = (choose(means, key=lambda value: means[value]) for choose in (max, min))
             near = [value for value in values if means[value] >= means[best] - _NEAR]
-            yield (
-                f"Batch {size}, {_LABELS[kind, exempt].removeprefix('normalizer-free, ')}: best at {best:g} "
-                f"({100 * means[best]:.1f}%), worst at {worst:g} ({100 * means[worst]:.1f}%); within one point of the "
-                f"best: {', '.join(f'{value:g}' for value in near)} ({len(near)} of {len(values)}, a factor of "
-                f"{max(near) / min(near):g})."
-            )
+            label = _LABELS[kind, exempt].removeprefix("normalizer-free, ")
+            ends = [text for value in (best, worst) for text in (f"{value:g}", f"{100 * means[value]:.1f}")]
+            yield [str(size), label, *ends, ", ".join(f"{value:g}" for value in near), f"{max(near) / min(near):g}"]
 
 
 def agc_picture(found: Evidence, width: float, height: float) -> "Figure":

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     folder = made_folder("out", options.out)
 
     from nfnet_flax.claims.agc_shown import agc_picture, agc_text
-    from nfnet_flax.claims.evidence import evidence, origin, write_evidence
+    from nfnet_flax.claims.evidence import evidence, write_evidence
     from nfnet_flax.claims.study import num_cores, run_study
 
     num_jobs = num_cores() if options.jobs is None else options.jobs
@@ -56,6 +56,6 @@ def run(argv: Sequence[str]) -> int:
     if options.picture:
         written.append(folder / _PICTURE)
         write_named("out", written[-1], picture_file(agc_picture(found, *_INCHES), "svg"))
-    print(f"{agc_text(found.data)}\n\n{origin(found)}")
+    print(f"{agc_text(found)}\n")
     print("\n".join(f"written: {path}" for path in written))
     return EXIT_DONE
