@@ -41,6 +41,7 @@ _LONGEST_FIRST = (
     *("resume", "docs", "models", "step", "spatial", "own_code", "training", "execution", "processes", "identity"),
     *("objectives", "copies", "output", "reproducible", "workers", "frozen", "extending", "recipes", "tensorboard"),
     *("profiling", "trackers", "telemetry", "terminal", "goodput", "report", "signal", "agc_statistics"),
+    *("claim_agc", "claim_cuts", "claim_exact"),
 )
 """Files that take minutes. Workers get whole files in turn: one that began last would be waited for by all others."""
 
