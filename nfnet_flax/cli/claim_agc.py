@@ -50,7 +50,10 @@ def run(argv: Sequence[str]) -> int:
     from nfnet_flax.claims.study import num_cores, run_study
 
     num_jobs = num_cores() if options.jobs is None else options.jobs
-    results = run_study(agc.recipes(options.study), folder / "runs", num_jobs=num_jobs)
+    recipes = agc.recipes(options.study)
+    # On CPUs, as many at a time as there are cores: a GPU could not be shared by processes.
+    variables = {name: {"JAX_PLATFORMS": "cpu"} for name in recipes}
+    results = run_study(recipes, folder / "runs", num_jobs=num_jobs, variables=variables)
     found = evidence("agc", shlex.join(["nfnet", "claim", "agc", *argv]), agc.measured(options.study, results))
     written = [write_evidence(found, folder)]
     if options.picture:
