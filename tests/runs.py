@@ -148,7 +148,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     try:
         # Not `communicate`, which leaves out lines that are in the buffer of a stream that was read line by line.
         printed = ""
-        if process.stdout is not None:
+        if process.stdout is not None and not process.stdout.closed:
             printed = process.stdout.read()
             process.stdout.close()
         process.wait()
