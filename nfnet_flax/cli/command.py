@@ -39,7 +39,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "agc": agc.run,
     "claim": claim.run,
 }
-_WRITE_FILES = (["train"], ["convert"], ["export"])
+_WRITE_FILES = (["train"], ["convert"], ["export"], ["claim"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""
 _LEVELS: dict[str, Level] = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 _HELP = {"-h", "--help"}
