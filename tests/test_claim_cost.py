@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nfnet_flax.claims import cost, published
-from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of, libtpu_version, prepare_folder
+from nfnet_flax.claims.child import prepare_folder
+from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
@@ -115,7 +116,7 @@ def test_what_is_kept_is_not_compiled_again(tmp_path: Path) -> None:
     assert found.compiled == result("blocks")
     assert sorted(path.name for path in place.iterdir()) == ["blocks.json", "none.json", "recipe.json"]
     other = dataclasses.replace(recipe, seed=recipe.seed + 1)
-    with pytest.raises(ConfigError, match=r"plans of another run \(seed: .*give another --out"):
+    with pytest.raises(ConfigError, match=r"another run \(seed: .*give another --out"):
         cost.study([other], [TOPOLOGY], tmp_path, timeout_s=1.0)
     (place / "none.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"none\.json is damaged .*remove it; the command then repeats"):
@@ -139,7 +140,7 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
         assert found.plan is not None
         assert (found.num_chips, found.plan.images_per_device) == (8, 8)
         assert compiled(tmp_path, TOPOLOGY, "none", timeout_s=1e-3) == found
-    else:  # what prevented it is told, and not kept
+    else:  # the reason is in the result, and no file is written, so the next call tries again
         assert found.plan is None
         assert "ended with exit code 1" in found.problem
         assert "libtpu (pip install 'nfnet_flax[tpu]')" in found.problem

@@ -22,7 +22,7 @@ from nfnet_flax.recipe import CheckpointConfig, Recipe
 Kind = Literal["BatchNorm", "no clipping", "AGC", "global norm"]
 PUBLISHED_EXEMPT, SKIP_GAINS = "the last dense layer", "the last dense layer, skip gains"
 _SHAPE: dict[str, Any] = {"widths": (32, 64, 128), "depths": (1, 1, 1), "stem_width": 16}
-"""Of both networks: about 80,000 parameters."""
+"""Of both networks: about 35,000 parameters."""
 _HEAD, _STEM, _REST = ParamGroup("head.kernel", 0.0), ParamGroup("stem.kernel", 0.0), ParamGroup("*", 1.0)
 EXEMPTIONS: dict[str, tuple[ParamGroup, ...]] = {
     "nothing": (_REST,),
@@ -68,6 +68,8 @@ class Study:
             is_set = bool(values) and min(values) > 0 and len(set(values)) == len(values)
             require(is_set, name, values, "give different positive numbers")
         require_count("seeds", self.seeds)
+        require_count("exempt_batch_size", self.exempt_batch_size)
+        require(self.exempt_ratio > 0, "exempt_ratio", self.exempt_ratio, "must be positive")
         require(self.first_seed >= 0, "first_seed", self.first_seed, "must not be negative")
 
 

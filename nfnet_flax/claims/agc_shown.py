@@ -1,6 +1,6 @@
-"""Tables, sentences and a picture of what `agc.py` measured, made from its evidence alone."""
+"""Tables and a picture of what `agc.py` measured, made from its evidence alone."""
 
-import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,11 +53,10 @@ class Spread(NamedTuple):
 
 
 def spread(cells: Sequence[dict[str, Any]]) -> Spread:
-    """Of the cells of one setting."""
+    """The spread of the top-1 accuracies of the runs of one setting."""
     values = [cell["top1"] if cell["outcome"] == "finished" else 0.0 for cell in cells]
-    mean = math.fsum(values) / len(values)
-    square = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return Spread(mean, math.sqrt(square), sum(cell["outcome"] == "diverged" for cell in cells), len(values))
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), std, sum(cell["outcome"] == "diverged" for cell in cells), len(values))
 
 
 def tables(found: Evidence) -> dict[str, str]:

@@ -6,23 +6,24 @@ ends in any way, it saves the run and ends.
 """
 
 import dataclasses
-import json
 import os
 import signal
 import sys
-import threading
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from nfnet_flax.claims.child import RECIPE, at_end_of_input
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.recipe import read_recipe
 from nfnet_flax.storage.file_locks import locked
+from nfnet_flax.training.layout import METRICS
 from nfnet_flax.training.loop import TrainingDiverged, train
+from nfnet_flax.training.metrics import read_rows
 
-RECIPE, RESULT, RUN = "recipe.json", "result.json", "run"
+RESULT, RUN = "result.json", "run"
 _LOCK = "lock"
 Outcome = Literal["finished", "diverged"]
 
@@ -61,15 +62,9 @@ def read_result(folder: Path) -> Result | None:
 
 def main(folder: Path) -> int:
     """Trains; returns an exit code of `exit_codes`."""
-    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
     with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run
         return _train(folder)
-
-
-def _stop_at_end_of_input() -> None:
-    while os.read(0, 1024):  # not `sys.stdin`, which would be locked when Python ends
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train(folder: Path) -> int:
@@ -80,18 +75,14 @@ def _train(folder: Path) -> int:
         ended = train(recipe, run, owns_process=True)
     except TrainingDiverged as error:
         print(error)
-        result = Result(outcome="diverged", step=_last_step(run / "metrics.jsonl"), metrics={})
+        rows = read_rows(run / METRICS)
+        result = Result(outcome="diverged", step=rows[-1]["step"] if rows else 0, metrics={})
     else:
         if not ended.finished:
             return EXIT_STOPPED
         result = Result(outcome="finished", step=ended.step, metrics=ended.metrics)
     write_json(folder / RESULT, dataclasses.asdict(result))
     return EXIT_DONE
-
-
-def _last_step(path: Path) -> int:
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return lines[-1]["step"] if lines else 0
 
 
 if __name__ == "__main__":

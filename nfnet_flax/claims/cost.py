@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_flax.claims import published
-from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of, prepare_folder
+from nfnet_flax.claims.child import prepare_folder
+from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of
 from nfnet_flax.claims.evidence import Evidence, markdown_table, origin
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.imagenet import imagenet_recipe
 from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.models.classifier import Rematerialization
-from nfnet_flax.optim import AGC, SGD, Cosine, OptimConfig, SAMConfig
+from nfnet_flax.optim import OptimConfig, SAMConfig
 from nfnet_flax.progress import tracking
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.units import duration, human_size, scaled
@@ -52,16 +53,8 @@ def recipe_of(name: str, images_per_part: int) -> Recipe:
     Raises:
       ConfigError: the batch cannot be cut into such parts.
     """
-    optim = OptimConfig(
-        learning_rate_per_256=0.1,
-        warmup_epochs=5.0,
-        method=SGD(momentum=0.9, nesterov=True),
-        clipping=AGC(ratio=0.01),
-        schedule=Cosine(),
-        weight_decay=2e-5,
-        ema_decay=0.99999,
-        sam=SAMConfig(rho=0.05, fraction=0.2) if name == "nfnet_f6" else None,
-    )
+    # The defaults are published, those of `SAMConfig` too.
+    optim = OptimConfig(sam=SAMConfig() if name == "nfnet_f6" else None)
     recipe = imagenet_recipe(
         name,
         model_config(name, compute_dtype="bfloat16"),

@@ -6,28 +6,23 @@ kept in a file.
 process that started it ends in any way, it ends.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import subprocess
 import sys
-import threading
 import typing
 from pathlib import Path
 from typing import Any
 
+from nfnet_flax.claims.child import LOG, RECIPE, at_end_of_input, last_lines
 from nfnet_flax.config import ConfigError
-from nfnet_flax.config_json import differences, to_json
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
 from nfnet_flax.progress import COMPUTING_LINE_S, tracking
-from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
-
-RECIPE, _LOG = "recipe.json", "log"
-_LAST_LINES = 3
+from nfnet_flax.recipe import read_recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,24 +42,6 @@ class Compiled:
     """Time limit that the compilation exceeded, in seconds; None: it did not."""
 
 
-def prepare_folder(folder: Path, recipe: Recipe) -> None:
-    """Makes the folder of a recipe's compilations on one topology.
-
-    Raises:
-      ConfigError: it has those of another recipe, or cannot be made.
-    """
-    path = folder / RECIPE
-    if path.exists():
-        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
-            raise ConfigError(f"{folder} has plans of another run ({'; '.join(changed)}): give another --out")
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
-    save_recipe(recipe, path)
-
-
 def compiled(folder: Path, topology: str, rematerialization: Rematerialization, timeout_s: float) -> Compiled:
     """The kept result of a compilation; if there is none, or only one with a shorter time limit, compiles.
 
@@ -81,7 +58,7 @@ def compiled(folder: Path, topology: str, rematerialization: Rematerialization, 
     place = f"{folder.parent.name}, rematerialization {rematerialization}"
     command = [sys.executable, "-m", "nfnet_flax.claims.cost_compile", str(folder), topology, rematerialization]
     with (
-        (folder / _LOG).open("ab") as log,
+        (folder / LOG).open("ab") as log,
         # A session of its own, because Ctrl-C is for this process, which then ends the other.
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
         tracking(f"compiling the step for {topology} ({place})", first_line_s=COMPUTING_LINE_S),
@@ -99,8 +76,8 @@ def compiled(folder: Path, topology: str, rematerialization: Rematerialization, 
             raise
     found = read_compiled(path) if code == EXIT_DONE else None
     if found is None:
-        last = " | ".join((folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:])
-        found = _without_plan(rematerialization, f"the compilation ended with exit code {code}: {last}", None)
+        text = f"the compilation ended with exit code {code}: {last_lines(folder)}"
+        found = _without_plan(rematerialization, text, None)
     return found
 
 
@@ -155,7 +132,7 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
     Raises:
       ConfigError: there is no compiler, or it does not know the topology.
     """
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    at_end_of_input(lambda: os._exit(EXIT_STOPPED))  # the compiler cannot be interrupted, and there is nothing to save
     set_environment()
     recipe = read_recipe(folder / RECIPE)
     execution = dataclasses.replace(recipe.execution, rematerialization=rematerialization)
@@ -171,14 +148,6 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
         found = _without_plan(rematerialization, str(error), None)
     write_json(folder / f"{rematerialization}.json", dataclasses.asdict(found))
     return EXIT_DONE
-
-
-def _end_with_input() -> None:
-    # Not by `sys.stdin`: Python ends with a fatal error while a thread waits in its buffer.
-    with contextlib.suppress(OSError):
-        while os.read(0, 1):
-            pass
-    os._exit(EXIT_STOPPED)  # the compiler cannot be interrupted otherwise, and there is nothing to save
 
 
 if __name__ == "__main__":

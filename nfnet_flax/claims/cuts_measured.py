@@ -43,10 +43,10 @@ class RunRow:
     loss: float | None
     """Of held-out images."""
     training_mode_loss: float | None
-    """Of training images, not augmented, in parts of `images_per_part`, with the network in training mode: BatchNorm
-    normalises with the statistics of the part."""
+    """Loss on training images, not augmented, in parts of `images_per_part`, with the network in training mode:
+    BatchNorm normalises with the statistics of the part."""
     evaluation_mode_loss: float | None
-    """Of the same images in evaluation mode: BatchNorm normalises with the running statistics."""
+    """Loss on the same images in evaluation mode: BatchNorm normalises with the running statistics."""
     bits: str | None
     """SHA-256 of the final parameters and running statistics."""
 

@@ -112,4 +112,5 @@ STEP_MS: Mapping[str, float] = MappingProxyType(
 STEP_IMAGES = 32
 """Number of images of each core in `STEP_MS`."""
 NUM_EPOCHS, BATCH_SIZE, NUM_IMAGES = 360, 4096, 1_281_167
-"""Of the published runs: length, images of an update, and training images of ImageNet (arXiv 2102.06171, section 4)."""
+"""The published runs: their number of epochs, the number of images of an update, and the number of training images of
+ImageNet (arXiv 2102.06171, section 4)."""

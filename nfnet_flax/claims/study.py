@@ -15,15 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
-from nfnet_flax.claims.cell import RECIPE, Result, read_result
+from nfnet_flax.claims.cell import Result, read_result
+from nfnet_flax.claims.child import LOG, last_lines, prepare_folder
 from nfnet_flax.config import ConfigError, require
-from nfnet_flax.config_json import differences, to_json
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.progress import Task, tracking
-from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
-
-_LOG = "log"
-_LAST_LINES = 3
+from nfnet_flax.recipe import Recipe
 
 
 def num_cores() -> int:
@@ -78,25 +75,20 @@ def run_study(
 
 
 def _known(folder: Path, recipe: Recipe) -> Result | None:
-    """The result of a cell, if it has ended; otherwise its folder is prepared."""
-    path = folder / RECIPE
-    if path.exists():
-        # All fields: a run may continue with another length, but its result would not be that of this cell.
-        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
-            raise ConfigError(f"{folder} has another run ({'; '.join(changed)}): give another --out, or remove it")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, path)
+    """The result of a cell, if it has ended; its folder is prepared."""
+    prepare_folder(folder, recipe)
     return read_result(folder)
 
 
 def _carry_out(folder: Path, variables: Mapping[str, str], processes: "_Processes", task: Task) -> Result:
-    with (folder / _LOG).open("a") as log:
+    with (folder / LOG).open("a") as log:
         code = processes.run([sys.executable, "-m", "nfnet_flax.claims.cell", str(folder)], variables, log)
     result = read_result(folder)
     if code != EXIT_DONE or result is None:
-        last = " | ".join((folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:])
-        raise ConfigError(f"the run in {folder} ended with exit code {code}: {last}")
+        raise ConfigError(
+            f"the run in {folder} ended with exit code {code} ({last_lines(folder)}): when the cause is mended, the "
+            "same command goes on"
+        )
     task.advance()
     return result
 

@@ -137,10 +137,8 @@ def _time_notes(run: RunFacts, *, with_label: bool) -> list[str]:
     shown = [text for cause, text in zip(CAUSES, causes, strict=True) if account.not_running_s[cause] > 0]
     lines += [f"{about}not running: {', '.join(shown)}"] if shown else []
     if account.finished_s > 0:
-        lines.append(
-            f"{about}{long_duration(account.finished_s)} in which it was finished, before it was made longer, "
-        )
-        lines[-1] += "do not count"
+        finished = long_duration(account.finished_s)
+        lines.append(f"{about}{finished} in which it was finished, before it was made longer, do not count")
     if account.num_needless:
         lines.append(f"{about}starts that found it finished, which do not count: {account.num_needless}")
     return lines

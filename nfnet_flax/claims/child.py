@@ -1,0 +1,49 @@
+"""What processes have in common that a claim starts for a long piece of work: a folder with a recipe, a log, and an
+end that comes with the end of the process that started them."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from nfnet_flax.config import ConfigError
+from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
+
+RECIPE, LOG = "recipe.json", "log"
+_LAST_LINES = 3
+
+
+def prepare_folder(folder: Path, recipe: Recipe) -> None:
+    """Makes the folder of a piece of work, with its recipe, if it is not there.
+
+    Raises:
+      ConfigError: it is that of another recipe, or cannot be made.
+    """
+    path = folder / RECIPE
+    if path.exists():
+        # All fields: a run may continue with another length, but its result would not be that of this recipe.
+        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
+            raise ConfigError(f"{folder} has another run ({'; '.join(changed)}): give another --out, or remove it")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, path)
+    except OSError as error:
+        raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
+
+
+def at_end_of_input(act: Callable[[], None]) -> None:
+    """Calls `act` in a thread when the standard input ends: the process that started this one holds its other end,
+    writes nothing, and closes it however it ends."""
+
+    def wait() -> None:
+        os.read(0, 1)  # not by `sys.stdin`: Python ends with a fatal error while a thread waits in its buffer
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def last_lines(folder: Path) -> str:
+    """The end of the log of a process, in one line."""
+    return " | ".join((folder / LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]) or "it printed nothing"
