@@ -158,7 +158,7 @@ def test_curves_end_at_the_values_of_the_run(made: Made) -> None:
     assert points[-1][1] == NUM_STEPS
     assert run.account is not None
     unit_s = {"seconds": 1, "minutes": 60}[done.x_label.split()[0]]  # pytest may have imported the package long ago
-    # Times are rounded to milliseconds, which is more than a thousandth of a percent of a short run.
+    # Times are rounded to milliseconds, and this run takes a few seconds only.
     assert points[-1][0] == pytest.approx(run.account.wall_s / unit_s, rel=1e-4, abs=0.002 / unit_s)
     assert [times for times, _ in points] == sorted(times for times, _ in points)
 
