@@ -14,8 +14,13 @@ class StorageFailed(RuntimeError):  # noqa: N818 - it names what happened, as Ke
     kept."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, mode: int | None = None) -> None:
     """Replaces a file, so that a process killed at any moment, or a full disk, leaves either the old or the new one.
+
+    Args:
+      path: the file.
+      content: its bytes.
+      mode: its permissions; None: those of new files.
 
     Raises:
       OSError: it cannot be written; the old file is unchanged.
@@ -23,6 +28,8 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -143,10 +143,24 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+def processor() -> str:
+    """Model and all flags of the first processor of this machine, for which the programs of CPUs are compiled."""
+    lines = re.findall(
+        r"^(?:vendor_id|cpu family|model|model name|flags|Features|CPU \w+)\s*:.*$", _cpu_info(), re.MULTILINE
+    )
+    return "\n".join([platform.machine(), platform.processor(), *dict.fromkeys(lines)])
+
+
+def _cpu_info() -> str:
+    """What Linux tells of the first processor; empty on other systems."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    return ""
+
+
 def _cpu_features() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
+    text = _cpu_info()
+    if not text:
         return platform.processor() or platform.machine()
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
     flags = line.group(1).split() if line else []

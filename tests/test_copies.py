@@ -86,8 +86,8 @@ def flipped(state):
     bias = jax.make_array_from_single_device_arrays(value.shape, value.sharding, copies)
     return dataclasses.replace(state, params={**state.params, "head.bias": bias})
 
-def assemble(*arguments, assemble=loop.assemble):
-    setup = assemble(*arguments)
+def assemble(*arguments, assemble=loop.assemble, **options):
+    setup = assemble(*arguments, **options)
     def step(state, *others):
         state, metrics = setup.train_step(state, *others)
         return (flipped(state) if int(state.step) == 6 else state), metrics

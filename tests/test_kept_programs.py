@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import nfnet_flax
+from nfnet_flax import runtime
 from nfnet_flax.parallel.mesh import make_mesh
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
@@ -37,9 +39,9 @@ def recipe() -> Recipe:
 
 def program(recipe: Recipe, *facts: object, name: str = "train", add: float = 1.0) -> Callable[..., jax.Array]:
     """A small function that is kept as the step of a recipe is; `add` tells which function was compiled."""
-    wrapped: Callable[..., jax.Array] = kept_programs.kept(
-        jax.jit(lambda array: array + add), name, recipe, make_mesh(), facts
-    )
+    programs = kept_programs.KeptPrograms(recipe, make_mesh())
+    programs.read_ahead(name)
+    wrapped: Callable[..., jax.Array] = programs.kept(jax.jit(lambda array: array + add), name, facts)
     return wrapped
 
 
@@ -66,6 +68,9 @@ def test_a_program_is_found_by_all_that_decides_it(
         with monkeypatch.context() as patch:
             patch.setenv(flag, os.environ.get(flag, "") + " --xla_cpu_enable_fast_math=false")
             assert program(recipe, 5, add=add)(zero)[0] == add
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "processor", lambda: "another one")
+        assert program(recipe, 5, add=13.0)(zero)[0] == 13
     with jax.default_matmul_precision("float32"):
         assert program(recipe, 5, add=11.0)(zero)[0] == 11
     assert program(recipe, 5, add=12.0)(zero)[0] == 1
@@ -88,7 +93,7 @@ def test_a_changed_file_of_a_package_is_another_program(tmp_path: Path, monkeypa
     assert kept_programs._files_of("some_package").digest != changed
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another step", "somebody else's"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another step", "somebody else's", "of a group"])
 def test_a_damaged_or_foreign_file_is_not_used(
     damage: str, cache: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,11 +112,14 @@ def test_a_damaged_or_foreign_file_is_not_used(
             program(recipe, add=2.0, name="eval")(zero)
             (other,) = set(cache.glob(NAMES)) - {file}
             shutil.copyfile(other, file)
+        case "of a group":
+            file.chmod(0o620)
         case _:
             monkeypatch.setattr(os, "getuid", lambda: 12345)
-    damaged = file.read_bytes()
+    damaged = file.stat().st_ino
     assert program(recipe, add=3.0)(zero)[0] == 3
-    assert file.read_bytes() != damaged  # and it is replaced
+    assert file.stat().st_ino != damaged  # and it is replaced
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_files_that_changed_after_they_were_loaded_are_noticed(
@@ -164,24 +172,42 @@ def test_without_a_cache_nothing_is_kept(cache: Path, recipe: Recipe) -> None:
     assert not cache.exists()
 
 
-def test_a_run_with_kept_programs_compiles_no_step_and_has_the_same_bits(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+def test_a_program_that_is_read_ahead_is_only_used_for_what_it_is_of(cache: Path, recipe: Recipe) -> None:
+    zero = jnp.zeros(3)
+    for fact in (1, 2):
+        program(recipe, fact, add=float(fact))(zero)
+    of_one, of_two = sorted(cache.glob(NAMES), key=lambda path: path.stat().st_mtime_ns)
+    for newest in (of_one, of_two):
+        newest.touch()
+        assert program(recipe, 1, add=3.0)(zero)[0] == 1
+        assert program(recipe, 2, add=3.0)(zero)[0] == 2
 
-    def train(name: str) -> tuple[dict[str, np.ndarray], set[str]]:
+
+def test_a_run_has_the_same_bits_with_compiled_damaged_and_kept_programs(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    environment = {**runs.with_devices(2), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def train(name: str) -> tuple[dict[str, np.ndarray], set[Path]]:
         """The last checkpoint of a run, and the training steps that JAX's own cache has then."""
         options = ("--num-steps=2", "--eval-every-steps=2", "--model.widths=16", "--model.depths=1")
         printed = runs.finish(runs.start(tmp_path / name, *options, environment=environment))
         assert "finished: 2 steps" in printed, printed
-        return runs.saved_arrays(tmp_path / name, 2), {path.name for path in cache.glob("jit_train_step*-cache")}
+        return runs.saved_arrays(tmp_path / name, 2), set(cache.glob("jit_train_step*-cache"))
 
     first, compiled = train("first")
-    assert compiled
-    assert len(list((cache / "steps").glob(NAMES))) == 2
-    for name in compiled:
-        (cache / name).unlink()
-    second, compiled = train("second")
-    assert not compiled
-    assert first.keys() == second.keys()
+    kept = {path: path.read_bytes() for path in (cache / "steps").glob(NAMES)}
+    assert len(kept) == 2
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-1])
+    # They are traced, found in JAX's own cache, and kept again.
+    second, of_second = train("second")
+    assert of_second == compiled
+    assert {path: path.stat().st_size for path in kept} == {path: len(content) for path, content in kept.items()}
+    for path in compiled:
+        path.unlink()
+    third, of_third = train("third")
+    assert not of_third
     assert len(first) > 20
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    for others in (second, third):
+        assert first.keys() == others.keys()
+        assert all(np.array_equal(first[name], others[name]) for name in first)

@@ -85,8 +85,8 @@ import dataclasses, time
 from nfnet_flax import cli
 from nfnet_flax.training import loop
 
-def assemble(*arguments, assemble=loop.assemble):
-    setup = assemble(*arguments)
+def assemble(*arguments, assemble=loop.assemble, **options):
+    setup = assemble(*arguments, **options)
     def step(state, *others):
         if int(state.step) == {KILLED_AT + 2}:
             time.sleep(600)

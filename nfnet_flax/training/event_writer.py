@@ -1,6 +1,9 @@
 """Writes TensorBoard's event files of a run, by CLU."""
 
 import contextlib
+import functools
+import importlib.util
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from nfnet_flax.training import layout
 from nfnet_flax.training.event_files import about_files, check_folders, new_name, own_name, silence_tensorflow, suffix
 from nfnet_flax.training.storage import storage_errors
 
+_IMPORTING = threading.Lock()
 Images = Mapping[str, np.ndarray]
 """Tag -> (H, W, 3) uint8."""
 Texts = Mapping[str, str]
@@ -86,34 +90,80 @@ class EventWriter:
                 closing.callback(writer.close)
 
 
-def open_events(workdir: Path, about: About | None = None) -> EventWriter | None:
-    """A writer for new event files of a run; None, with one warning, if TensorFlow is missing.
+def prepare_events(workdir: Path) -> str | None:
+    """Makes the folder of the event files of a run, and begins to import TensorFlow, in a thread, as it takes seconds.
 
     Args:
       workdir: folder of the run.
-      about: is written into a file of its own, which replaces that of the last start; None: the old one stays.
+
+    Returns:
+      The name that the run has in the names of its files; None, with one warning, if TensorFlow is missing.
 
     Raises:
       ConfigError: `tensorboard` is not a folder.
-      StorageFailed: the folder or a file cannot be written.
+      StorageFailed: the folder cannot be written.
     """
     folder = workdir / layout.TENSORBOARD
     check_folders(folder)
     silence_tensorflow()
-    try:
-        import clu.metric_writers  # noqa: F401
-        import tensorflow as tf
-    except ImportError as error:  # before the folder is made, as TensorBoard would show an empty run
-        warn(f"only metrics.jsonl is written, no TensorBoard files ({error}): pip install tensorflow-cpu tensorboard")
+    missing = [name for name in ("clu", "tensorflow") if not _is_there(name)]
+    if missing:  # before the folder is made, as TensorBoard would show an empty run
+        _warn_of_missing(f"No module named {missing[0]!r}")
         return None
-    tf.config.set_visible_devices([], "GPU")
-    with storage_errors(folder, OSError), storage_errors(folder, tf.errors.OpError):
+    threading.Thread(target=_import_libraries, name="import of TensorFlow").start()
+    with storage_errors(folder, OSError):
         for run in RUNS:
             (folder / run).mkdir(exist_ok=True)
-        name = own_name(folder) or new_name(folder)
+        return own_name(folder) or new_name(folder)
+
+
+def open_events(workdir: Path, name: str, about: About | None = None) -> EventWriter | None:
+    """A writer for new event files of a run; None, with one warning, if TensorFlow cannot be imported.
+
+    Args:
+      workdir: folder of the run.
+      name: result of `prepare_events`.
+      about: is written into a file of its own, which replaces that of the last start; None: the old one stays.
+
+    Raises:
+      StorageFailed: a file cannot be written.
+    """
+    folder = workdir / layout.TENSORBOARD
+    error = _import_libraries()
+    if error is not None:
+        _warn_of_missing(error)
+        return None
+    import tensorflow as tf
+
+    with storage_errors(folder, OSError), storage_errors(folder, tf.errors.OpError):
         if about is not None:
             _replace_about(folder, name, about)
         return EventWriter(folder, name)
+
+
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _warn_of_missing(reason: str) -> None:
+    warn(f"only metrics.jsonl is written, no TensorBoard files ({reason}): pip install tensorflow-cpu tensorboard")
+
+
+def _import_libraries() -> str | None:
+    """Imports what writes event files; returns why this is not possible. A second call waits for the first one."""
+    with _IMPORTING:
+        return _imported_libraries()
+
+
+@functools.cache
+def _imported_libraries() -> str | None:
+    try:
+        import clu.metric_writers  # noqa: F401
+        import tensorflow as tf
+    except ImportError as error:
+        return f"{error}"
+    tf.config.set_visible_devices([], "GPU")
+    return None
 
 
 def _replace_about(folder: Path, name: str, about: About) -> None:

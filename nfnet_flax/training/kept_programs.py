@@ -2,22 +2,28 @@
 
 JAX keeps compiled programs, too, but finds one only by what it computes, and so after tracing, which takes longer than
 reading the program. Here a program is found by all that decides it: the code of this package and of the libraries that
-trace and compile, their settings, the devices, the recipe, and the shapes and shardings of the arguments. If any of
-this has changed, also since the process started, if the file is damaged or belongs to somebody else, or if anything
-else fails, the step is compiled as ever. Programs of several processes are not kept, nor are those of recipes with
-classes of a user's own, whose code can depend on anything. Several processes wait for each other when each has
-compiled: on CPUs the first exchange between them fails after 30 s.
+trace and compile, their settings, the devices and the processor, the recipe, and the shapes and shardings of the
+arguments. If any of this has changed, also since the process started, if the file is damaged or belongs to somebody
+else, or if anything else fails, the step is compiled as ever. Programs of several processes are not kept, nor are those
+of recipes with classes of a user's own, whose code can depend on anything. Several processes wait for each other when
+each has compiled: on CPUs the first exchange between them fails after 30 s.
+
+Whoever can write a file of JAX's cache decides what a process computes, and whoever can write one of these can also let
+it execute anything, as they are pickled. So only files are read that belong to the user and that nobody else can write,
+and they are made so that nobody else can read them either.
 """
 
 import contextlib
-import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import pickle
+import stat
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +38,15 @@ from nfnet_flax.json_files import write_whole
 from nfnet_flax.open_config import own_classes
 from nfnet_flax.parallel.processes import current
 from nfnet_flax.recipe import Recipe
+from nfnet_flax.training.serialized import compile_serialized
 
 _SUFFIX = ".program"
 _MAX_BYTES = 2 << 30
 """Largest size of all kept programs together; those that were not used for longest are removed first."""
 _PACKAGES = ("nfnet_flax", "jax", "jaxlib", "flax", "optax", "numpy")
 """Packages whose files decide what is traced and compiled."""
+_PLUGINS = ("jax", "libtpu", "nvidia", "rocm")
+"""Beginnings of the names of packages with compilers and libraries for accelerators."""
 _DECIDE_NO_PROGRAM = (
     "name",
     "checkpoint",
@@ -55,50 +64,88 @@ _LONGEST_COMPILATION_S = 24 * 3600.0
 """A process that ends meanwhile is noticed by its heartbeat (`parallel/peers.py`)."""
 
 
-def kept(
-    function: jax.stages.Wrapped, name: str, recipe: Recipe, mesh: Mesh, facts: Sequence[object] | None
-) -> Callable[..., Any]:
-    """A jitted function that is read from disk at its first call if it was compiled before, or else compiled and kept.
+class KeptPrograms:
+    """The programs of a recipe that are kept on disk, for the functions that are made from the recipe."""
 
-    Args:
-      function: function that always gets arguments of the same shapes, types and shardings. It is returned unchanged if
-        its program cannot be kept; with several processes, it is compiled by all before any of them runs it.
-      name: tells apart the functions of a recipe.
-      recipe: recipe that the function was made from.
-      mesh: devices on which it runs.
-      facts: whatever else the function was made from; None: things that cannot be listed, so that nothing is kept.
-    """
-    folder = _folder()
-    if jax.config.values["jax_disable_jit"]:
-        return function
-    if jax.process_count() > 1:
-        return _compiled_together(function)
-    if folder is None or facts is None or own_classes(recipe) or not _files_are_those_loaded():
-        return function
-    fields = {name: value for name, value in to_json(recipe).items() if name not in _DECIDE_NO_PROGRAM}
-    made_from = [name, fields, [str(fact) for fact in facts], _devices(mesh), _surroundings()]
-    programs: list[jax.stages.Compiled] = []
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        """Finds out by what they are named.
 
-    def first(*args: Any) -> Any:
-        text = json.dumps([*made_from, [_form(leaf) for leaf in jax.tree.leaves(args)]])
-        file = folder / f"{hashlib.sha256(text.encode()).hexdigest()}{_SUFFIX}"
-        program = _read(file, mesh)
-        if program is None:
-            program = _compile(function.lower(*args), file)
+        Args:
+          recipe: recipe that the functions are made from.
+          mesh: devices on which they run.
+        """
+        self._mesh = mesh
+        self._folder = None if jax.process_count() > 1 or own_classes(recipe) else _folder()
+        if self._folder is not None and not _files_are_those_loaded():
+            self._folder = None
+        fields = {name: value for name, value in to_json(recipe).items() if name not in _DECIDE_NO_PROGRAM}
+        self._made_from = [fields, _devices(mesh), _surroundings()] if self._folder is not None else []
+        self._ahead: dict[str, tuple[Path, Future[jax.stages.Compiled | None]]] = {}
+
+    def read_ahead(self, name: str) -> None:
+        """Begins to read, in a thread, the program of a function that `kept` gets later, if there is one.
+
+        If there are several, for other numbers of images, it is the one that was used last.
+        """
+        if self._folder is None or jax.config.values["jax_disable_jit"]:
+            return
+        with contextlib.suppress(OSError):
+            found = self._folder.glob(f"{self._begin_of(name)}-*{_SUFFIX}")
+            file = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+            if file is not None:
+                # Python waits for the thread when the process ends: XLA must not be taken down while it reads.
+                thread = ThreadPoolExecutor(1, "kept program")
+                self._ahead[name] = file, thread.submit(_read, file, self._mesh)
+                thread.shutdown(wait=False)
+
+    def kept(self, function: jax.stages.Wrapped, name: str, facts: Sequence[object] | None) -> Callable[..., Any]:
+        """A jitted function that is read from disk at its first call if it was compiled before, or else compiled and
+        kept.
+
+        Args:
+          function: function that always gets arguments of the same shapes, types and shardings. It is returned
+            unchanged if its program cannot be kept; with several processes, it is compiled by all before any of them
+            runs it.
+          name: tells apart the functions of a recipe.
+          facts: whatever else the function was made from; None: things that cannot be listed, so that nothing is kept.
+        """
+        if jax.config.values["jax_disable_jit"]:
+            return function
+        if jax.process_count() > 1:
+            return _compiled_together(function)
+        if self._folder is None or facts is None:
+            return function
+        folder, others = self._folder, [str(fact) for fact in facts]
+        programs: list[jax.stages.Compiled] = []
+
+        def first(*args: Any) -> Any:
+            end = _short_digest([others, [_form(leaf) for leaf in jax.tree.leaves(args)]])
+            file = folder / f"{self._begin_of(name)}-{end}{_SUFFIX}"
+            program = self._read(name, file)
+            if program is None:
+                program = _compile(function.lower(*args), file)
+                programs.append(program)
+                return program(*args)
+            try:
+                found = jax.block_until_ready(program(*args))
+            except Exception:
+                file.unlink(missing_ok=True)  # the next start compiles
+                raise
             programs.append(program)
-            return program(*args)
-        try:
-            found = jax.block_until_ready(program(*args))
-        except Exception:
-            file.unlink(missing_ok=True)  # the next start compiles
-            raise
-        programs.append(program)
-        return found
+            return found
 
-    def call(*args: Any) -> Any:
-        return programs[0](*args) if programs else first(*args)
+        def call(*args: Any) -> Any:
+            return programs[0](*args) if programs else first(*args)
 
-    return call
+        return call
+
+    def _begin_of(self, name: str) -> str:
+        """Beginning of the names of files, of what is known before the data are opened."""
+        return _short_digest([name, *self._made_from])
+
+    def _read(self, name: str, file: Path) -> jax.stages.Compiled | None:
+        ahead, reading = self._ahead.pop(name, (None, None))
+        return reading.result() if reading is not None and ahead == file else _read(file, self._mesh)
 
 
 def _compiled_together(function: jax.stages.Wrapped) -> Callable[..., Any]:
@@ -122,6 +169,10 @@ def _folder() -> Path | None:
     return Path(place) / "steps"
 
 
+def _short_digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
 def _form(leaf: Any) -> str:
     return f"{leaf.shape} {leaf.dtype} {leaf.weak_type} {leaf.sharding}"
 
@@ -133,10 +184,20 @@ def _devices(mesh: Mesh) -> list[str]:
 def _surroundings() -> dict[str, Any]:
     """What decides programs besides the recipe and the devices. It is never stored: settings can change at any time."""
     return runtime.environment() | {
+        "processor": runtime.processor(),
+        "plugins": _plugins(),
         "settings": {name: str(value) for name, value in sorted(jax.config.values.items())},
         "flags": dict(sorted(runtime.xla_flags().items())),
         "files": {package: _files_of(package).digest for package in _PACKAGES},
     }
+
+
+def _plugins() -> dict[str, str]:
+    """Versions of the libraries by which JAX uses accelerators. On CPUs they decide nothing."""
+    if jax.default_backend() == "cpu":
+        return {}
+    names = {found.name: found.version for found in importlib.metadata.distributions()}
+    return {name: version for name, version in sorted(names.items()) if name.lower().startswith(_PLUGINS)}
 
 
 class _Files(NamedTuple):
@@ -170,9 +231,11 @@ def _read(file: Path, mesh: Mesh) -> jax.stages.Compiled | None:
     """The program in a file; None if there is none, or if it is damaged or not the user's own."""
     # Any failure to load is answered by compiling: what libraries raise for a program that does not fit is not known.
     with contextlib.suppress(Exception):
-        if file.stat().st_uid != os.getuid():  # reading a program can execute what is in it
-            return None
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            about = os.fstat(opened.fileno())  # of what is read, whatever has the name by now
+            if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            content = opened.read()
         if _digest(file, content[_DIGEST_BYTES:]) != content[:_DIGEST_BYTES]:
             return None
         program, in_tree, out_tree = pickle.loads(content[_DIGEST_BYTES:])
@@ -186,33 +249,15 @@ def _read(file: Path, mesh: Mesh) -> jax.stages.Compiled | None:
 
 
 def _compile(lowered: jax.stages.Lowered, file: Path) -> jax.stages.Compiled:
-    """Compiles a program and keeps it, if that is possible.
-
-    A program that JAX reads from its own cache is not kept: on CPUs it lacks functions when it is written again.
-    """
-    hits = _hits_of_jaxs_cache()
-    num_before = len(hits)
-    compiled = lowered.compile()
+    """Compiles a program and keeps it, if that is possible."""
+    compiled, serialized = compile_serialized(lowered)
     with contextlib.suppress(Exception):  # as in `_read`; on a full disk, too, the run goes on
-        if len(hits) == num_before:
-            content = pickle.dumps(serialize_executable.serialize(compiled))
+        if serialized is not None:
+            content = pickle.dumps(serialized)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, _digest(file, content) + content)
+            write_whole(file, _digest(file, content) + content, mode=0o600)
             _remove_oldest(file.parent)
     return compiled
-
-
-@functools.cache
-def _hits_of_jaxs_cache() -> list[str]:
-    """The programs that JAX found in its own cache from now on."""
-    hits: list[str] = []
-
-    def listen(event: str, **_: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    return hits
 
 
 def _digest(file: Path, content: bytes) -> bytes:
@@ -222,9 +267,9 @@ def _digest(file: Path, content: bytes) -> bytes:
 
 def _remove_oldest(folder: Path) -> None:
     found = [(path.stat(), path) for path in folder.glob(f"*{_SUFFIX}")]
-    left = sum(stat.st_size for stat, _ in found) - _MAX_BYTES
-    for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
+    left = sum(about.st_size for about, _ in found) - _MAX_BYTES
+    for about, path in sorted(found, key=lambda item: item[0].st_mtime):
         if left <= 0:
             break
         path.unlink(missing_ok=True)
-        left -= stat.st_size
+        left -= about.st_size

@@ -1,5 +1,6 @@
 """What a log step adds to the metrics that the devices computed: speed, times, clipping by layer, slow processes."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -114,8 +115,7 @@ class _Speed:
 
     def __init__(self, setup: Setup) -> None:
         recipe = setup.recipe
-        model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
-        self._flops = training_flops(model, recipe.data.image_size)
+        self._recipe = recipe
         self._num_devices = setup.mesh.size
         device = setup.mesh.devices.flat[0]
         peak = peak_of(device.device_kind, recipe.model.compute_dtype)
@@ -130,8 +130,15 @@ class _Speed:
         num_peaks = jax.process_count() if device.platform == "cpu" else self._num_devices
         self._peak = None if peak is None else peak.flops_per_s * num_peaks
 
+    @functools.cached_property
+    def _flops_of_image(self) -> int:
+        # At the first log step, while devices compute, as tracing a network takes up to seconds.
+        recipe = self._recipe
+        model = nnx.eval_shape(lambda: build_model(recipe.model, num_classes=recipe.num_classes, rngs=nnx.Rngs(0)))
+        return training_flops(model, recipe.data.image_size)
+
     def metrics(self, images_per_s: float) -> dict[str, float]:
-        flops_per_s = images_per_s * self._flops
+        flops_per_s = images_per_s * self._flops_of_image
         found = {
             "throughput/images_per_s": images_per_s,
             "throughput/images_per_s_per_device": images_per_s / self._num_devices,

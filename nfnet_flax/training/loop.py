@@ -25,6 +25,7 @@ from nfnet_flax.progress import hidden, showing, track
 from nfnet_flax.recipe import Recipe, with_absolute_paths
 from nfnet_flax.runtime import check_deterministic, prepare
 from nfnet_flax.telemetry.ledger import Ledger
+from nfnet_flax.telemetry.peaks import peak_of
 from nfnet_flax.telemetry.profiling import ProfileOptions
 from nfnet_flax.training import checkpoint, layout
 from nfnet_flax.training.activity import Activity
@@ -144,7 +145,9 @@ def _train_in(
     """Takes possession of the folder, makes or restores the state, and runs the loop."""
     processes, ledger = current(), activity.ledger
     with contextlib.ExitStack() as opened:
-        setup = assemble(recipe, fixed_class_names(folder.path))
+        if processes.is_first:  # a CPU's peak is measured once, and that must be before the start uses all cores
+            peak_of(jax.local_devices()[0].device_kind, recipe.model.compute_dtype)
+        setup = assemble(recipe, fixed_class_names(folder.path), trains=True)
         listeners.profiles.check(setup.num_steps)
         class_names = setup.train_source.class_names
         is_new = checkpoint.latest_step(folder.path) is None

@@ -6,6 +6,7 @@ that is not finite is written as `null`, because JSON cannot represent it.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from nfnet_flax.messages import warn
 from nfnet_flax.telemetry.about import About
 from nfnet_flax.training import layout
 from nfnet_flax.training.event_files import tidy_events
-from nfnet_flax.training.event_writer import EventWriter, Histograms, Images, Texts, open_events
+from nfnet_flax.training.event_writer import EventWriter, Histograms, Images, Texts, open_events, prepare_events
 from nfnet_flax.training.storage import storage_errors
 
 Row = dict[str, Any]
@@ -103,16 +104,26 @@ class MetricsLog:
         tidy_events(workdir, stands, rows if tensorboard else [])
         self._file = self._replaced_by([_line(row) for row in rows])
         self._events: EventWriter | None = None
+        self._open_events: Callable[[], EventWriter | None] | None = None
+        """Opens the event files when they are needed first: until then TensorFlow is imported in a thread."""
         try:
-            self._events = open_events(workdir, about) if tensorboard else None
+            name = prepare_events(workdir) if tensorboard else None
         except BaseException:
             self._file.close()
             raise
+        if name is not None:
+            self._open_events = functools.partial(open_events, workdir, name, about)
 
     @property
     def has_events(self) -> bool:
         """Whether files for TensorBoard are written, by the recipe and as TensorFlow is there."""
-        return self._events is not None
+        return self._opened_events() is not None
+
+    def _opened_events(self) -> EventWriter | None:
+        if self._open_events is not None:
+            open_now, self._open_events = self._open_events, None
+            self._events = open_now()
+        return self._events
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics of a step; steps must not decrease."""
@@ -120,8 +131,8 @@ class MetricsLog:
             self._emit()
             self._row, self._written = {"step": step}, {}
         self._row = self._row | {name: _finite(value) for name, value in metrics.items()}
-        if self._events is not None:
-            self._events.write(step, metrics)
+        if (events := self._opened_events()) is not None:
+            events.write(step, metrics)
         if self._on_metrics is not None:
             self._on_metrics(step, dict(metrics))
 
@@ -130,19 +141,19 @@ class MetricsLog:
 
         After a resume they are kept or removed as metrics are: a tag of an evaluation has to begin with `eval`.
         """
-        if self._events is not None:
-            self._events.write_images(step, images)
+        if (events := self._opened_events()) is not None:
+            events.write_images(step, images)
 
     def write_texts(self, step: int, texts: Texts) -> None:
         """Adds texts of a step, Markdown by tag; otherwise as `write_images`."""
-        if self._events is not None:
-            self._events.write_texts(step, texts)
+        if (events := self._opened_events()) is not None:
+            events.write_texts(step, texts)
 
     def write_histograms(self, step: int, histograms: Histograms) -> None:
         """Adds histograms of a step: by tag, (N,) values. Those that are not finite are left out, and a tag without
         any other, too. Otherwise as `write_images`."""
-        if self._events is not None:
-            self._events.write_histograms(step, histograms)
+        if (events := self._opened_events()) is not None:
+            events.write_histograms(step, histograms)
 
     def _emit(self) -> None:
         if len(self._row) == 1 or self._row == self._written:

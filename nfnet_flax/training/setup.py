@@ -1,7 +1,6 @@
 """Everything that is made from a recipe for the available devices and images, in one value."""
 
 import dataclasses
-import functools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from nfnet_flax.training.gradient import Metrics
 from nfnet_flax.training.identity import Identity
 from nfnet_flax.training.initial import content_of
 from nfnet_flax.training.kept_code import code_of
-from nfnet_flax.training.kept_programs import kept
+from nfnet_flax.training.kept_programs import KeptPrograms
 from nfnet_flax.training.state import (
     Structure,
     TrainState,
@@ -102,18 +101,22 @@ class Setup:
         )
 
 
-def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
+def assemble(recipe: Recipe, class_names: Sequence[str] | None, *, trains: bool = False) -> Setup:
     """Builds the mesh, the network's structure, the optimizer, the sources and the two steps; trains nothing.
 
     Args:
       recipe: recipe of the run.
       class_names: class names in the order of the run's labels; None: those of the training split, in its order.
+      trains: whether the training step will be called, so that reading it from the disk begins at once.
 
     Raises:
       ConfigError: the recipe does not fit the devices, its parameter groups do not fit the network, or the images have
         other classes.
     """
     mesh = make_mesh(fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
+    programs = KeptPrograms(recipe, mesh)
+    if trains:
+        programs.read_ahead("train")
     data = recipe.data
     check_batches_fit(data, ("train", "eval"), jax.process_count())
     check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh, recipe.execution.num_microbatches)
@@ -140,7 +143,7 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
     )
     eval_step = make_eval_step(structure, recipe.objective, mesh)
     # Where the objective's arrays come from (a teacher's network) decides programs, too, and is not in the recipe.
-    keep = functools.partial(kept, facts=None if objective_arrays else (num_steps, len(train_source)))
+    facts_of_programs = None if objective_arrays else (num_steps, len(train_source))
     return Setup(
         recipe=recipe,
         mesh=mesh,
@@ -151,8 +154,8 @@ def assemble(recipe: Recipe, class_names: Sequence[str] | None) -> Setup:
         eval_source=eval_source,
         objective_arrays=objective_arrays,
         yes_and_no=(flags["yes"], flags["no"]),
-        train_step=keep(train_step, "train", recipe, mesh),
-        eval_step=keep(eval_step, "eval", recipe, mesh),
+        train_step=programs.kept(train_step, "train", facts_of_programs),
+        eval_step=programs.kept(eval_step, "eval", facts_of_programs),
     )
 
 

@@ -53,7 +53,7 @@ def _about(setup: Setup) -> About:
 
 def unshown(setup: Setup, log: MetricsLog | NoMetrics) -> str | None:
     """A message about what is not shown of this run; None if there is nothing to say."""
-    if not log.has_events or not setup.recipe.data.source.is_multi_label:
+    if not setup.recipe.data.source.is_multi_label or not log.has_events:
         return None
     return (
         "TensorBoard shows no confusion matrix, accuracy of classes or wrong images: an image may have several classes"
