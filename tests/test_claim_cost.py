@@ -8,7 +8,7 @@ import pytest
 
 from nfnet_flax.claims import cost, published
 from nfnet_flax.claims.child import prepare_folder
-from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of, libtpu_version
+from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
