@@ -26,6 +26,7 @@ from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
 from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.recipe import Recipe, read_recipe
+from nfnet_flax.runtime import versions
 
 _NUM_OPERATIONS = 10
 """Number of the most expensive operations that a plan names."""
@@ -47,6 +48,8 @@ class Compiled:
     """Why there is no program."""
     limit_s: float | None = None
     """Time limit that the compilation exceeded, in seconds; None: it did not."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of this package and of JAX; empty in results of earlier versions."""
 
 
 def prepared_folder(folder: Path, recipe: Recipe, topology: str) -> Path:
@@ -68,7 +71,8 @@ def compiled(
     timeout_s: float,
     stopped: threading.Event | None = None,
 ) -> Compiled:
-    """The kept result of a compilation; if there is none, or only one with a shorter time limit, compiles.
+    """The kept result of a compilation; if there is none, or only one with a shorter time limit or of other versions of
+    this package, JAX or the compiler, compiles.
 
     A compilation that ended in another way, such as for lack of memory, is not kept, so the next call repeats it.
 
@@ -85,7 +89,8 @@ def compiled(
     """
     path = folder / f"{rematerialization}.json"
     kept = read_compiled(path)
-    if kept is not None and (kept.limit_s is None or kept.limit_s >= timeout_s):
+    is_of_these = kept is not None and (kept.versions, kept.libtpu) == (_versions(), libtpu_version())
+    if kept is not None and is_of_these and (kept.limit_s is None or kept.limit_s >= timeout_s):
         return kept
     place = f"{folder.parent.name}, rematerialization {rematerialization}"
     command = [sys.executable, "-m", "nfnet_flax.claims.compiled_step", str(folder), topology, rematerialization]
@@ -160,6 +165,10 @@ def libtpu_version() -> str:
         return ""
 
 
+def _versions() -> dict[str, str]:
+    return {name: version for name, version in versions().items() if name in ("nfnet_flax", "jax")}
+
+
 def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: float | None) -> Compiled:
     return Compiled(
         rematerialization=rematerialization,
@@ -168,6 +177,7 @@ def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: f
         libtpu=libtpu_version(),
         problem=problem,
         limit_s=limit_s,
+        versions=_versions(),
     )
 
 
@@ -188,6 +198,7 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
             plan=plan(dataclasses.replace(recipe, execution=execution), topology, num_operations=_NUM_OPERATIONS),
             num_chips=len(chips),
             libtpu=libtpu_version(),
+            versions=_versions(),
         )
     except ConfigError as error:
         found = _without_plan(rematerialization, str(error), None)

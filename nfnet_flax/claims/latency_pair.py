@@ -25,6 +25,7 @@ from nfnet_flax.models import IMAGE_SIZES
 from nfnet_flax.models.layers import ComputeDtype
 from nfnet_flax.progress import tracking
 from nfnet_flax.recipe import Recipe
+from nfnet_flax.runtime import versions
 
 _MEASUREMENT, _MEASURED = "measurement.json", "measured.json"
 _TOO_LARGE = "RESOURCE_EXHAUSTED"
@@ -120,9 +121,12 @@ def _measured_pair(folder: Path, measurement: Measurement) -> Pair:
     """The kept result of a process; if there is none, runs it."""
     folder.mkdir(parents=True, exist_ok=True)
     given, path = folder / _MEASUREMENT, folder / _MEASURED
-    if given.exists() and read_json(given, _REMEDY) != dataclasses.asdict(measurement):
-        raise ConfigError(f"{folder} has another measurement: give another --out, or remove it")
-    write_json(given, dataclasses.asdict(measurement))
+    wanted = {"measurement": dataclasses.asdict(measurement), "versions": versions()}
+    if given.exists() and read_json(given, _REMEDY) != wanted:
+        raise ConfigError(
+            f"{folder} has another measurement, or one of other versions: give another --out, or remove it"
+        )
+    write_json(given, wanted)
     if not path.exists():
         command = [sys.executable, "-m", "nfnet_flax.claims.latency_pair", str(folder)]
         with (
@@ -160,7 +164,7 @@ def main(folder: Path) -> int:
     prepare()
     import jax
 
-    measurement = Measurement(**read_json(folder / _MEASUREMENT, _REMEDY))
+    measurement = Measurement(**read_json(folder / _MEASUREMENT, _REMEDY)["measurement"])
     runs: list[Callable[[], float]] = []
     timed: list[Timed] = []
     for name in (measurement.reference, measurement.network):
