@@ -70,6 +70,10 @@ def test_the_program_that_fits_and_computes_least_again_is_chosen() -> None:
     assert none_fits.rematerialization == "full"
     too_slow = dataclasses.replace(result(), plan=None, problem="did not compile within 9 s", limit_s=9.0)
     assert cost.first_that_fits(lambda kind: too_slow) is too_slow
+    killed = dataclasses.replace(too_slow, problem="the compilation ended with exit code -9", limit_s=None)
+    assert cost.first_that_fits(lambda kind: killed) is killed
+    refused = dataclasses.replace(killed, problem="the step does not compile for v5e:2x4: RESOURCE_EXHAUSTED: hbm")
+    assert cost.first_that_fits(lambda kind: refused if kind == "none" else result(kind)).rematerialization == "blocks"
 
 
 def rows(*estimates: cost.Estimate, rates: dict[str, float], clocks_hz: dict[str, float]) -> list[list[str]]:

@@ -74,7 +74,10 @@ def test_memory_is_read_from_what_the_compiler_says() -> None:
     refused = dataclasses.replace(result(), plan=None, problem=said)
     assert latency.memory_excess(refused) == pytest.approx(2.0)
     assert latency.memory_excess(dataclasses.replace(refused, problem="other")) is None
-    too_slow = dataclasses.replace(refused, limit_s=9.0)
+    assert refused.is_too_large
+    killed = dataclasses.replace(refused, problem="the compilation ended with exit code -9: it printed nothing")
+    assert latency.first_that_fits(list(latency.forms(8)), lambda form: killed) == (Form(8, "none"), killed)
+    too_slow = dataclasses.replace(killed, limit_s=9.0)
     assert latency.first_that_fits(list(latency.forms(8)), lambda form: too_slow) == (Form(8, "none"), too_slow)
 
 

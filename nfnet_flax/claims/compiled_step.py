@@ -31,6 +31,8 @@ from nfnet_flax.runtime import versions
 _NUM_OPERATIONS = 10
 """Number of the most expensive operations that a plan names."""
 _POLL_S = 0.2
+_TOO_LARGE = "RESOURCE_EXHAUSTED"
+"""What the compiler's error says of a program that does not fit into the memory of the chip."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class Compiled:
     """Time limit that the compilation exceeded, in seconds; None: it did not."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     """Versions of this package and of JAX; empty in results of earlier versions."""
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the step does not fit into the memory of the chip: another form of it may."""
+        return not self.plan.fits if self.plan is not None else _TOO_LARGE in self.problem
 
 
 def prepared_folder(folder: Path, recipe: Recipe, topology: str) -> Path:

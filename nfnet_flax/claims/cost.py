@@ -116,12 +116,13 @@ def study(recipes: Sequence[Recipe], topologies: Sequence[str], folder: Path, ti
 def first_that_fits(compile_for: CompileFor) -> Compiled:
     """The compilation that computes least again of those that fit into the chip's memory; the last one if none fits.
 
-    After one that exceeded its time limit no other is tried: with more rematerialization the program is longer.
+    After one that did not compile for another reason, such as a time limit, no other is tried: it would not be what was
+    asked for, and with more rematerialization the program is longer.
     """
     found: Compiled | None = None
     for kind in typing.get_args(Rematerialization):
         found = compile_for(kind)
-        if found.limit_s is not None or (found.plan is not None and found.plan.fits):
+        if not found.is_too_large:
             break
     assert found is not None
     return found

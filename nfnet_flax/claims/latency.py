@@ -190,7 +190,7 @@ def first_that_fits(tried: Sequence[Form], compile_for: Callable[[Form], Compile
     """The first form whose program fits into the memory of a device; the last that was tried if none fits.
 
     A form is left out if, by what the compiler said of more images at a time, its memory in proportion would be too
-    much; and none is tried after one that exceeded its time limit.
+    much; and none is tried after one that did not compile for another reason, such as a time limit.
     """
     too_large: dict[str, tuple[int, float]] = {}
     """Rematerialization -> images at a time that do not fit, and how many times the memory they need."""
@@ -202,7 +202,7 @@ def first_that_fits(tried: Sequence[Form], compile_for: Callable[[Form], Compile
             continue
         last = form, compile_for(form)
         found = last[1]
-        if found.limit_s is not None or (found.plan is not None and found.plan.fits):
+        if not found.is_too_large:
             break
         if (excess := memory_excess(found)) is not None:
             too_large[form.rematerialization] = form.images_at_a_time, excess
