@@ -55,7 +55,8 @@ def rows_of(module: ModuleType) -> Iterator[str]:
         if not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
             continue
         doc = re.sub(r"\s+", " ", (inspect.getdoc(value) or "").partition("\n\n")[0]).replace("|", "\\|")
-        file = Path(inspect.getsourcefile(inspect.unwrap(value)) or "").relative_to(ROOT)
+        source = inspect.unwrap(value) if inspect.isroutine(value) else value
+        file = Path(inspect.getsourcefile(source) or "").relative_to(ROOT)
         yield f"| `{name}` | {doc} | `{file}` |"
 
 

@@ -92,9 +92,12 @@ def section(kind: type, path: str, depth: int) -> Iterator[str]:
     for name, kinds in parts_of(kind):
         whole = f"{path}.{name}".removeprefix(".")
         yield from (f"{'#' * min(depth, 4)} {whole}", "")
+        is_tuple = any(typing.get_origin(member) is tuple for member in members_of(field_hints(kind)[name]))
+        if is_tuple:
+            yield from ("A tuple of any number of these. In options, the position stands before a field's name.", "")
         for found in kinds:
             yield from (wrapped(f"**`{found.__name__}`**: {first_paragraph(found)}"), "")
-            yield from section(found, whole, depth + 1)
+            yield from section(found, "" if is_tuple else whole, depth + 1)
 
 
 def first_paragraph(kind: type) -> str:

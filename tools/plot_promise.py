@@ -123,7 +123,7 @@ def main() -> int:
         print(f"SHA-256 of the last checkpoint's arrays: {digests[0]} and {digests[1]}")
         print("the same bits" if same else "NOT the same bits")
         if same:
-            plot(options.picture, *rows, starts)
+            plot(options.picture, rows[0], rows[1], starts)
             print(f"picture: {options.picture}")
     return 0 if same else 1
 
