@@ -92,6 +92,7 @@ def step(network: str, cycles: int | None, *, place: str = "v3:2x2", problem: st
         peak_bytes=2**31,
         seconds=None if cycles is None else cycles / 1e9,
         cycles=cycles,
+        flops=None if cycles is None else 1e12,
         ratio=None,
         problem=problem,
         operations=[] if cycles is None else [("convolution | of  the stem", cycles // 4)],
@@ -115,10 +116,10 @@ def test_ratios_follow_from_the_steps(tmp_path: Path) -> None:
     lines = latency_shown.tables(found)["steps"].splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     # Published: 8.7 * 158.5 / 73.3.
-    assert rows[0][6:] == ["2.0 GiB", "100 M cycles = 100.0 ms", "16.00", "18.81", "-15%", "83.6"]
-    assert rows[1][8:11] == ["8.00", "8.70", "-8%"]
-    assert rows[2][8:] == ["1.00", "1.00", "+0%", "84.3"]
-    assert rows[3][7:] == ["no / yes", "", "0.50", "", "86.5"]
+    assert rows[0][6:] == ["2.0 GiB", "100 M cycles = 100.0 ms", "10,000", "16.00", "18.81", "-15%", "83.6"]
+    assert rows[1][9:12] == ["8.00", "8.70", "-8%"]
+    assert rows[2][9:] == ["1.00", "1.00", "+0%", "84.3"]
+    assert rows[3][7:] == ["no / yes", "", "", "0.50", "", "86.5"]
     assert "operations" not in latency_shown.tables(found)
     with pytest.raises(ConfigError, match=r"another form .*run nfnet claim latency again"):
         latency_shown.tables(dataclasses.replace(found, data={"steps": [{}]}))

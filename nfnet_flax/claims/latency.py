@@ -61,6 +61,8 @@ class Step:
     """Time of the step; None: the clock of the device is not known, or there is no program."""
     cycles: int | None
     """The compiler's estimate; None: the step was measured, or there is no program."""
+    flops: float | None
+    """FLOPs of the convolutions and matrix products of a device; None: as for `cycles`."""
     ratio: float | None
     """Time of the step of `REFERENCE` divided by that of this step; None: one of them is not known."""
     problem: str
@@ -180,6 +182,7 @@ def _estimated(name: str, topology: str, images: int, compile_for: Callable[[For
         peak_bytes=None if plan is None else plan.peak_bytes,
         seconds=plan.cycles / plan.clock_hz if plan is not None and fits and plan.clock_hz is not None else None,
         cycles=plan.cycles if plan is not None and fits else None,
+        flops=plan.flops if plan is not None and fits else None,
         ratio=None,
         problem="" if fits else (found.problem or "does not fit"),
         operations=plan.most_expensive if plan is not None and fits else [],

@@ -111,6 +111,7 @@ def _step(measurement: Measurement, pair: Pair) -> Step:
         peak_bytes=timed.peak_bytes,
         seconds=statistics.median(timed.seconds) if timed.seconds else None,
         cycles=None,
+        flops=None,
         ratio=pair.ratio,
         problem="" if timed.seconds else "does not fit",
         operations=[],

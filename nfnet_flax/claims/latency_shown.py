@@ -48,8 +48,8 @@ def tables(found: Evidence) -> dict[str, str]:
       ConfigError: the evidence has another form.
     """
     steps = steps_of(found.data)
-    columns = ["network", "devices", "px", "images", "at a time", "rematerialization", "memory", "step", "ratio"]
-    columns += ["published", "difference", "published top-1, %"]
+    columns = ["network", "devices", "px", "images", "at a time", "rematerialization", "memory", "step"]
+    columns += ["FLOPs per cycle", "ratio", "published", "difference", "published top-1, %"]
     made = {"steps": markdown_table(columns, [_row(step) for step in steps])}
     if explained := list(_explained(steps)):
         made["operations"] = markdown_table(["network", "devices", "operation", "share of the step, %"], explained)
@@ -78,6 +78,7 @@ def _row(step: Step) -> list[str]:
     return [
         *first,
         _cell(step.problem) or _time(step),
+        "" if step.cycles is None or step.flops is None else f"{step.flops / step.cycles:,.0f}",
         "" if step.ratio is None else f"{step.ratio:.2f}",
         "" if ratio is None else f"{ratio:.2f}",
         difference,
