@@ -248,7 +248,8 @@ def test_the_step_of_a_small_network_compiles_for_gpus() -> None:
     assert plan["turn_copies_bytes"] < 1.1 * gradient
     # The gradient is exchanged, and the weights are gathered; activations would be far more.
     assert sum(plan["collectives"].values()) < 2.5 * gradient
-    assert 0 < plan["flops_bound_s"] <= plan["kernels_bound_s"]
-    assert plan["traffic_bound_s"] <= plan["kernels_bound_s"]
+    sum_of_bounds = plan["kernels_bound_s"] * (1 + 1e-9)  # rounded in another order
+    assert 0 < plan["flops_bound_s"] <= sum_of_bounds
+    assert plan["traffic_bound_s"] <= sum_of_bounds
     assert plan["state_bytes"] < plan["least_bytes"] < 2**30
     assert kind_of("h100:2").name == plan["device_kind"]
