@@ -40,6 +40,7 @@ REASONS = {
     "installs packages and takes minutes",
     "needs a cluster",
     "needs a network",
+    "needs the extra cuda-plan",
     "needs the extra tpu",
     "runs until it is stopped",
     "takes more than a minute",
