@@ -221,7 +221,7 @@ def _ready_step(recipe: Recipe) -> tuple[Callable[[], float], int | None]:
     import jax.numpy as jnp
 
     from nfnet_flax.parallel.mesh import batch_sharding, make_mesh
-    from nfnet_flax.programs.plan import lower_step
+    from nfnet_flax.programs.step_plan import lower_step
     from nfnet_flax.training.build import build_optimizer, build_structure
     from nfnet_flax.training.state import create_state
 
