@@ -1,5 +1,6 @@
 """Tables and a picture of what `latency.py` and `latency_pair.py` found, made from their evidence alone."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ _FAR = 0.2
 """A ratio that differs from the published one by more than this is explained by the most expensive operations."""
 _NUM_OPERATIONS = 3
 """Number of operations that explain it."""
+_LETTERS_PER_INCH = 16
+"""Of the picture's heading."""
 _ESTIMATED = (
     "Cycles are the TPU compiler's estimates of a step; nothing was measured. Where the package does not know the "
     "clock of a chip, there are no seconds."
@@ -86,6 +89,15 @@ def _row(step: Step) -> list[str]:
     ]
 
 
+def _operation(name: str) -> str:
+    """An operation in words: which pass, where in the network, and what it gives."""
+    _, _, place = _cell(" ".join(name.split())).rpartition("shard_map/")
+    for traced, words in (("transpose(jvp(network))/", "backward: "), ("jvp(network)/", "forward: ")):
+        if place.startswith(traced):
+            return f"{words}`{place.removeprefix(traced)}`"
+    return f"`{place}`"
+
+
 def _cell(text: str) -> str:
     """Text for a cell of a table, which a stroke would end."""
     return text.replace("|", "/")
@@ -107,8 +119,7 @@ def _explained(steps: Sequence[Step]) -> Iterator[list[str]]:
     for step in steps:
         if step.place in places and step.cycles is not None and (is_far(step) or step.network == REFERENCE):
             for name, cycles in step.operations[:_NUM_OPERATIONS]:
-                operation = " ".join(_cell(name).split())
-                yield [step.network, step.place, f"`{operation}`", f"{100 * cycles / step.cycles:.1f}"]
+                yield [step.network, step.place, _operation(name), f"{100 * cycles / step.cycles:.1f}"]
 
 
 def picture(found: Evidence, width: float, height: float) -> "Figure":
@@ -122,7 +133,7 @@ def picture(found: Evidence, width: float, height: float) -> "Figure":
     steps = steps_of(found.data)
     places = list(dict.fromkeys(step.place for step in steps))
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(origin(found), fontsize=8, parse_math=False)
+    figure.suptitle(textwrap.fill(origin(found), int(_LETTERS_PER_INCH * width)), fontsize=8, parse_math=False)
     for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
         for label, names, colour in _FAMILIES:
             relative = {step.network: 1 / step.ratio for step in steps if step.place == place and step.ratio}
@@ -132,6 +143,7 @@ def picture(found: Evidence, width: float, height: float) -> "Figure":
         axes.plot(list(shown.values()), tops, "o", mfc="none", color="#555555", label="NFNets, published on TPUv3")
         axes.set_title(place, fontsize=10)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda time, place: f"1/{1 / time:.0f}" if time < 1 else f"{time:g}")
         axes.set_xlabel("time of the training step, B7 = 1")
         axes.set_ylabel("published top-1, %")
         axes.grid(color="#e6e6e6", linewidth=0.6)
