@@ -58,6 +58,8 @@ SHORTER_COMMANDS = {
 """What is appended here to commands that begin so: they run as they stand, only shorter."""
 FEW_NAMES = {
     "README.md": 4,
+    "docs/CONTRIBUTING.md": 5,
+    "docs/SECURITY.md": -1,
     "docs/agc.md": 1,
     "docs/claims.md": 3,
     "docs/export.md": 1,
