@@ -1,7 +1,9 @@
-"""Running a recipe file, with arguments."""
+"""Running a recipe file, with arguments; recipes that come with the package have a name, too."""
 
+import ast
 import contextlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -20,6 +22,8 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     str: str,
 }
 """Annotation of a parameter of `recipe()` -> function that converts a text to its value."""
+_NAME = re.compile(r"\w+")
+"""A name of a recipe, which no path of a `.py` file is."""
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -32,14 +36,15 @@ def load_recipe(path: str | Path) -> Recipe:
       path: path of the file, with arguments if there are any: `recipes/nfnet_imagenet.py:variant=f3` calls
         `recipe(variant="f3")`. Several arguments are separated by commas. A value is passed as text, unless the
         parameter is annotated with int, float, bool or one of them or None: then it is converted (`true`, `false`,
-        `none`).
+        `none`). A recipe that comes with the package may be given by its name alone, as `digits` or
+        `nfnet_imagenet:variant=f3`.
 
     Raises:
-      ConfigError: there is no such file, it defines no `recipe`, it cannot be run, an argument is not of its
+      ConfigError: there is no such file or name, it defines no `recipe`, it cannot be run, an argument is not of its
         parameter's type, or a value in it is invalid. The message names the file and the line.
     """
     given, arguments = _split_arguments(str(path))
-    file = python_file("recipe file", given)
+    file = _named_file(given) or python_file("recipe file", given)
     with running("recipe file", file):
         function = vars(run_file(file)).get("recipe")
         if not callable(function):
@@ -50,17 +55,52 @@ def load_recipe(path: str | Path) -> Recipe:
     return result
 
 
+def recipe_files() -> dict[str, Path]:
+    """The recipes that come with the package: name -> file."""
+    package = Path(__file__).parent
+    # A wheel has them inside the package, a checkout beside it.
+    folder = next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def about(file: Path) -> str:
+    """The first line of the docstring of a recipe file, which is not run."""
+    return (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+
+
+def _named_file(given: str) -> Path | None:
+    """The file of a recipe that is given by its name; None: a path is given.
+
+    Raises:
+      ConfigError: it looks like a name, and no recipe of the package has it.
+    """
+    if not _NAME.fullmatch(given):
+        return None
+    files = recipe_files()
+    if given not in files:
+        raise ConfigError(
+            f"recipe {given!r}: there is no such file, and no recipe of that name: give the path of a .py "
+            f"file, or one of {', '.join(files)} (nfnet recipes lists them)"
+        )
+    return files[given]
+
+
 def _split_arguments(path: str) -> tuple[str, dict[str, str]]:
     file, colon, text = path.partition(".py:")
-    if not colon:
-        return path, {}
+    name, separator, named_text = path.partition(":")
+    if not colon and separator and _NAME.fullmatch(name):
+        return name, _arguments(path, named_text)
+    return (f"{file}.py", _arguments(path, text)) if colon else (path, {})
+
+
+def _arguments(path: str, text: str) -> dict[str, str]:
     arguments: dict[str, str] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
         if not name or not value or name in arguments:
             raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value, such as variant=f3, or is given twice")
         arguments[name] = value
-    return f"{file}.py", arguments
+    return arguments
 
 
 def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str, Any]:

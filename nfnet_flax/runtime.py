@@ -6,6 +6,8 @@ The command line and the Python API both call `prepare`, so that the same recipe
 import contextlib
 import ctypes
 import functools
+import glob
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -51,6 +53,8 @@ _SETTINGS = (
     "jax_use_shardy_partitioner",
 )
 """Settings of JAX, from `JAX_*` variables or `jax.config`, that change random numbers, types or compiled programs."""
+NVIDIA_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvgpu*")
+"""Device files of NVIDIA's drivers: on servers, in Windows' Linux, and of embedded GPUs."""
 _FREE_FLAGS = re.compile(r"xla_force_host_platform_device_count|xla_dump_\w+")
 """Flags of XLA that do not change bits: by design, results do not depend on the number of devices."""
 _VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
@@ -73,8 +77,9 @@ def prepare(*, reproducible: bool = False) -> None:
     """
     if not xla_bridge.backends_are_initialized():
         os.environ.setdefault("NPROC", str(_POOL_SIZE))
-        _leave_out_absent_tpu()
-        if reproducible and _gpu_plugins() and _DETERMINISTIC_GPU not in xla_flags():
+        _leave_out_absent_devices()
+        may_be_gpu = _gpu_plugins() and jax.config.values["jax_platforms"] != "cpu"
+        if reproducible and may_be_gpu and _DETERMINISTIC_GPU not in xla_flags():
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_DETERMINISTIC_GPU}=true".strip()
     elif jax.default_backend() == "cpu":
         found, wanted = _pool_size(), max(_requested_pool_size() or _POOL_SIZE, jax.local_device_count())
@@ -184,15 +189,27 @@ def _pool_size() -> int:
     return num_threads or max(_requested_pool_size() or os.cpu_count() or 1, jax.local_device_count())
 
 
-def _leave_out_absent_tpu() -> None:
-    # If libtpu is installed for planning and there is no TPU, JAX would try to use it, and libtpu would print errors.
-    only_tpu = importlib.util.find_spec("libtpu") is not None and not _gpu_plugins()
-    if only_tpu and not jax.config.values["jax_platforms"] and not num_available_tpu_chips_and_device_id()[0]:
+def _leave_out_absent_devices() -> None:
+    # If a compiler is installed for planning and there is no device of its kind, JAX would try to use one, and print
+    # errors.
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    if jax.config.values["jax_platforms"] or not (has_libtpu or _gpu_plugins()):
+        return
+    has_tpu = has_libtpu and num_available_tpu_chips_and_device_id()[0] > 0
+    if not has_tpu and not (_gpu_plugins() and _may_have_gpu()):
         jax.config.update("jax_platforms", "cpu")
 
 
 def _gpu_plugins() -> bool:
     return importlib.util.find_spec("jax_plugins") is not None
+
+
+def _may_have_gpu() -> bool:
+    """Whether there is a GPU for one of JAX's plugins, as far as files tell."""
+    folders = importlib.import_module("jax_plugins").__path__
+    plugins = {path.stem for folder in folders for path in Path(folder).iterdir() if not path.name.startswith("_")}
+    of_nvidia = all(name.startswith("xla_cuda") for name in plugins)  # what other plugins need is not known
+    return not of_nvidia or any(glob.glob(pattern) for pattern in NVIDIA_FILES)
 
 
 @functools.cache

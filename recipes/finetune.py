@@ -75,7 +75,7 @@ def recipe(
         num_classes=len(images.class_names),
         data=dataclasses.replace(settings, augment=CropAugment(min_area=0.35, flip=flip)),
         optim=OptimConfig(
-            # On the digits AdamW is no better at this batch size (README).
+            # On the digits AdamW is no better at this batch size (docs/fine_tuning.md).
             method=SGD(),
             clipping=AGC(ratio=0.05),
             learning_rate_per_256=0.4,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tests.runs import ROOT
 
-DOCUMENTS = ("README.md", "docs/from_laptop_to_pod.md", "docs/extending.md", "docs/telemetry.md", "docs/claims.md")
+DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE
 )

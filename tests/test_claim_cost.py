@@ -8,7 +8,7 @@ import pytest
 
 from nfnet_flax.claims import cost, published
 from nfnet_flax.claims.child import prepare_folder
-from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of, libtpu_version
+from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
@@ -16,6 +16,7 @@ from nfnet_flax.json_files import write_json
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
+from nfnet_flax.runtime import versions
 from tests.runs import DIGITS as DIGITS_RECIPE
 from tests.runs import ROOT
 from tests.test_cli import fails
@@ -35,7 +36,10 @@ def small_recipe() -> Recipe:
 def result(rematerialization: Rematerialization = "none", *, gib: int = 1, cycles: int = 1_500_000_000) -> Compiled:
     """A compilation whose step takes a second on a v5e, if nothing else is said."""
     plan = dataclasses.replace(PLAN, rematerialization=rematerialization, peak_bytes=gib * 2**30, cycles=cycles)
-    return Compiled(rematerialization=rematerialization, plan=plan, num_chips=8, libtpu="0.0")
+    made_by = {name: versions()[name] for name in ("nfnet_flax", "jax")}
+    return Compiled(
+        rematerialization=rematerialization, plan=plan, num_chips=8, libtpu=libtpu_version(), versions=made_by
+    )
 
 
 def estimate(found: Compiled, network: str = "nfnet_f0", topology: str = TOPOLOGY) -> cost.Estimate:
@@ -66,6 +70,10 @@ def test_the_program_that_fits_and_computes_least_again_is_chosen() -> None:
     assert none_fits.rematerialization == "full"
     too_slow = dataclasses.replace(result(), plan=None, problem="did not compile within 9 s", limit_s=9.0)
     assert cost.first_that_fits(lambda kind: too_slow) is too_slow
+    killed = dataclasses.replace(too_slow, problem="the compilation ended with exit code -9", limit_s=None)
+    assert cost.first_that_fits(lambda kind: killed) is killed
+    refused = dataclasses.replace(killed, problem="the step does not compile for v5e:2x4: RESOURCE_EXHAUSTED: hbm")
+    assert cost.first_that_fits(lambda kind: refused if kind == "none" else result(kind)).rematerialization == "blocks"
 
 
 def rows(*estimates: cost.Estimate, rates: dict[str, float], clocks_hz: dict[str, float]) -> list[list[str]]:
@@ -101,7 +109,7 @@ def test_the_text_says_what_is_not_included(tmp_path: Path) -> None:
     made = evidence("cost", "nfnet claim cost", cost.data_of([estimate(result())], {}, {}))
     found = read_evidence(write_evidence(made, tmp_path), "cost")
     assert cost.text(found) == cost.text(made)
-    for words in ("nothing was measured", "Not included: reading and decoding images", "libtpu 0.0"):
+    for words in ("nothing was measured", "Not included: reading and decoding images", f"libtpu {libtpu_version()}"):
         assert words in cost.text(found)
     # Published: 73.3 ms on 128 cores.
     assert "| nfnet_f0 | 128 TPUv3 cores | 73.3 ms | 0.1 | 293 |" in cost.text(found)
@@ -115,6 +123,10 @@ def test_what_is_kept_is_not_compiled_again(tmp_path: Path) -> None:
     (found,) = cost.study([recipe], [TOPOLOGY], tmp_path, timeout_s=1e-3)
     assert found.compiled == result("blocks")
     assert sorted(path.name for path in place.iterdir()) == ["blocks.json", "none.json", "recipe.json"]
+    earlier = dataclasses.replace(result(gib=20), versions={"nfnet_flax": "0.0.1"})
+    write_json(place / "none.json", dataclasses.asdict(earlier))
+    (found,) = cost.study([recipe], [TOPOLOGY], tmp_path, timeout_s=1e-3)  # compiles again, which takes longer
+    assert found.compiled.problem == "did not compile within 0.001 s"
     other = dataclasses.replace(recipe, seed=recipe.seed + 1)
     with pytest.raises(ConfigError, match=r"another run \(seed: .*give another --out"):
         cost.study([other], [TOPOLOGY], tmp_path, timeout_s=1.0)

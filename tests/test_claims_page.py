@@ -3,14 +3,20 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from nfnet_flax.claims import agc_shown, cost, cuts_shown, exact
+from nfnet_flax.claims import agc_shown, cost, cuts_shown, exact, latency_shown
 from nfnet_flax.claims.evidence import Evidence, read_evidence
 from tests import documents
 from tests.runs import ROOT
 
 PAGE = "docs/claims.md"
 TABLES: Mapping[str, Callable[[Evidence], dict[str, str]]] = MappingProxyType(
-    {"agc": agc_shown.tables, "exact": exact.tables, "cost": cost.tables, "cuts": cuts_shown.tables}
+    {
+        "agc": agc_shown.tables,
+        "exact": exact.tables,
+        "cost": cost.tables,
+        "cuts": cuts_shown.tables,
+        "latency": latency_shown.tables,
+    }
 )
 """Name of a claim -> makes its tables, by name, of the evidence in `docs/claims/NAME.json`."""
 

@@ -2,19 +2,24 @@
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import os
 import pickle
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml  # type: ignore[import-untyped]
 from flax import nnx
 
 from nfnet_flax import cli, exit_codes
@@ -35,6 +40,7 @@ REASONS = {
     "installs packages and takes minutes",
     "needs a cluster",
     "needs a network",
+    "needs the extra cuda-plan",
     "needs the extra tpu",
     "runs until it is stopped",
     "takes more than a minute",
@@ -50,6 +56,22 @@ SHORTER_COMMANDS = {
     "--data.image-size 32 --data.eval-image-size 32",
 }
 """What is appended here to commands that begin so: they run as they stand, only shorter."""
+FEW_NAMES = {
+    "README.md": 4,
+    "docs/CONTRIBUTING.md": 5,
+    "docs/SECURITY.md": -1,
+    "docs/agc.md": 1,
+    "docs/claims.md": 3,
+    "docs/export.md": 1,
+    "docs/extending.md": 3,
+    "docs/fine_tuning.md": 4,
+    "docs/getting_started.md": 0,
+    "docs/index.md": -1,
+    "docs/performance.md": 8,
+    "docs/telemetry.md": 1,
+    "docs/weights.md": 7,
+}
+"""Documents that name fewer files, fields and options than the others, and more than so many."""
 SHORT_COMMANDS = "--num-steps 4"
 """Of commands that are short as they stand."""
 SHORTER_CODE = {
@@ -74,9 +96,26 @@ def test_each_block_is_run_or_says_why_not(document: str) -> None:
             assert not hidden, f"{block.place}: {hidden[0]!r} belongs into a block of bash"
 
 
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """The run of docs/getting_started.md, trained once for all pages that only read it; called where recipes/ is."""
+
+    @functools.cache
+    def train() -> Path:
+        workdir = tmp_path_factory.mktemp("trained") / "mine"
+        assert _run_command(f"nfnet train recipes/digits.py --workdir {workdir}") == 0
+        return workdir
+
+    return train
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_and_code_run(
-    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    document: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    trained_run: Callable[[], Path],
 ) -> None:
     (tmp_path / "recipes").mkdir()
     for recipe in (ROOT / "recipes").glob("*.py"):
@@ -94,6 +133,8 @@ def test_commands_and_code_run(
             _run_code(block, names)
         elif block.language == "bash":
             for command in documents.commands(block):
+                if "runs/mine" in command and "nfnet train" not in command and not Path("runs/mine").exists():
+                    shutil.copytree(trained_run(), "runs/mine")
                 _prepare_for(command)
                 capfd.readouterr()
                 code = _run_command(command)
@@ -154,17 +195,18 @@ def _prepare_for(text: str) -> None:
             folder = Path("digit_images", str(number))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "image.jpg").write_bytes(image_sets.image_file(number))
-    if "weights/light.safetensors" in text and not Path("weights/light.safetensors").exists():
+    if "weights/eca_nfnet_l0.safetensors" in text and not Path("weights/eca_nfnet_l0.safetensors").exists():
         light = TimmNFNetConfig(widths=(16, 16), depths=(1, 1), stem_width=8, group_width=8, num_final=16)
         seen_as = Preprocessing(image_size=32, crop_margin=0, resampler="pillow_bicubic", mean=MEAN, std=STD)
         save_weights(
-            "weights/light.safetensors",
+            "weights/eca_nfnet_l0.safetensors",
             build_model(light, num_classes=10, rngs=nnx.Rngs(0)),
             source="a test",
             parameters="unknown",
             preprocessing=seen_as,
         )
-    if ("recipes/photos.py" in text or "photos" in text.split()) and not Path("photos").exists():
+    names_photos = "recipes/photos.py" in text or "photos" in re.split(r"[\s=,]", text)
+    if names_photos and not Path("photos").exists():
         image_sets.make_folder(Path("photos"))
 
 
@@ -185,14 +227,14 @@ def _outline(printed: str) -> list[str]:
 
 def test_all_exit_codes_are_listed() -> None:
     codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
-    readme, laptop_to_pod = map(documents.exit_codes, DOCUMENTS[:2])
-    assert set(readme) == codes
+    resuming, laptop_to_pod = map(documents.exit_codes, ("docs/resuming.md", "docs/from_laptop_to_pod.md"))
+    assert set(resuming) == codes
     assert set(laptop_to_pod) >= codes  # those that the shell and JAX give, too
     assert {int(code) for code in re.findall(r"\b\d+\b", USAGE.partition("exit codes:")[2])} == codes
 
 
 def test_the_map_names_every_file() -> None:
-    (block,) = [block for block in documents.blocks("README.md") if block.text.startswith("nfnet_flax/")]
+    (block,) = [block for block in documents.blocks("docs/architecture.md") if block.text.startswith("nfnet_flax/")]
     named: dict[Path, list[str]] = {}
     for line in block.text.splitlines():
         if heading := re.match(r"( *)([\w/]+)/ ", line):
@@ -229,7 +271,7 @@ def test_files_fields_and_options_that_are_named_exist(document: str) -> None:
             if field[1] in configs and names != ["py"]:
                 assert _has_field(configs[field[1]], names), f"{document} names {word}, which is no field"
                 num_checked += 1
-    assert num_checked > {"docs/extending.md": 3, "docs/telemetry.md": 1, "docs/claims.md": 3}.get(document, 10)
+    assert num_checked > FEW_NAMES.get(document, 10)
 
 
 def _has_field(hint: typing.Any, names: list[str]) -> bool:
@@ -260,6 +302,44 @@ def test_links_lead_somewhere(document: str) -> None:
             assert path.exists(), f"{document} links {target}"
             headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
             assert not anchor or anchor in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+
+
+def test_the_readme_is_short_and_links_every_page() -> None:
+    assert len(documents.text_of("README.md").splitlines()) <= 150
+    for document in DOCUMENTS[1:]:
+        assert f"]({document})" in documents.text_of("README.md"), f"README.md does not link {document}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:])
+def test_each_page_begins_with_what_its_reader_can_do_then(document: str) -> None:
+    heading, nothing, first = documents.text_of(document).splitlines()[:3]
+    assert heading.startswith("# ")
+    assert not nothing
+    assert first.startswith("After this page you ")
+
+
+def test_the_menu_has_every_page_once() -> None:
+    menu = yaml.safe_load(documents.text_of(".mkdocs.yml"))["nav"]
+    parts = [part for entry in menu for part in entry.values()]
+    pages = [page for part in parts for page in ([part] if isinstance(part, str) else [*map(_page_of, part)])]
+    assert sorted(f"docs/{page}" for page in pages) == sorted(DOCUMENTS[1:])
+
+
+def _page_of(entry: dict[str, str]) -> str:
+    (page,) = entry.values()
+    return page
+
+
+@pytest.mark.parametrize(
+    ("tool", "document"),
+    [
+        ("tools/make_recipe_reference.py", "docs/recipe_reference.md"),
+        ("tools/make_api_overview.py", "docs/api.md"),
+    ],
+)
+def test_generated_pages_are_up_to_date(tool: str, document: str) -> None:
+    made = runpy.run_path(str(ROOT / tool))["page"]()
+    assert made == documents.text_of(document), f"{document}: run python {tool}"
 
 
 def test_the_fast_tests_leave_out_tests_that_exist() -> None:

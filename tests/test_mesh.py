@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from nfnet_flax.parallel.mesh import LayoutProblem, count_turns, layout_problems
 from tests import runs
 from tests.test_processes import free_port
 
-FITS = {"batch_sizes": {"data.batch_size": 64}, "image_sizes": {"data.image_size": 32}}
+FITS: dict[str, Any] = {"batch_sizes": {"data.batch_size": 64}, "image_sizes": {"data.image_size": 32}}
 
 
 def fields(problems: list[LayoutProblem]) -> list[str]:
@@ -41,6 +42,16 @@ def test_every_problem_is_named_with_its_value() -> None:
     assert layout_problems([0, 0, 0, 1], fsdp=1, spatial=1)[0].value == {0: 3, 1: 1}
     assert fields(layout_problems([0, 1, 0, 1], fsdp=1, spatial=1)) == ["devices"]
     assert fields(layout_problems([0, 1, 2], fsdp=1, spatial=3)) == ["execution.spatial"]
+
+
+def test_images_are_not_divided_over_gpus() -> None:
+    for platform in ("cpu", "tpu", None):
+        assert layout_problems([0] * 4, fsdp=1, spatial=2, platform=platform, **FITS) == []
+    ((field, value, remedy),) = layout_problems([0] * 4, fsdp=1, spatial=2, platform="gpu", **FITS)
+    assert (field, value) == ("execution.spatial", 2)
+    assert remedy.startswith("must be 1 on GPUs, where the compiler gathers the activations of grouped convolutions")
+    assert "execution.rematerialization = blocks" in remedy
+    assert layout_problems([0] * 4, fsdp=1, spatial=1, platform="gpu", **FITS) == []
 
 
 def test_one_device_takes_any_number_of_parts_and_no_division() -> None:

@@ -9,8 +9,9 @@ import pytest
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.objectives import Distillation
 from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.programs.plan import Plan, describe, lower_step
+from nfnet_flax.programs.plan import Plan, describe
 from nfnet_flax.programs.search import fastest
+from nfnet_flax.programs.step_plan import lower_step
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.units import duration, scaled
 from tests import own_files, runs

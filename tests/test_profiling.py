@@ -438,7 +438,7 @@ if sys.argv[1] == "without":
 
 from nfnet_flax.models import NFResNetConfig
 from nfnet_flax.parallel.mesh import make_mesh
-from nfnet_flax.programs.plan import lower_step
+from nfnet_flax.programs.step_plan import lower_step
 from nfnet_flax.recipe_file import load_recipe
 
 recipe = load_recipe("recipes/digits.py")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nfnet_flax.parallel.reduce import Part, Parts
+from nfnet_flax.parallel.turns import sum_of_turns
 from nfnet_flax.training.gradient import over_parts
 from tests import runs
 
@@ -128,6 +129,29 @@ def test_the_same_bits_on_any_number_of_devices(script: str, num_devices: int) -
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
+
+
+@pytest.mark.parametrize("num_turns", [1, 2, 4, 8, 16, 32])
+def test_turns_are_added_in_the_tree_whatever_their_number(num_turns: int) -> None:
+    rng = np.random.default_rng(num_turns)
+    shapes: dict[str, tuple[int, ...]] = {"kernel": (3, 3, 5, 16), "vector": (7,), "scalar": ()}
+    rows = {
+        name: (rng.standard_normal((num_turns, *shape)) * 10.0 ** rng.integers(-4, 4, (num_turns, *shape))).astype("f")
+        for name, shape in shapes.items()
+    }
+    counts = np.full(num_turns, 3)
+
+    def turn(index: jax.Array) -> Parts:
+        found = {name: Part(value[index]) for name, value in jax.tree.map(jnp.asarray, rows).items()}
+        return found | {"sum": Part(jnp.asarray(counts)[index]), "same": Part(jnp.asarray(counts)[index], "same")}
+
+    def tree(values: np.ndarray) -> np.ndarray:
+        return values[0] if len(values) == 1 else tree(values[::2] + values[1::2])
+
+    total = jax.jit(lambda step: sum_of_turns(turn, num_turns, step))(0)
+    for name, value in rows.items():
+        assert np.asarray(total[name].value).tobytes() == tree(value).tobytes(), name
+    assert (int(total["sum"].value), int(total["same"].value)) == (3 * num_turns, 3)
 
 
 @pytest.mark.parametrize("num_turns", [1, 4])

@@ -1,5 +1,6 @@
 """Settings of the process that computes: its memory, its thread pool, and what is recorded of its surroundings."""
 
+import glob
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from nfnet_flax.runtime import environment, xla_flags
+from nfnet_flax.runtime import NVIDIA_FILES, environment, xla_flags
 from tests import runs
 
 _PROGRAM = """
@@ -115,3 +116,22 @@ def test_a_tpu_library_without_a_tpu_is_left_alone(tmp_path: Path) -> None:
         program = f"from nfnet_flax.runtime import jax, prepare; {prepared}; print('now'); print(jax.default_backend())"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert done.stdout.partition("now\n")[2] == printed, done.stderr
+
+
+@pytest.mark.skipif(
+    any(glob.glob(pattern) for pattern in NVIDIA_FILES), reason="this machine may have a GPU, which is then used"
+)
+def test_a_compiler_for_gpus_without_a_gpu_is_left_alone(tmp_path: Path) -> None:
+    plugin = tmp_path / "jax_plugins" / "xla_cuda13"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(
+        "def initialize():\n    from jax import config\n    print(config.jax_platforms)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment["PYTHONPATH"] = f"{tmp_path}:{runs.ROOT}"
+    for prepared, printed in (("pass", "None\n"), ("prepare(reproducible=True)", "cpu\n")):
+        program = (
+            f"from nfnet_flax.runtime import jax, prepare, xla_flags; {prepared}; jax.devices(); print(xla_flags())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert done.stdout == printed + "{}\n", done.stderr

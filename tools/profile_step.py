@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from jax.profiler import ProfileData
 
-from nfnet_flax.programs.hlo import Operation, parse
+from nfnet_flax.programs.hlo import parse
+from nfnet_flax.programs.operations import Operation
 from nfnet_flax.runtime import keep_freed_memory
 from tools.bench_step import our_training, timed
 

@@ -6,15 +6,13 @@ that fits into the chip.
 """
 
 import dataclasses
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nfnet_flax.claims import published
-from nfnet_flax.claims.child import prepare_folder
-from nfnet_flax.claims.cost_compile import Compiled, compiled, compiled_of
+from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, prepared_folder
 from nfnet_flax.claims.evidence import Evidence, markdown_table, origin
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.imagenet import imagenet_recipe
@@ -98,9 +96,7 @@ def study(recipes: Sequence[Recipe], topologies: Sequence[str], folder: Path, ti
     pairs = [(recipe, topology) for recipe in recipes for topology in topologies]
     with tracking("estimating", len(pairs), "steps", at_once=True) as task:
         for recipe, topology in pairs:
-            slice_name = re.sub(r"\W", "_", topology)
-            place = folder / recipe.name / f"{slice_name}-{recipe.execution.num_microbatches}_parts"
-            prepare_folder(place, recipe)
+            place = prepared_folder(folder, recipe, topology)
 
             def compile_for(kind: Rematerialization, place: Path = place, topology: str = topology) -> Compiled:
                 return compiled(place, topology, kind, timeout_s)
@@ -120,12 +116,13 @@ def study(recipes: Sequence[Recipe], topologies: Sequence[str], folder: Path, ti
 def first_that_fits(compile_for: CompileFor) -> Compiled:
     """The compilation that computes least again of those that fit into the chip's memory; the last one if none fits.
 
-    After one that exceeded its time limit no other is tried: with more rematerialization the program is longer.
+    After one that did not compile for another reason, such as a time limit, no other is tried: it would not be what was
+    asked for, and with more rematerialization the program is longer.
     """
     found: Compiled | None = None
     for kind in typing.get_args(Rematerialization):
         found = compile_for(kind)
-        if found.limit_s is not None or (found.plan is not None and found.plan.fits):
+        if not found.is_too_large:
             break
     assert found is not None
     return found

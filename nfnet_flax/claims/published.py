@@ -109,6 +109,9 @@ STEP_MS: Mapping[str, float] = MappingProxyType(
 )
 """Name of a network -> time of a training step on TPUv3 with 32 images for each core, in milliseconds (arXiv
 2102.06171, table 3; F6 with SAM)."""
+B7_OVER_F1 = 8.7
+"""Time of EfficientNet-B7's training step divided by that of NFNet-F1, which is as accurate (arXiv 2102.06171,
+abstract)."""
 STEP_IMAGES = 32
 """Number of images of each core in `STEP_MS`."""
 NUM_EPOCHS, BATCH_SIZE, NUM_IMAGES = 360, 4096, 1_281_167

@@ -9,6 +9,7 @@ from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 _ABOUT = {
     "agc": "figure 2: what clipping does for batch size and learning rate",
     "exact": "parameters, FLOPs, logits and accuracy beside the published ones",
+    "latency": "figure 1, table 3: the time of a training step beside that of EfficientNet-B7",
     "cost": "table 3: what the published runs would cost on TPUs, by the compiler's estimates",
     "cuts": "beside the paper: normalizer-free against BatchNorm, by the cut of the batch",
 }
@@ -39,6 +40,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
             from nfnet_flax.cli import claim_exact
 
             return claim_exact.run
+        case "latency":
+            from nfnet_flax.cli import claim_latency
+
+            return claim_latency.run
         case "cost":
             from nfnet_flax.cli import claim_cost
 

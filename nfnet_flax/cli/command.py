@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from absl import logging
 
-from nfnet_flax import session_log, streams
-from nfnet_flax.cli import agc, claim, convert, doctor, export, models, plan, predict, probe, report, train
+from nfnet_flax import runtime, session_log, streams
+from nfnet_flax.cli import agc, claim, convert, doctor, export, models, plan, predict, probe, recipes, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli import signal as signal_propagation
 from nfnet_flax.cli.ahead import values_of
@@ -29,6 +29,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluation.run,
     "predict": predict.run,
     "models": models.run,
+    "recipes": recipes.run,
     "convert": convert.run,
     "export": export.run,
     "plan": plan.run,
@@ -95,6 +96,9 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in _HELP:
         print(USAGE, end="")
         return EXIT_DONE if argv else EXIT_BAD_INPUT
+    if argv[0] == "--version":
+        print(", ".join(f"{name} {version}" for name, version in runtime.versions().items()))
+        return EXIT_DONE
     if argv[0] not in _COMMANDS:
         print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT

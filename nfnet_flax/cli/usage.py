@@ -6,6 +6,8 @@ USAGE = """usage: nfnet COMMAND ...
 
   nfnet train RECIPE.py --workdir DIR [--FIELD VALUE ...]   train, or continue the run in DIR
   nfnet train RECIPE.py:variant=f3 --workdir DIR            the same, with an argument for the recipe
+  nfnet train digits --workdir DIR                          a recipe of the package, by its name
+  nfnet recipes                                             list these; nfnet recipes copy NAME DIR copies one
   nfnet train RECIPE.py --debug --workdir DIR               four steps on a laptop: a small network, no data needed
   nfnet train RECIPE.py --help                              every field of the recipe
   nfnet COMMAND ... --code FILE.py                          use your own networks, sources or objectives
@@ -14,6 +16,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet predict FILE|FOLDER|PATTERN ... --workdir DIR       predict classes of images; --csv, --json or --html FILE
   nfnet predict ... --weights FILE|FOLDER|timm/NAME         the same, by weights that are not of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
+  nfnet plan RECIPE.py --topology h100:8                    what the step's program for GPUs shows; needs no GPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              find problems of the machine, the data and the run
   nfnet report RUN [RUN ...] [--out report.html]            goodput, what interruptions cost, curves, accuracy, recipe
   nfnet agc RUN [--out agc.png]                             what AGC clipped, by layer; a picture of layers and steps
@@ -30,6 +33,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet export --workdir DIR --to onnx --out DIR            the same, of a run; --to safetensors: folded weights alone
   nfnet COMMAND ... -q | -v                                 less output: only warnings, errors, result | more
   nfnet COMMAND --help                                      every option of a command
+  nfnet --version                                           versions of this package and of those that it uses
 
 exit codes: 0 done, 1 a bug (doctor: something is wrong; predict: an image has no result), 2 bad input or a folder in
             use, 3 the loss is not finite, 4 the input failed (a worker died or hung, or a file cannot be read), 5 a

@@ -78,18 +78,18 @@ def check_devices(recipe: "Recipe | None", workdir: Path | None, *, is_stored: b
         return [*findings, seen(f"process {index} of {size} ({cluster}); the devices of the others are not visible")]
     findings.append(seen("1 process: the environment names no cluster that is known"))
     if recipe is not None:
-        findings += _check_layout(recipe, len(found), is_stored=is_stored)
+        findings += _check_layout(recipe, len(found), found[0][0], is_stored=is_stored)
     return findings
 
 
-def _check_layout(recipe: "Recipe", num_devices: int, *, is_stored: bool) -> list[Finding]:
-    problems = _layout_problems(recipe, [0] * num_devices)
+def _check_layout(recipe: "Recipe", num_devices: int, platform: str, *, is_stored: bool) -> list[Finding]:
+    problems = _layout_problems(recipe, [0] * num_devices, platform)
     if not is_stored or not problems:
         return [wrong(f"{field} = {value!r}", remedy) for field, value, remedy in problems]
     here = f"does not fit on the {num_devices} devices of one process here"
     for number in range(2, _MAX_PROCESSES + 1):
         processes = [index for index in range(number) for _ in range(num_devices)]
-        if not _layout_problems(recipe, processes):
+        if not _layout_problems(recipe, processes, platform):
             field, value, _ = problems[0]
             return [seen(f"{field} = {value!r} {here}, but on those of {number} processes like it")]
     return [
@@ -100,7 +100,7 @@ def _check_layout(recipe: "Recipe", num_devices: int, *, is_stored: bool) -> lis
     ]
 
 
-def _layout_problems(recipe: "Recipe", processes: Sequence[int]) -> list[LayoutProblem]:
+def _layout_problems(recipe: "Recipe", processes: Sequence[int], platform: str) -> list[LayoutProblem]:
     data, execution = recipe.data, recipe.execution
     return layout_problems(
         processes,
@@ -109,6 +109,7 @@ def _layout_problems(recipe: "Recipe", processes: Sequence[int]) -> list[LayoutP
         num_microbatches=execution.num_microbatches,
         batch_sizes={"data.batch_size": data.batch_size, "data.eval_batch_size": data.eval_batch_size},
         image_sizes={"data.image_size": data.image_size, "data.eval_image_size": data.eval_image_size},
+        platform=platform,
     )
 
 

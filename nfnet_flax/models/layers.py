@@ -199,7 +199,10 @@ class BatchNorm(NamedLayer):
         if self.deterministic:
             mean, variance = self.mean[...], self.variance[...]
         else:
-            mean, variance = jnp.mean(h, axis=(0, 1, 2)), jnp.var(h, axis=(0, 1, 2))
+            mean = jnp.mean(h, axis=(0, 1, 2))
+            # As in the published code. Both sums are made while the convolution before writes its result, where a mean
+            # of squared deviations would read it again.
+            variance = jnp.maximum(jnp.mean(jnp.square(h), axis=(0, 1, 2)) - jnp.square(mean), 0.0)
             count = self.count[...] + 1
             share = (1.0 - self.decay) / (1.0 - self.decay ** count.astype(jnp.float32))
             for running, seen in ((self.mean, mean), (self.variance, variance)):

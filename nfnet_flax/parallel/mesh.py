@@ -46,6 +46,7 @@ def layout_problems(
     num_microbatches: int | None = None,
     batch_sizes: Mapping[str, int] = MappingProxyType({}),
     image_sizes: Mapping[str, int] = MappingProxyType({}),
+    platform: str | None = None,
 ) -> list[LayoutProblem]:
     """The reasons why a recipe cannot run on given devices; empty if it can. No device is needed for this.
 
@@ -56,8 +57,16 @@ def layout_problems(
       num_microbatches: number of parts of a batch; None: one for each shard of the mesh.
       batch_sizes: name of a field -> number of rows of a global batch.
       image_sizes: name of a field -> height of images in pixels.
+      platform: platform of the devices ("cpu", "gpu" or "tpu"); None: not known.
     """
     found = _device_problems(processes, fsdp=fsdp, spatial=spatial)
+    if spatial > 1 and platform == "gpu":
+        remedy = (
+            "must be 1 on GPUs, where the compiler gathers the activations of grouped convolutions, so that a device "
+            "computes the whole height; to save memory give execution.rematerialization = blocks, or more "
+            "execution.num_microbatches"
+        )
+        found.insert(0, LayoutProblem("execution.spatial", spatial, remedy))
     for field, size in image_sizes.items():
         if size % spatial != 0:
             found.append(LayoutProblem(field, size, f"must be divisible by execution.spatial = {spatial}"))
@@ -122,11 +131,13 @@ def make_mesh(
 
     Raises:
       ConfigError: `num_shares`, `fsdp` or `spatial` does not divide the number of devices, an image would be divided
-        over several processes, processes have different numbers of devices, or the devices are not ordered by process.
+        over several processes or GPUs, processes have different numbers of devices, or the devices are not ordered by
+        process.
     """
     # JAX orders devices by number, and on some TPU pods the numbers of two hosts alternate.
     chosen = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
-    _refuse(layout_problems([device.process_index for device in chosen], fsdp=fsdp, spatial=spatial))
+    processes = [device.process_index for device in chosen]
+    _refuse(layout_problems(processes, fsdp=fsdp, spatial=spatial, platform=chosen[0].platform))
     num_groups = len(chosen) // spatial
     possible = [size for size in range(1, MAX_SHARES + 1) if num_groups % size == 0]
     shares = max(possible) if num_shares is None else num_shares

@@ -77,26 +77,40 @@ def sum_of_turns(turn: Callable[[jax.Array], Parts], num_turns: int, not_negativ
     Returns:
       The sum. Computing it takes `1 + log2(num_turns)` times the memory of one turn's results.
     """
-    num_levels = num_turns.bit_length()
+    num_levels = num_turns.bit_length() - 1
     turn = jax.jit(turn, inline=True)
     shapes = jax.eval_shape(turn, _AN_INDEX)
-    # Not zeros, which would take a pass over memory; each level is set before it is read.
-    unset = jax.tree.map(lambda leaf: lax.empty(leaf.shape, leaf.dtype), shapes)
 
-    def carry_to(level: int) -> Callable[[list[Parts], Parts], list[Parts]]:
+    # Not zeros, which would take a pass over memory; each level is set before it is read. The levels are rows of one
+    # array, as the compiler for GPUs would copy separate ones in every turn.
+    def unset(*sizes: int) -> Parts:
+        return jax.tree.map(lambda leaf: lax.empty((*sizes, *leaf.shape), leaf.dtype), shapes)
+
+    def one_turn(index: jax.Array, held: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+        levels, total = held[0], turn(index)
+        if num_levels == 0:
+            return levels, total
+
         # As in binary counting: the sums in the lower levels are added to the sum that is carried.
-        def carry(held: list[Parts], total: Parts) -> list[Parts]:
-            for lower in held[:level]:
-                total = added(lower, total)
-            return [*held[:level], total, *held[level + 1 :]]
+        def carry(level: jax.Array, total: Parts) -> Parts:
+            return added(jax.tree.map(lambda rows: _row(rows, level), levels), total)
 
-        return carry
-
-    def one_turn(index: jax.Array, held: list[Parts]) -> list[Parts]:
         num_ones = lax.population_count(index ^ (index + 1)) - 1
-        return lax.switch(num_ones, [carry_to(level) for level in range(num_levels)], held, turn(index))
+        with jax.named_scope("carry"):  # by this name `hlo.py` knows how often the loop runs
+            total = lax.fori_loop(0, num_ones, carry, total)
+        # The last turn's total is the result; it is also written over a level that is not needed any more.
+        return jax.tree.map(lambda rows, row: _with_row(rows, row, num_ones), levels, total), total
 
-    return _loop(num_turns, not_negative, one_turn, [unset] * num_levels)[-1]
+    return _loop(num_turns, not_negative, one_turn, (unset(num_levels), unset()))[1]
+
+
+def _row(rows: jax.Array, index: jax.Array) -> jax.Array:
+    # Without a choice for negative numbers, so that where there is a sum, there is nothing but a sum.
+    return lax.dynamic_index_in_dim(rows, index, keepdims=False, allow_negative_indices=False)
+
+
+def _with_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(rows, row, index, 0, allow_negative_indices=False)
 
 
 def stack_of_turns(turn: Callable[[jax.Array], Arrays], num_turns: int, not_negative: jax.Array) -> Arrays:

@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from nfnet_flax.config import ConfigError
-from nfnet_flax.programs.hlo import Operation, Program, parse
-from nfnet_flax.programs.plan import compile_step, mesh_of
+from nfnet_flax.programs.hlo import parse
+from nfnet_flax.programs.operations import Operation, Program
+from nfnet_flax.programs.plan import mesh_of
+from nfnet_flax.programs.step_plan import compile_step
 from nfnet_flax.recipe import Recipe
 
 _OUTSIDE = "outside of loops"

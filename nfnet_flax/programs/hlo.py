@@ -2,55 +2,13 @@
 
 import collections
 import dataclasses
-import math
 import re
 
-from nfnet_flax.programs.products import product_flops
+from nfnet_flax.programs.operations import Operation, Program, size_of
+from nfnet_flax.programs.products import library_flops, product_flops
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NOT_OF_TYPES = re.compile(r"S\(\d+\)|/\*index=\d+\*/")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One instruction of a compiled program."""
-
-    name: str
-    opcode: str
-    result: str
-    """Type of its result: `f32[8,128]{1,0}`, or a tuple of them. Spaces of memory are left out."""
-    arguments: str
-    """What it is given, as in the text: names of operations, or the value of a constant."""
-    operands: tuple[str, ...]
-    """Names of the operations whose results it is given."""
-    attributes: str
-    """What the text says after its arguments."""
-    cycles: int
-    """The compiler's estimate of its cycles; 0 if there is none."""
-    source: str
-    """Name of the operation in the traced program that it comes from."""
-    called: tuple[str, ...]
-    """Computations that it runs (for a loop: condition and body), without those that are fused into it."""
-    trip_count: int | None
-    """Number of turns of a loop, if the compiler gives it."""
-    literal: int | None
-    """Value of an integer constant."""
-    fused: tuple[str, ...]
-    """Computations that are fused into it."""
-    flops: int
-    """FLOPs of a convolution or matrix product: twice the number of multiplications, without those by padding."""
-    chain: str
-    """For a collective that runs beside other operations, in pieces that are fused into them: the name that its pieces
-    share; else empty."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The computations of a compiled program."""
-
-    entry: str
-    computations: dict[str, list[Operation]]
 
 
 def parse(text: str) -> Program:
@@ -65,7 +23,14 @@ def parse(text: str) -> Program:
         elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
             current.append(_operation(found[1], _NOT_OF_TYPES.sub("", found[2]), results))
             results[found[1]] = current[-1].result
-    return Program(entry, computations)
+    program = Program(entry, computations)
+    for operations in computations.values():
+        by_name = {operation.name: operation for operation in operations}
+        for position, operation in enumerate(operations):
+            if operation.opcode == "custom-call":
+                count = library_flops(operation, by_name, program)
+                operations[position] = dataclasses.replace(operation, flops=count)
+    return program
 
 
 def _operation(name: str, text: str, results: dict[str, str]) -> Operation:
@@ -114,7 +79,7 @@ def _end_of_arguments(text: str, start: int) -> int:
     return end
 
 
-def _trip_count(program: Program, operation: Operation) -> int:
+def trip_count(program: Program, operation: Operation) -> int:
     """How often the computations of an operation run: for a loop, from the compiler, its name, or its condition."""
     if operation.opcode != "while":
         return 1
@@ -122,6 +87,8 @@ def _trip_count(program: Program, operation: Operation) -> int:
         return operation.trip_count
     if named := re.search(r"turns_(\d+)/while$", operation.source):  # hidden from the compiler by `parallel/turns.py`
         return int(named[1])
+    if operation.source.endswith("/carry/while"):  # also from there: for n turns, n - 1 times in all
+        return 1
     literals = [each.literal for each in program.computations[operation.called[0]] if each.literal is not None]
     if len(literals) != 1:
         raise ValueError(f"the number of turns of a loop from {operation.source!r} cannot be read")
@@ -149,7 +116,7 @@ def estimated_cycles(program: Program) -> tuple[int, collections.Counter[str]]:
                 into.update(inside)
                 total += cycles
             elif operation.called:
-                turns = times * _trip_count(program, operation)
+                turns = times * trip_count(program, operation)
                 total += sum(cost(body, turns, into) for body in operation.called)
             elif operation.cycles:
                 shape = re.sub(r"\{[^}]*\}", "", operation.result)
@@ -168,7 +135,7 @@ def flops(program: Program) -> int:
     def walk(name: str) -> int:
         total = 0
         for operation in program.computations[name]:
-            times = _trip_count(program, operation) if operation.called else 1
+            times = trip_count(program, operation) if operation.called else 1
             inside = sum(walk(body) for body in operation.called + operation.fused)
             total += operation.flops + times * inside
         return total
@@ -184,24 +151,14 @@ def collective_bytes(program: Program) -> dict[str, int]:
 
     def walk(name: str, times: int) -> None:
         for operation in program.computations[name]:
-            kind = operation.opcode.removesuffix("-start")
+            kind = operation.opcode.removesuffix("-done")  # the result of an asynchronous start also has the operand
             if kind in _COLLECTIVES and operation.chain not in counted:
                 counted.update([operation.chain] if operation.chain else [])
-                # The result of the asynchronous start of these kinds also contains the operand.
-                halved = operation.opcode != kind and kind in ("all-gather", "collective-permute")
-                found[kind] += times * _size(operation.result) // (2 if halved else 1)
+                found[kind] += times * size_of(operation.result)
             for body in operation.called:
-                walk(body, times * _trip_count(program, operation))
+                walk(body, times * trip_count(program, operation))
             for body in operation.fused:
                 walk(body, times)
 
     walk(program.entry, 1)
     return dict(found)
-
-
-def _size(result: str) -> int:
-    return sum(
-        _BYTES[kind] * math.prod(int(size) for size in shape.split(",") if size)
-        for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-        if kind in _BYTES
-    )

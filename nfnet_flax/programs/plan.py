@@ -6,14 +6,21 @@ and FLOPs, which are counted in its program. Its cycles are an estimate, which i
 
 import collections
 import dataclasses
-import math
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from nfnet_flax.config import ConfigError
+from nfnet_flax.programs.gpu import names_gpus
 from nfnet_flax.programs.hlo import collective_bytes, estimated_cycles, flops, parse
-from nfnet_flax.progress import COMPUTING_LINE_S, tracking
+from nfnet_flax.programs.step_plan import (
+    StepSizes,
+    compile_step,
+    describe_collectives,
+    describe_sizes,
+    describe_state,
+    sizes_of,
+)
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.units import duration, human_size, scaled
 
@@ -43,30 +50,14 @@ _ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock protects a chip, and there is none
+    "CUDA_VISIBLE_DEVICES": "-1",  # so that a program for GPUs is the same on a machine that has some
 }
-_NUM_EXAMPLES = 1_281_167
-"""Number of training images of ImageNet; only the schedule depends on it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the compiler reports about one training step, per device."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(StepSizes):
+    """What the compiler for TPUs reports about one training step, per device."""
 
-    topology: str
-    device_kind: str
-    num_devices: int
-    images_per_device: int
-    """Number of images per device; with `spatial`, of a group of devices, each of which has a part of their height."""
-    images_per_turn: int
-    """Number of these images that are computed at a time: a part of the batch."""
-    batch_size: int
-    image_size: int
-    rematerialization: str
-    num_parameters: int
-    parameter_bytes: int
-    """Size of a device's share of parameters and running statistics."""
-    state_bytes: int
-    """Size of a device's share of parameters, optimizer state and EMA together."""
     temporary_bytes: int
     """Size of activations, gradients and other arrays that exist only within a step."""
     peak_bytes: int
@@ -81,7 +72,6 @@ class Plan:
     """Clock of the device; None: not known."""
     most_expensive: list[tuple[str, int]]
     """The most expensive operations, by their source in the traced program, and their estimated cycles."""
-    compile_s: float
 
     @property
     def fits(self) -> bool:
@@ -90,8 +80,12 @@ class Plan:
 
 
 def set_environment() -> None:
-    """Sets the environment variables that libtpu needs where there is no TPU; call it before JAX is imported."""
+    """Makes JAX compute on CPUs, and sets the variables that the compilers for TPUs and GPUs need where no such device
+    is used; call it before JAX looks for devices."""
     os.environ.update(_ENVIRONMENT)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the variable is too late if JAX was imported before
 
 
 def plan(recipe: Recipe, topology: str, *, num_operations: int = 10) -> Plan:
@@ -113,68 +107,15 @@ def mesh_of(recipe: Recipe, topology: str) -> "Mesh":
     return make_mesh(devices_of(topology), fsdp=recipe.execution.fsdp, spatial=recipe.execution.spatial)
 
 
-def compile_step(recipe: Recipe, topology: str, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Compiled]":
-    """The compiled training step of a recipe on the mesh of a topology, and the shapes of its state; raises
-    `ConfigError` as `plan` does."""
-    import jax
-
-    try:
-        state, lowered = lower_step(recipe, mesh)
-        with tracking(f"compiling the step for {topology}", first_line_s=COMPUTING_LINE_S):
-            return state, lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"the step does not compile for {topology}: {str(error).splitlines()[0]}") from error
-
-
-def lower_step(recipe: Recipe, mesh: "Mesh") -> "tuple[TrainState, jax.stages.Lowered]":
-    """The training step of a recipe on a mesh, ready to be compiled, and the shapes of its state. No memory of the
-    devices is allocated, and no images are opened.
-
-    Raises:
-      ConfigError: the batch cannot be divided over the mesh, or the objective's arrays (a teacher) cannot be read.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from nfnet_flax.objectives import RunFacts
-    from nfnet_flax.parallel.mesh import batch_sharding, replicated
-    from nfnet_flax.training.build import build_optimizer, build_structure
-    from nfnet_flax.training.state import abstract_state
-    from nfnet_flax.training.step import make_train_step
-
-    batch_size, size = recipe.data.batch_size, recipe.data.image_size
-    structure = build_structure(recipe, mesh)
-    optimizer = build_optimizer(recipe, structure, _NUM_EXAMPLES)
-    state = abstract_state(structure, optimizer, mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=batch_sharding(mesh, 4)),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh)),
-    }
-    if recipe.data.source.is_multi_label:
-        rows = (batch_size, recipe.num_classes)
-        batch |= {"label": jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=batch_sharding(mesh, 2))}
-    facts = RunFacts(class_names=(), mean=recipe.data.mean, std=recipe.data.std)
-    arrays = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(mesh))
-        for name, value in recipe.objective.arrays(facts).items()
-    }
-    step = make_train_step(structure, optimizer, recipe.objective, mesh, seed=recipe.seed, reduction=recipe.reduction)
-    return state, step.lower(state, batch, arrays)
-
-
 def _report(
     recipe: Recipe,
     topology: str,
-    mesh: "jax.sharding.Mesh",
+    mesh: "Mesh",
     state: "TrainState",
     compiled: "jax.stages.Compiled",
     compile_s: float,
     num_operations: int,
 ) -> Plan:
-    import jax
-
-    from nfnet_flax.parallel.mesh import count_turns, num_batch_shards
-
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise ConfigError(f"the compiler for {topology} does not show the compiled program: install another libtpu")
@@ -182,26 +123,9 @@ def _report(
     cycles, by_source = estimated_cycles(program)
     device = mesh.devices.flat[0]
     hbm_gib, clock_ghz = _DEVICES.get(device.device_kind, (0, None))
-
-    def nbytes(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
     written = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
-        topology=topology,
-        device_kind=device.device_kind,
-        num_devices=mesh.size,
-        images_per_device=recipe.data.batch_size // num_batch_shards(mesh),
-        images_per_turn=recipe.data.batch_size
-        // num_batch_shards(mesh)
-        // count_turns(recipe.execution.num_microbatches, mesh),
-        batch_size=recipe.data.batch_size,
-        image_size=recipe.data.image_size,
-        rematerialization=recipe.execution.rematerialization,
-        num_parameters=sum(leaf.size for leaf in state.params.values()),
-        parameter_bytes=nbytes((state.params, state.batch_stats)),
-        state_bytes=nbytes(state),
+        **sizes_of(recipe, topology, mesh, state, compile_s),
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.argument_size_in_bytes
         + written
@@ -213,7 +137,6 @@ def _report(
         cycles=cycles,
         clock_hz=None if clock_ghz is None else 1e9 * clock_ghz,
         most_expensive=collections.Counter(by_source).most_common(num_operations),
-        compile_s=compile_s,
     )
 
 
@@ -222,10 +145,15 @@ def devices_of(topology: str) -> list[Any]:
     of the name, the first N of them.
 
     Raises:
-      ConfigError: libtpu is missing, or does not know the topology.
+      ConfigError: libtpu is missing, or does not know the topology, or it is one of GPUs.
     """
     from jax.experimental import topologies
 
+    if names_gpus(topology):
+        raise ConfigError(
+            f"topology {topology!r}: give one of TPUs. The compiler for GPUs gives no estimate of a step's time; what "
+            f"its program shows is printed by nfnet plan RECIPE --topology {topology}"
+        )
     whole, _, number = topology.partition("/")
     config = _CHIP_CONFIGS.get(whole.partition(":")[0])
     options = {} if config is None else {"chip_config_name": config}
@@ -235,7 +163,7 @@ def devices_of(topology: str) -> list[Any]:
     except Exception as error:  # libtpu's own errors have no common class
         raise ConfigError(
             f"topology {topology!r}: {str(error).splitlines()[0]}. This needs libtpu (pip install 'nfnet_flax[tpu]') "
-            "and a name such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4"
+            "and a name such as v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4; GPUs are called h100:8 or a100:8"
         ) from error
     if not number:
         return found
@@ -247,18 +175,12 @@ def devices_of(topology: str) -> list[Any]:
 def describe(found: Plan) -> str:
     """A plan as text for people."""
     lines = [
-        f"{found.topology}: {found.num_devices} x {found.device_kind}, {found.images_per_device} images of "
-        f"{found.image_size} px each, {found.images_per_turn} at a time; rematerialization {found.rematerialization}; "
-        f"compiled in {found.compile_s:.0f} s",
-        f"memory per device: parameters {human_size(found.parameter_bytes)}, optimizer and EMA "
-        f"{human_size(found.state_bytes - found.parameter_bytes)}, within the step {human_size(found.temporary_bytes)}",
+        describe_sizes(found),
+        f"{describe_state(found)}, within the step {human_size(found.temporary_bytes)}",
         f"  peak {human_size(found.peak_bytes)} of {human_size(found.hbm_bytes)}: "
         f"{'fits' if found.fits else 'DOES NOT FIT'}",
         f"FLOPs per device and step: {scaled(found.flops)}",
-        *(
-            f"{kind}: {scaled(size)}B per device and step ({size / (4 * found.num_parameters):.2f} x the gradient)"
-            for kind, size in found.collectives.items()
-        ),
+        *describe_collectives(found, found.collectives),
         f"estimated: {scaled(found.cycles)} cycles",
     ]
     if found.clock_hz is not None:

@@ -1,7 +1,7 @@
-"""One compilation of a study of costs: a training step under the TPU compiler, in a process of its own, whose plan is
-kept in a file.
+"""One compilation for a claim: a training step under the TPU compiler, in a process of its own, whose plan is kept in a
+file.
 
-`python -m nfnet_flax.claims.cost_compile FOLDER TOPOLOGY REMATERIALIZATION` compiles the step of the recipe in
+`python -m nfnet_flax.claims.compiled_step FOLDER TOPOLOGY REMATERIALIZATION` compiles the step of the recipe in
 `FOLDER/recipe.json` and writes `FOLDER/REMATERIALIZATION.json`. When its standard input ends, as it does when the
 process that started it ends in any way, it ends.
 """
@@ -9,20 +9,30 @@ process that started it ends in any way, it ends.
 import dataclasses
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 import typing
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.claims.child import LOG, RECIPE, at_end_of_input, last_lines
+from nfnet_flax.claims.child import LOG, RECIPE, at_end_of_input, last_lines, prepare_folder
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
 from nfnet_flax.progress import COMPUTING_LINE_S, tracking
-from nfnet_flax.recipe import read_recipe
+from nfnet_flax.recipe import Recipe, read_recipe
+from nfnet_flax.runtime import versions
+
+_NUM_OPERATIONS = 10
+"""Number of the most expensive operations that a plan names."""
+_POLL_S = 0.2
+_TOO_LARGE = "RESOURCE_EXHAUSTED"
+"""What the compiler's error says of a program that does not fit into the memory of the chip."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,23 +50,57 @@ class Compiled:
     """Why there is no program."""
     limit_s: float | None = None
     """Time limit that the compilation exceeded, in seconds; None: it did not."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of this package and of JAX; empty in results of earlier versions."""
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the step does not fit into the memory of the chip: another form of it may."""
+        return not self.plan.fits if self.plan is not None else _TOO_LARGE in self.problem
 
 
-def compiled(folder: Path, topology: str, rematerialization: Rematerialization, timeout_s: float) -> Compiled:
-    """The kept result of a compilation; if there is none, or only one with a shorter time limit, compiles.
+def prepared_folder(folder: Path, recipe: Recipe, topology: str) -> Path:
+    """The folder, inside `folder`, of the compilations of a recipe for a topology; it has the recipe.
+
+    Raises:
+      ConfigError: it is that of another recipe, or cannot be made.
+    """
+    slice_name = re.sub(r"\W", "_", topology)
+    place = folder / recipe.name / f"{slice_name}-{recipe.execution.num_microbatches}_parts"
+    prepare_folder(place, recipe)
+    return place
+
+
+def compiled(
+    folder: Path,
+    topology: str,
+    rematerialization: Rematerialization,
+    timeout_s: float,
+    stopped: threading.Event | None = None,
+) -> Compiled:
+    """The kept result of a compilation; if there is none, or only one with a shorter time limit or of other versions of
+    this package, JAX or the compiler, compiles.
 
     A compilation that ended in another way, such as for lack of memory, is not kept, so the next call repeats it.
 
+    Args:
+      folder: folder of the compilation, with its recipe, as `prepared_folder` makes it.
+      topology: kind and number of TPU chips.
+      rematerialization: what is used in place of the recipe's.
+      timeout_s: time limit, in seconds.
+      stopped: ends the compilation when it is set by another thread; None: nothing does.
+
     Raises:
-      ConfigError: the kept file is damaged.
+      ConfigError: the kept file is damaged, or the compilation was stopped.
       StorageFailed: it cannot be read.
     """
     path = folder / f"{rematerialization}.json"
     kept = read_compiled(path)
-    if kept is not None and (kept.limit_s is None or kept.limit_s >= timeout_s):
+    is_of_these = kept is not None and (kept.versions, kept.libtpu) == (_versions(), libtpu_version())
+    if kept is not None and is_of_these and (kept.limit_s is None or kept.limit_s >= timeout_s):
         return kept
     place = f"{folder.parent.name}, rematerialization {rematerialization}"
-    command = [sys.executable, "-m", "nfnet_flax.claims.cost_compile", str(folder), topology, rematerialization]
+    command = [sys.executable, "-m", "nfnet_flax.claims.compiled_step", str(folder), topology, rematerialization]
     with (
         (folder / LOG).open("ab") as log,
         # A session of its own, because Ctrl-C is for this process, which then ends the other.
@@ -64,7 +108,7 @@ def compiled(folder: Path, topology: str, rematerialization: Rematerialization, 
         tracking(f"compiling the step for {topology} ({place})", first_line_s=COMPUTING_LINE_S),
     ):
         try:
-            code = process.wait(timeout_s)
+            code = _exit_code(process, timeout_s, stopped)
         except subprocess.TimeoutExpired:
             process.kill()
             text = f"did not compile within {timeout_s:g} s"
@@ -79,6 +123,19 @@ def compiled(folder: Path, topology: str, rematerialization: Rematerialization, 
         text = f"the compilation ended with exit code {code}: {last_lines(folder)}"
         found = _without_plan(rematerialization, text, None)
     return found
+
+
+def _exit_code(process: subprocess.Popen[bytes], timeout_s: float, stopped: threading.Event | None) -> int:
+    """Waits for the end of a process."""
+    if stopped is None:
+        return process.wait(timeout_s)
+    ends_s = time.monotonic() + timeout_s
+    while process.poll() is None:
+        if stopped.wait(_POLL_S):
+            raise ConfigError("the compilation was stopped")
+        if time.monotonic() >= ends_s:
+            raise subprocess.TimeoutExpired(process.args, timeout_s)
+    return process.returncode
 
 
 def read_compiled(path: Path) -> Compiled | None:
@@ -115,6 +172,10 @@ def libtpu_version() -> str:
         return ""
 
 
+def _versions() -> dict[str, str]:
+    return {name: version for name, version in versions().items() if name in ("nfnet_flax", "jax")}
+
+
 def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: float | None) -> Compiled:
     return Compiled(
         rematerialization=rematerialization,
@@ -123,6 +184,7 @@ def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: f
         libtpu=libtpu_version(),
         problem=problem,
         limit_s=limit_s,
+        versions=_versions(),
     )
 
 
@@ -140,9 +202,10 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
     try:
         found = Compiled(
             rematerialization=rematerialization,
-            plan=plan(dataclasses.replace(recipe, execution=execution), topology, num_operations=0),
+            plan=plan(dataclasses.replace(recipe, execution=execution), topology, num_operations=_NUM_OPERATIONS),
             num_chips=len(chips),
             libtpu=libtpu_version(),
+            versions=_versions(),
         )
     except ConfigError as error:
         found = _without_plan(rematerialization, str(error), None)

@@ -1,0 +1,131 @@
+"""`nfnet claim latency`."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nfnet_flax.cli.options import COUNT, DIR, PIXELS, SECONDS, parsed
+from nfnet_flax.config import require, require_count, unknown_name
+from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.json_files import write_named
+from nfnet_flax.models.layers import ComputeDtype
+from nfnet_flax.paths import made_folder
+from nfnet_flax.plots import check_matplotlib, picture_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nfnet_flax.claims.latency import Step
+
+_PICTURE = "latency.svg"
+_INCHES_PER_PLACE, _INCHES_HIGH = 5.0, 4.2
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyOptions:
+    """The time of a training step of NFNets and EfficientNets beside that of EfficientNet-B7 (arXiv 2102.06171, figure
+    1 and table 3).
+
+    Without --measure it is the estimate of the TPU compiler (extra `tpu`; no TPU is needed), for each of the
+    topologies; with it, it is measured on the devices of this machine. Prints tables, and writes them with a picture
+    of the published accuracy over the time. The same command continues what was stopped or killed.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Networks: nfnet_f0 ... nfnet_f6, efficientnet_b0 ... efficientnet_b7; without this option all of them.
+    efficientnet_b7 is always one of them."""
+    images: Annotated[int, COUNT] = 32
+    """Number of images of each device. If they do not fit, they are computed in two or four parts, and then with
+    rematerialization."""
+    topologies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ("v3:2x2",)
+    """Estimate: kinds and numbers of TPU chips, such as v3:2x2 v5e:2x4 v6e:2x4."""
+    jobs: Annotated[int, COUNT] = 1
+    """Estimate: number of compilations at the same time. The largest networks take more than 10 GB of memory each."""
+    timeout_s: Annotated[float, SECONDS] = 7200.0
+    """Estimate: time limit of one compilation."""
+    measure: bool = False
+    """Measure on the devices of this machine."""
+    rounds: Annotated[int, COUNT] = 9
+    """Measure: number of timed steps of each network."""
+    compute_dtype: ComputeDtype = "bfloat16"
+    """Measure: type of the computation."""
+    image_size: Annotated[int | None, PIXELS] = None
+    """Measure: height and width of all images, in pixels; without this option the published sizes."""
+    out: Annotated[str, DIR] = "claims/latency"
+    """Folder for evidence.json, latency.svg, and a file of each compilation or measurement."""
+    picture: bool = True
+    """Draw the picture (extra `plots`)."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = parsed(LatencyOptions, argv, "nfnet claim latency")
+    require_count("images", options.images, most=4096)
+    require_count("jobs", options.jobs, most=4096)
+    require_count("rounds", options.rounds, most=4096)
+    require(options.timeout_s > 0, "timeout_s", options.timeout_s, "must be positive")
+    require(bool(options.topologies), "topologies", (), "give at least one, such as v3:2x2")
+    if options.image_size is not None:
+        require_count("image_size", options.image_size, most=4096)
+    if options.picture:
+        check_matplotlib("picture", "True")
+    if not options.measure:
+        from nfnet_flax.programs.plan import devices_of, set_environment
+
+        set_environment()  # before JAX looks for devices
+        for topology in options.topologies:
+            devices_of(topology)  # an error now, not after hours
+    from nfnet_flax.claims import latency, latency_shown
+    from nfnet_flax.claims.evidence import evidence, write_evidence
+
+    for name in options.models:
+        if name not in latency.NETWORKS:
+            raise unknown_name("network", name, latency.NETWORKS)
+    chosen = options.models or latency.NETWORKS
+    names = tuple(name for name in latency.NETWORKS if name in chosen or name == latency.REFERENCE)
+    folder = made_folder("out", options.out)
+    steps = _measured(options, names, folder) if options.measure else _estimated(options, names, folder)
+    found = evidence(latency.CLAIM, shlex.join(["nfnet", "claim", "latency", *argv]), latency.data_of(steps))
+    written = [write_evidence(found, folder)]
+    if options.picture:
+        written.append(folder / _PICTURE)
+        width = _INCHES_PER_PLACE * len({step.place for step in steps})
+        write_named("out", written[-1], picture_file(latency_shown.picture(found, width, _INCHES_HIGH), "svg"))
+    print(f"{latency_shown.text(found)}\n")
+    print("\n".join(f"written: {path}" for path in written))
+    return EXIT_DONE
+
+
+def _estimated(options: LatencyOptions, names: Sequence[str], folder: "Path") -> "list[Step]":
+    from nfnet_flax.claims.latency import estimated_steps
+
+    topologies = tuple(dict.fromkeys(options.topologies))
+    return estimated_steps(
+        names,
+        topologies,
+        folder / "plans",
+        images=options.images,
+        num_jobs=options.jobs,
+        timeout_s=options.timeout_s,
+    )
+
+
+def _measured(options: LatencyOptions, names: Sequence[str], folder: "Path") -> "list[Step]":
+    from nfnet_flax.claims.latency import REFERENCE
+    from nfnet_flax.claims.latency_pair import Measurement, measured_steps
+
+    measurements = [
+        Measurement(
+            reference=REFERENCE,
+            network=name,
+            images=options.images,
+            rounds=options.rounds,
+            compute_dtype=options.compute_dtype,
+            image_size=options.image_size,
+        )
+        for name in names
+    ]
+    return measured_steps(measurements, folder / "measured")
