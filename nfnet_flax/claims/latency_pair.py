@@ -23,6 +23,7 @@ from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models import IMAGE_SIZES
 from nfnet_flax.models.layers import ComputeDtype
+from nfnet_flax.paths import made_folder
 from nfnet_flax.progress import tracking
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.runtime import versions
@@ -120,7 +121,7 @@ def _step(measurement: Measurement, pair: Pair) -> Step:
 
 def _measured_pair(folder: Path, measurement: Measurement) -> Pair:
     """The kept result of a process; if there is none, runs it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder("out", str(folder))
     given, path = folder / _MEASUREMENT, folder / _MEASURED
     wanted = {"measurement": dataclasses.asdict(measurement), "versions": versions()}
     if given.exists() and read_json(given, _REMEDY) != wanted:
