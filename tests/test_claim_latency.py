@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nfnet_flax.claims import latency, latency_shown, published
-from nfnet_flax.claims.compiled_step import Compiled
+from nfnet_flax.claims.compiled_step import Compiled, compiled
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.claims.latency import Form, Step
 from nfnet_flax.claims.latency_pair import Measurement, measured_steps
@@ -69,6 +69,18 @@ def test_the_first_form_that_fits_is_chosen() -> None:
     assert (chosen, len(tried)) == (Form(8, "blocks"), 3)
     assert found.plan is not None
     assert not found.plan.fits
+
+
+def test_forms_of_a_network_are_compiled_in_one_folder_for_each_number_of_images(tmp_path: Path) -> None:
+    folders = [
+        latency.folder_of("nfnet_f4", form, "v3:2x2", tmp_path, images=32, num_devices=8) for form in latency.forms(32)
+    ]
+    assert [folder.name for folder in folders] == ["v3_2x2-8_parts", "v3_2x2-16_parts", "v3_2x2-32_parts"] * 2
+    write_json(folders[0] / "none.json", dataclasses.asdict(result(gib=20)))
+    write_json(folders[0] / "blocks.json", dataclasses.asdict(result("blocks")))
+    assert compiled(folders[3], "v3:2x2", "blocks", timeout_s=1e-3) == result("blocks")
+    with pytest.raises(ConfigError, match=r"another run \(data\.batch_size: 256 -> 128.*give another --out"):
+        latency.folder_of("nfnet_f4", Form(16, "none"), "v3:2x2", tmp_path, images=16, num_devices=8)
 
 
 def test_memory_is_read_from_what_the_compiler_says() -> None:

@@ -1,9 +1,12 @@
 """What processes have in common that a claim starts for a long piece of work: a folder with a recipe, a log, and an
 end that comes with the end of the process that started them."""
 
+import contextlib
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError
@@ -31,6 +34,25 @@ def prepare_folder(folder: Path, recipe: Recipe) -> None:
         save_recipe(recipe, path)
     except OSError as error:
         raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
+
+
+@contextlib.contextmanager
+def child(module: str, arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs a module of this package and prints into the log of a folder; it is killed by an exception.
+
+    Its input ends when this process ends in any way. It has a session of its own, because Ctrl-C is for this process,
+    which then ends the other.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    with (
+        (folder / LOG).open("ab") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            yield process
+        except BaseException:  # Ctrl-C, too; it is raised again
+            process.kill()
+            raise
 
 
 def at_end_of_input(act: Callable[[], None]) -> None:

@@ -18,8 +18,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.claims.child import LOG, RECIPE, at_end_of_input, last_lines, prepare_folder
+from nfnet_flax.claims.child import RECIPE, at_end_of_input, child, last_lines, prepare_folder
 from nfnet_flax.config import ConfigError
+from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models.classifier import Rematerialization
@@ -57,6 +58,13 @@ class Compiled:
     def is_too_large(self) -> bool:
         """Whether the step does not fit into the memory of the chip: another form of it may."""
         return not self.plan.fits if self.plan is not None else _TOO_LARGE in self.problem
+
+
+def without_images(recipe: Recipe) -> Recipe:
+    """A recipe of ImageNet whose source does not depend on what lies in the folder data/imagenet, as a compilation
+    opens no images."""
+    source = ArrayRecordSource(train=("train-*.array_record",), eval=("eval-*.array_record",))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
 
 
 def prepared_folder(folder: Path, recipe: Recipe, topology: str) -> Path:
@@ -100,11 +108,8 @@ def compiled(
     if kept is not None and is_of_these and (kept.limit_s is None or kept.limit_s >= timeout_s):
         return kept
     place = f"{folder.parent.name}, rematerialization {rematerialization}"
-    command = [sys.executable, "-m", "nfnet_flax.claims.compiled_step", str(folder), topology, rematerialization]
     with (
-        (folder / LOG).open("ab") as log,
-        # A session of its own, because Ctrl-C is for this process, which then ends the other.
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
+        child("nfnet_flax.claims.compiled_step", [str(folder), topology, rematerialization], folder) as process,
         tracking(f"compiling the step for {topology} ({place})", first_line_s=COMPUTING_LINE_S),
     ):
         try:
@@ -115,9 +120,6 @@ def compiled(
             too_slow = _without_plan(rematerialization, text, timeout_s)
             write_json(path, dataclasses.asdict(too_slow))
             return too_slow
-        except BaseException:
-            process.kill()
-            raise
     found = read_compiled(path) if code == EXIT_DONE else None
     if found is None:
         text = f"the compilation ended with exit code {code}: {last_lines(folder)}"

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_flax.claims import published
-from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, prepared_folder
+from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, prepared_folder, without_images
 from nfnet_flax.claims.evidence import Evidence, markdown_table, origin
-from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.imagenet import imagenet_recipe
 from nfnet_flax.models import IMAGE_SIZES, model_config
 from nfnet_flax.models.classifier import Rematerialization
@@ -62,9 +61,7 @@ def recipe_of(name: str, images_per_part: int) -> Recipe:
         batch_size=published.BATCH_SIZE,
         images_per_part=images_per_part,
     )
-    # No images are opened; which source there is must not depend on what lies in the folder data/imagenet.
-    source = ArrayRecordSource(train=("train-*.array_record",), eval=("eval-*.array_record",))
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
+    return without_images(recipe)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nfnet_flax.claims import published
-from nfnet_flax.claims.compiled_step import Compiled, compiled, prepared_folder
+from nfnet_flax.claims.compiled_step import Compiled, compiled, prepared_folder, without_images
 from nfnet_flax.config import ConfigError
-from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.imagenet import imagenet_recipe
 from nfnet_flax.models import IMAGE_SIZES, ImageSizes, model_config
 from nfnet_flax.models.classifier import Rematerialization
@@ -108,11 +107,7 @@ def recipe_of(
         images_per_part=form.images_at_a_time,
     )
     execution = dataclasses.replace(recipe.execution, reproducible=False, rematerialization=form.rematerialization)
-    # No images are opened; which source there is must not depend on what lies in the folder data/imagenet.
-    source = ArrayRecordSource(train=("train-*.array_record",), eval=("eval-*.array_record",))
-    return dataclasses.replace(
-        recipe, execution=execution, data=dataclasses.replace(recipe.data, source=source), platform="any"
-    )
+    return dataclasses.replace(without_images(recipe), execution=execution, platform="any")
 
 
 def forms(images: int) -> Iterator[Form]:
@@ -149,8 +144,7 @@ def estimated_steps(
 
         def estimate(name: str, topology: str, num_devices: int) -> Step:
             def compile_for(form: Form) -> Compiled:
-                recipe = recipe_of(name, form, images=images, num_devices=num_devices)
-                place = prepared_folder(folder, recipe, topology)
+                place = folder_of(name, form, topology, folder, images=images, num_devices=num_devices)
                 return compiled(place, topology, form.rematerialization, timeout_s, stopped)
 
             step = _estimated(name, topology, images, compile_for)
@@ -165,6 +159,16 @@ def estimated_steps(
             pool.shutdown(cancel_futures=True)
             raise
     return with_ratios(steps)
+
+
+def folder_of(name: str, form: Form, topology: str, folder: Path, *, images: int, num_devices: int) -> Path:
+    """The prepared folder of the compilations of a network that differ in rematerialization alone.
+
+    Raises:
+      ConfigError: it is that of another recipe, or cannot be made.
+    """
+    recipe = recipe_of(name, form._replace(rematerialization="none"), images=images, num_devices=num_devices)
+    return prepared_folder(folder, recipe, topology)
 
 
 def _estimated(name: str, topology: str, images: int, compile_for: Callable[[Form], Compiled]) -> Step:

@@ -8,14 +8,13 @@ started it ends in any way, it ends.
 import dataclasses
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.claims.child import LOG, at_end_of_input, last_lines
+from nfnet_flax.claims.child import at_end_of_input, child, last_lines
 from nfnet_flax.claims.latency import Form, Step, forms, recipe_of
 from nfnet_flax.claims.published import NUM_IMAGES
 from nfnet_flax.config import ConfigError
@@ -130,17 +129,8 @@ def _measured_pair(folder: Path, measurement: Measurement) -> Pair:
         )
     write_json(given, wanted)
     if not path.exists():
-        command = [sys.executable, "-m", "nfnet_flax.claims.latency_pair", str(folder)]
-        with (
-            (folder / LOG).open("ab") as log,
-            # A session of its own, because Ctrl-C is for this process, which then ends the other.
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process,
-        ):
-            try:
-                code = process.wait()
-            except BaseException:
-                process.kill()
-                raise
+        with child("nfnet_flax.claims.latency_pair", [str(folder)], folder) as process:
+            code = process.wait()
         if code != EXIT_DONE or not path.exists():
             raise ConfigError(
                 f"measuring {measurement.network} ended with exit code {code} ({last_lines(folder)}): if the memory "

@@ -19,7 +19,7 @@ _FAR = 0.2
 _NUM_OPERATIONS = 3
 """Number of operations that explain it."""
 _LETTERS_PER_INCH = 16
-"""Of the picture's heading."""
+"""How many letters of the heading fit into an inch of the picture's width."""
 _ESTIMATED = (
     "Cycles are the TPU compiler's estimates of a step; nothing was measured. Where the package does not know the "
     "clock of a chip, there are no seconds."

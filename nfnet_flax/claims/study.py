@@ -86,8 +86,8 @@ def _carry_out(folder: Path, variables: Mapping[str, str], processes: "_Processe
     result = read_result(folder)
     if code != EXIT_DONE or result is None:
         raise ConfigError(
-            f"the run in {folder} ended with exit code {code} ({last_lines(folder)}): when the cause is mended, the "
-            "same command goes on"
+            f"the run in {folder} ended with exit code {code} ({last_lines(folder)}): remove the cause, and give "
+            "the same command again; it continues"
         )
     task.advance()
     return result

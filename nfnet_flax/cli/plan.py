@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         require(alone, "--compare", " ".join(chosen.compare), "give it without --topology and --search")
         for topology in filter(names_gpus, chosen.compare):
             remedy = "give TPUs: libraries choose on the GPU how they compute, so that programs do not show it"
-            require(False, "--compare", topology, remedy)
+            raise ConfigError(f"--compare = {topology!r}: {remedy}")
         return EXIT_DONE if compare_topologies(chosen.recipe, chosen.compare) else EXIT_WRONG
     if chosen.topology is None:
         raise ConfigError("--topology is missing: give a topology such as v5e:2x4, or --compare and several")
