@@ -52,15 +52,16 @@ def test_tensorboard_follows_a_run_in_a_bucket(kind: str, tmp_path: Path, monkey
         opened.callback(reader.kill)
         assert reader.stdin is not None
         assert reader.stdout is not None
-        for first in (1, 5):  # the run begins, and is continued by another process, which makes another file
-            log = MetricsLog(tmp_path, resume_step=first - 1, evaluated=True, tensorboard=True)
-            for last in (first + 1, first + 3):  # and the file grows
-                for step in (last - 1, last):
-                    log.write(step, {"train/loss": 1.0 / 2**step})
-                log.flush()
-                mirror.push()
-                reader.stdin.write("\n")
-                reader.stdin.flush()
-                found = json.loads(reader.stdout.readline())
-                assert found == [[step, 1.0 / 2**step] for step in range(1, last + 1)]
-            log.close()
+        for first in (1, 5):  # the run begins, and is continued, which makes another file
+            with contextlib.closing(
+                MetricsLog(tmp_path, resume_step=first - 1, evaluated=True, tensorboard=True)
+            ) as log:
+                for last in (first + 1, first + 3):  # and the file grows
+                    for step in (last - 1, last):
+                        log.write(step, {"train/loss": 1.0 / 2**step})
+                    log.flush()
+                    mirror.push()
+                    reader.stdin.write("\n")
+                    reader.stdin.flush()
+                    found = json.loads(reader.stdout.readline())
+                    assert found == [[step, 1.0 / 2**step] for step in range(1, last + 1)]

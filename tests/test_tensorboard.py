@@ -121,6 +121,16 @@ def test_all_kinds_of_values_stand_once_after_a_resume(evaluated: bool, tmp_path
         assert np.array_equal(picture(tmp_path, step, "eval/wrong"), np.full((2, 3, 3), step, np.uint8))
 
 
+def test_files_of_one_process_are_named_in_the_order_in_which_they_are_made(tmp_path: Path) -> None:
+    made: list[str] = []
+    for first in (1, 2, 3):
+        write_steps(tmp_path, range(first, first + 1))
+        (new,) = {path.name for path in (tmp_path / "tensorboard").glob("events.*")} - set(made)
+        made.append(new)
+    seconds = [int(name.split(".")[3]) for name in made]
+    assert seconds == sorted(set(seconds))
+
+
 def test_the_overview_of_an_older_run_is_made_from_its_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,18 @@ def about_files(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{_EVENTS}*{suffix(name, is_about=True)}"))
 
 
+def wait_to_be_last(folder: Path, name: str) -> None:
+    """Waits, for a second at most, until a new file's name is the last of those of a run.
+
+    TensorBoard follows a run in the order of the names, and never returns to an earlier file. A name begins with the
+    second in which the file is made, and what follows is not in order within a process: its tenth file, `.10`, comes
+    before the ninth, `.9`. So a run that continues in the same process makes its file in a later second.
+    """
+    now_s = time.time()
+    if any(folder.glob(f"{_EVENTS}.{int(now_s):010d}.*{suffix(name)}")):
+        time.sleep(int(now_s) + 1 - now_s)
+
+
 def tidy_events(workdir: Path, stands: Stands, rows: list[dict[str, Any]]) -> None:
     """Rewrites a run's own event files so that they contain each valid (step, tag) once.
 

@@ -14,7 +14,15 @@ from nfnet_flax.messages import warn
 from nfnet_flax.telemetry.about import About
 from nfnet_flax.telemetry.overview import COMPARED_RUNS, MAIN_RUN, RUNS, by_run, layout_proto
 from nfnet_flax.training import layout
-from nfnet_flax.training.event_files import about_files, check_folders, new_name, own_name, silence_tensorflow, suffix
+from nfnet_flax.training.event_files import (
+    about_files,
+    check_folders,
+    new_name,
+    own_name,
+    silence_tensorflow,
+    suffix,
+    wait_to_be_last,
+)
 from nfnet_flax.training.storage import storage_errors
 
 _IMPORTING = threading.Lock()
@@ -38,6 +46,7 @@ class EventWriter:
 
         self._folder = folder
         self._error: type[Exception] = tf.errors.OpError
+        wait_to_be_last(folder, name)
         with self._writing():
             self._writers = {run: _new_writer(folder / run, suffix(name)) for run in RUNS}
         self._main = self._writers[MAIN_RUN]
