@@ -20,6 +20,7 @@ from jax._src import xla_bridge
 from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 
 import nfnet_flax
+from nfnet_flax import python_parser
 from nfnet_flax.config import ConfigError
 from nfnet_flax.messages import warn
 from nfnet_flax.paths import user_cache
@@ -89,6 +90,7 @@ def prepare(*, reproducible: bool = False) -> None:
                 f"{wanted}, so that results differ in their last bits from those of the command nfnet. Set NPROC="
                 f"{wanted} in the environment, or call nfnet_flax.runtime.prepare() before JAX computes anything"
             )
+    python_parser.protect()
     keep_freed_memory()
     use_compilation_cache()
 

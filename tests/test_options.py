@@ -105,9 +105,8 @@ def printed_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         code = cli.main([*words, "--help"])
     except SystemExit as stopped:  # tyro's
         code = stopped.code  # type: ignore[assignment]
-    assert code == exit_codes.EXIT_DONE
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert (code, captured.err) == (exit_codes.EXIT_DONE, "")
     return captured.out
 
 

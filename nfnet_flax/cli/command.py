@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from nfnet_flax import runtime, session_log, streams
+from nfnet_flax import python_parser, runtime, session_log, streams
 from nfnet_flax.cli import agc, claim, convert, doctor, export, models, plan, predict, probe, recipes, report, train
 from nfnet_flax.cli import eval as evaluation
 from nfnet_flax.cli import signal as signal_propagation
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv, level = _level_of(list(sys.argv[1:] if argv is None else argv))
     streams.open_missing()
+    python_parser.protect()
     try:
         with (
             printing(level),

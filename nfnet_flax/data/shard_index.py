@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 import io
 import json
-import threading
 import zipfile
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from nfnet_flax import python_parser
 from nfnet_flax.config import ConfigError
 
 _FORMAT = 1
@@ -30,11 +30,6 @@ class NotUsed(NamedTuple):
 
 class DamagedIndex(ValueError):  # noqa: N818 - it names what is the case, as KeyboardInterrupt does
     """The bytes are not those of an index as it was written."""
-
-
-_ONE_AT_A_TIME = threading.Lock()
-"""NumPy reads headers by Python's parser, which up to Python 3.11.4 fails if two threads use it at the same moment
-("AST constructor recursion depth mismatch")."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +79,7 @@ class ShardIndex:
         if hashlib.blake2b(content, digest_size=16).digest() != checksum:
             raise DamagedIndex("its checksum differs")
         try:
-            with _ONE_AT_A_TIME, np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            with python_parser.alone(), np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 about = json.loads(stored["about"].tobytes())
                 if (about["format"], about["stamp"]) != (_FORMAT, stamp):
                     return None
