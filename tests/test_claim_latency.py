@@ -51,6 +51,7 @@ def test_the_first_form_that_fits_is_chosen() -> None:
         *(Form(32, "blocks"), Form(16, "blocks"), Form(8, "blocks")),
     ]
     assert list(latency.forms(1)) == [Form(1, "none"), Form(1, "blocks")]
+    assert list(latency.forms(32, 2)) == [Form(2, "none"), Form(1, "none"), Form(2, "blocks"), Form(1, "blocks")]
     tried: list[Form] = []
 
     def compile_for(form: Form, gib_per_image: float = 1.5) -> Compiled:
@@ -177,6 +178,9 @@ def test_steps_are_measured_in_turns(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--models", "nfnet_f9"], "unknown network 'nfnet_f9': known are nfnet_f"),
+        (["--images-at-a-time", "nfnet_f4", "7"], "images_at_a_time nfnet_f4 = 7: must divide images 32"),
+        (["--images-at-a-time", "nfnet_f4", "0"], "images_at_a_time nfnet_f4 = 0: must be at least 1"),
+        (["--images-at-a-time", "nfnet_f4", "8", "--measure"], "is for estimates: leave it out with --measure"),
         (["--images", "0"], "images = 0: must be at least 1"),
         (["--jobs", "0"], "jobs = 0: must be at least 1"),
         (["--rounds", "0"], "rounds = 0: must be at least 1"),

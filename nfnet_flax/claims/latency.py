@@ -7,7 +7,7 @@ Here it is the TPU compiler's estimate of the step; `latency_pair.py` measures i
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,17 +110,30 @@ def recipe_of(
     return dataclasses.replace(without_images(recipe), execution=execution, platform="any")
 
 
-def forms(images: int) -> Iterator[Form]:
-    """Ways to compute a number of images, from the one that is fastest if it fits: all at a time or in up to four
-    parts, first without rematerialization."""
+def forms(images: int, most_at_a_time: int | None = None) -> Iterator[Form]:
+    """Ways to compute a number of images, from the one that is fastest if it fits: as many at a time as are allowed,
+    half of them, and a quarter, first without rematerialization.
+
+    Args:
+      images: number of images.
+      most_at_a_time: a divisor of it; None: all.
+    """
+    most = most_at_a_time or images
     for rematerialization in ("none", "blocks"):
         for parts in (1, 2, 4):
-            if images % parts == 0:
-                yield Form(images // parts, rematerialization)
+            if most % parts == 0:
+                yield Form(most // parts, rematerialization)
 
 
 def estimated_steps(
-    names: Sequence[str], topologies: Sequence[str], folder: Path, *, images: int, num_jobs: int, timeout_s: float
+    names: Sequence[str],
+    topologies: Sequence[str],
+    folder: Path,
+    *,
+    images: int,
+    at_a_time: Mapping[str, int],
+    num_jobs: int,
+    timeout_s: float,
 ) -> list[Step]:
     """The compiler's estimates of all networks on all topologies; what `folder` has already is not compiled again.
 
@@ -129,6 +142,7 @@ def estimated_steps(
       topologies: kinds and numbers of TPU chips, such as `v3:2x2`.
       folder: has a file for each compilation, written as soon as it has ended.
       images: number of images of each device.
+      at_a_time: network -> largest number of them that are computed at a time; all, of a network that is not in it.
       num_jobs: number of compilations at the same time.
       timeout_s: time limit of one compilation, in seconds.
 
@@ -147,7 +161,8 @@ def estimated_steps(
                 place = folder_of(name, form, topology, folder, images=images, num_devices=num_devices)
                 return compiled(place, topology, form.rematerialization, timeout_s, stopped)
 
-            step = _estimated(name, topology, images, compile_for)
+            tried = list(forms(images, at_a_time.get(name)))
+            step = _estimated(name, topology, images, tried, compile_for)
             task.advance()
             return step
 
@@ -171,9 +186,11 @@ def folder_of(name: str, form: Form, topology: str, folder: Path, *, images: int
     return prepared_folder(folder, recipe, topology)
 
 
-def _estimated(name: str, topology: str, images: int, compile_for: Callable[[Form], Compiled]) -> Step:
+def _estimated(
+    name: str, topology: str, images: int, tried: Sequence[Form], compile_for: Callable[[Form], Compiled]
+) -> Step:
     """The estimate of the first form that fits; of the last one, with its problem, if none fits."""
-    form, found = first_that_fits(list(forms(images)), compile_for)
+    form, found = first_that_fits(tried, compile_for)
     plan = found.plan
     fits = plan is not None and plan.fits
     return Step(
