@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.util
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from nfnet_flax.training.event_files import (
 )
 from nfnet_flax.training.storage import storage_errors
 
-_IMPORTING = threading.Lock()
 Images = Mapping[str, np.ndarray]
 """Tag -> (H, W, 3) uint8."""
 Texts = Mapping[str, str]
@@ -100,7 +98,7 @@ class EventWriter:
 
 
 def prepare_events(workdir: Path) -> str | None:
-    """Makes the folder of the event files of a run, and begins to import TensorFlow, in a thread, as it takes seconds.
+    """Makes the folder of the event files of a run; imports nothing that takes long.
 
     Args:
       workdir: folder of the run.
@@ -119,7 +117,6 @@ def prepare_events(workdir: Path) -> str | None:
     if missing:  # before the folder is made, as TensorBoard would show an empty run
         _warn_of_missing(f"No module named {missing[0]!r}")
         return None
-    threading.Thread(target=_import_libraries, name="import of TensorFlow").start()
     with storage_errors(folder, OSError):
         for run in RUNS:
             (folder / run).mkdir(exist_ok=True)
@@ -158,14 +155,9 @@ def _warn_of_missing(reason: str) -> None:
     warn(f"only metrics.jsonl is written, no TensorBoard files ({reason}): pip install tensorflow-cpu tensorboard")
 
 
-def _import_libraries() -> str | None:
-    """Imports what writes event files; returns why this is not possible. A second call waits for the first one."""
-    with _IMPORTING:
-        return _imported_libraries()
-
-
 @functools.cache
-def _imported_libraries() -> str | None:
+def _import_libraries() -> str | None:
+    """Imports what writes event files; returns why this is not possible."""
     try:
         import clu.metric_writers  # noqa: F401
         import tensorflow as tf

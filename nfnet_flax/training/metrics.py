@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,9 @@ class NoMetrics:
     def has_events(self) -> bool:
         """False: nothing is written for TensorBoard."""
         return False
+
+    def open_events(self) -> None:
+        """Does nothing."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Does nothing."""
@@ -101,18 +105,32 @@ class MetricsLog:
         self._written: Row = rows[-1] if rows and rows[-1]["step"] == resume_step else {}
         """The last line of the file if it is of the current step; empty if there is none yet."""
         self._row: Row = self._written or {"step": resume_step}
-        tidy_events(workdir, stands, rows if tensorboard else [])
         self._file = self._replaced_by([_line(row) for row in rows])
-        self._events: EventWriter | None = None
-        self._open_events: Callable[[], EventWriter | None] | None = None
-        """Opens the event files when they are needed first: until then TensorFlow is imported in a thread."""
+        self._opening: Future[EventWriter | None] | None = None
         try:
             name = prepare_events(workdir) if tensorboard else None
         except BaseException:
             self._file.close()
             raise
-        if name is not None:
-            self._open_events = functools.partial(open_events, workdir, name, about)
+
+        self._tidy = functools.partial(tidy_events, workdir, stands, rows if tensorboard else [])
+
+        def open_tidied() -> EventWriter | None:
+            self._tidy()
+            return None if name is None else open_events(workdir, name, about)
+
+        self._open_events = open_tidied
+        """Imports TensorFlow, which takes seconds."""
+
+    def open_events(self) -> None:
+        """Begins to make TensorBoard's files ready, in a thread; what is written later waits for it.
+
+        To be called when nothing else waits for the processor: while the first step compiles, or after it.
+        """
+        if self._opening is None:
+            pool = ThreadPoolExecutor(1, "event files")
+            self._opening = pool.submit(self._open_events)
+            pool.shutdown(wait=False)
 
     @property
     def has_events(self) -> bool:
@@ -120,10 +138,9 @@ class MetricsLog:
         return self._opened_events() is not None
 
     def _opened_events(self) -> EventWriter | None:
-        if self._open_events is not None:
-            open_now, self._open_events = self._open_events, None
-            self._events = open_now()
-        return self._events
+        self.open_events()
+        assert self._opening is not None
+        return self._opening.result()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics of a step; steps must not decrease."""
@@ -180,15 +197,17 @@ class MetricsLog:
         with storage_errors(self._path, OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        if self._opening is not None and (events := self._opening.result()) is not None:
+            events.flush()
 
     def close(self) -> None:
         """Flushes and closes; if one of these fails, the other is done nevertheless."""
         with contextlib.ExitStack() as closing:
-            if self._events is not None:
-                closing.callback(self._events.close)
             closing.callback(self._close_file)
+            if self._opening is None:  # nothing was written
+                self._tidy()
+            elif (events := self._opening.result()) is not None:
+                closing.callback(events.close)
             self.flush()
 
     def _close_file(self) -> None:

@@ -27,7 +27,7 @@ def open_log(
     if not current().is_first:
         return NoMetrics()
     is_shown = setup.recipe.tensorboard
-    return MetricsLog(
+    log = MetricsLog(
         workdir,
         resume_step=step,
         evaluated=evaluated,
@@ -35,6 +35,9 @@ def open_log(
         on_metrics=on_metrics,
         about=_about(setup) if is_shown else None,
     )
+    if step == 0:  # its first batch is shown before the step, which then compiles
+        log.open_events()
+    return log
 
 
 def _about(setup: Setup) -> About:

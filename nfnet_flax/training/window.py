@@ -43,6 +43,7 @@ class Window:
         self._pending.append((step, {name: value for name, value in metrics.items() if name not in left_out}))
         if step == self._first_step:
             jax.block_until_ready(metrics)
+            self._log.open_events()
             return_freed_memory()
             since_s, waited_s = time.perf_counter() - self._started, self._log_step.data_wait_s()
             self._progress.say(
