@@ -173,3 +173,10 @@ def test_what_the_user_gave_is_found_everywhere(as_anna: None) -> None:
     places = ["/mnt/our things/acme set/runs/a", "learning/run"]
     found = without_private(text, places=places, names=["my_secret"])
     assert found == "see <path 1>/runs/a: <name 2> of <name 1>; learning_rate"
+
+
+def test_a_bucket_with_spaces_is_found_where_it_was_given(as_anna: None) -> None:
+    place = "gs://acme-7/our things/run 5/a"
+    found = without_private(f"{place} can be listed; {place}/checkpoints/4 is damaged", places=[place])
+    shown = "gs://<bucket 1>/<path 1>/run 5/a"
+    assert found == f"{shown} can be listed; {shown}/checkpoints/4 is damaged"

@@ -118,7 +118,7 @@ class _Rule:
         text = text.replace(_OPEN, "").replace(_CLOSE, "")
         for secret in sorted(_secrets(), key=len, reverse=True):
             text = text.replace(secret, self._hold("<token>"))
-        for place in sorted({*_homes(), *self._absolute()}, key=len, reverse=True):
+        for place in sorted({*_homes(), *self._given()}, key=len, reverse=True):
             text = re.sub(rf"(?<![\w/]){re.escape(place)}(?:/[^\s'\"`<>|]*)?(?!\w)", self._path_found, text)
         text = _QUOTED.sub(self._quoted, text)
         text = _URL.sub(lambda found: self._url(found[0]), text)
@@ -148,9 +148,11 @@ class _Rule:
     def _unless_public(self, kind: str, value: str) -> str:
         return value if _OPEN in value or is_public(value) else self._numbered(kind, value)
 
-    def _absolute(self) -> Iterator[str]:
+    def _given(self) -> Iterator[str]:
         for place in self.places:
-            if "://" not in place and len(Path(place).parts) > 1:
+            if "://" in place:
+                yield place
+            elif len(Path(place).parts) > 1:
                 yield place
                 with contextlib.suppress(OSError, RuntimeError):
                     yield str(Path(place).expanduser().resolve())
@@ -179,7 +181,7 @@ class _Rule:
         end = len(path.rstrip(".,;:"))
         if ")" in path and "(" not in path:
             end = path.index(")")
-        return self._path(path[:end]) + path[end:]
+        return (self._url(path[:end]) if "://" in path else self._path(path[:end])) + path[end:]
 
     def _path(self, path: str) -> str:
         home = next((home for home in _homes() if f"{path}/".startswith(f"{home}/")), None)
