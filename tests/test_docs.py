@@ -39,6 +39,7 @@ from tests.runs import ROOT
 REASONS = {
     "installs packages and takes minutes",
     "needs a cluster",
+    "needs a container engine",
     "needs a network",
     "needs the extra cuda-plan",
     "needs the extra tpu",
@@ -61,6 +62,7 @@ FEW_NAMES = {
     "docs/CONTRIBUTING.md": 5,
     "docs/SECURITY.md": -1,
     "docs/agc.md": 1,
+    "docs/changelog.md": 1,
     "docs/claims.md": 3,
     "docs/export.md": 1,
     "docs/extending.md": 3,
@@ -239,7 +241,9 @@ def test_the_map_names_every_file() -> None:
     for line in block.text.splitlines():
         if heading := re.match(r"( *)([\w/]+)/ ", line):
             folder = Path("nfnet_flax" if heading[1] else "", heading[2])
-        named.setdefault(folder, []).extend(re.findall(r"[\w*]+\.(?:py|sh|sbatch|yaml|md|svg)\b", line))
+        named.setdefault(folder, []).extend(
+            re.findall(r"[\w*]+\.(?:py|sh|sbatch|yaml|md|svg|cff|dockerignore)\b|\bDockerfile\b(?!\.)", line)
+        )
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "nfnet_flax").rglob("*.py")}
     assert folders <= set(named)
     for folder, patterns in named.items():

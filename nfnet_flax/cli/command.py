@@ -56,10 +56,23 @@ def program() -> NoReturn:
     A failed store has threads that still write, some of them for minutes, and a tracker may never be ready; Python
     waits for both at a normal end.
     """
+    _end_on_signals_as_process_1()
     code = main()
     if code == EXIT_STORAGE_FAILED or is_any_stuck():
         os._exit(code)  # `main` has written what was printed
     sys.exit(code)
+
+
+def _end_on_signals_as_process_1() -> None:
+    """Gives signals their usual effect also where the program is process 1, as in a container.
+
+    The kernel drops a signal to process 1 for which there is no handler; the container would be killed only after the
+    time that it was given to stop. While a run trains, `training.preemption` handles them.
+    """
+    if os.getpid() == 1:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda received, _: os._exit(128 + received))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,9 @@ def run(argv: list[str]) -> int:
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
         timeout_s: Annotated[float, SECONDS] = 60.0
         """Longest time to wait for a disk or a device that does not answer, in seconds."""
+        report: bool = False
+        """Print the findings, versions, device and recipe as a text for a public issue, without paths, names of users,
+        hosts and buckets, addresses and tokens."""
         code: Code = ()
 
     options = parsed(DoctorOptions, argv, "nfnet doctor", _DESCRIPTION)
@@ -46,13 +49,21 @@ def run(argv: list[str]) -> int:
     require(0 < options.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", options.timeout_s, remedy)
     load_given_code(argv)
     from nfnet_flax.doctor import describe, examine
+    from nfnet_flax.doctor.issue import report
+    from nfnet_flax.recipe import Recipe
     from nfnet_flax.training.run_folder import place_of
 
     place = None if options.workdir is None else place_of("workdir", options.workdir)
 
-    num_wrong = 0
-    for topic, findings in examine(place, options.recipe, timeout_s=options.timeout_s):
-        print(describe(topic, findings), flush=True)
-        num_wrong += sum(finding.is_wrong for finding in findings)
-    print(f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong")
+    found, recipes = [], list[Recipe]()
+    for topic, findings in examine(place, options.recipe, timeout_s=options.timeout_s, recipes=recipes):
+        found.append((topic, findings))
+        if not options.report:
+            print(describe(topic, findings), flush=True)
+    num_wrong = sum(finding.is_wrong for _, findings in found for finding in findings)
+    verdict = f"{num_wrong} wrong, as marked above" if num_wrong else "nothing is wrong"
+    if options.report:
+        given = (options.workdir, options.recipe, *options.code)
+        verdict = report(found, verdict, recipes[0] if recipes else None, given=given)
+    print(verdict)
     return EXIT_WRONG if num_wrong else EXIT_DONE

@@ -18,6 +18,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
   nfnet plan RECIPE.py --topology h100:8                    what the step's program for GPUs shows; needs no GPU
   nfnet doctor [--workdir DIR] [--recipe FILE]              find problems of the machine, the data and the run
+  nfnet doctor --report ...                                 the same as a text for a public issue
   nfnet report RUN [RUN ...] [--out report.html]            goodput, what interruptions cost, curves, accuracy, recipe
   nfnet agc RUN [--out agc.png]                             what AGC clipped, by layer; a picture of layers and steps
   nfnet probe IMAGES --weights WEIGHTS                      is it worth fine-tuning? Regression on the features

@@ -33,7 +33,11 @@ Check = Callable[[], list[Finding]]
 
 
 def examine(
-    place: Path | BucketUrl | None, recipe_path: str | None, *, timeout_s: float
+    place: Path | BucketUrl | None,
+    recipe_path: str | None,
+    *,
+    timeout_s: float,
+    recipes: "list[Recipe] | None" = None,
 ) -> Iterator[tuple[str, list[Finding]]]:
     """Yields each topic with its findings, as soon as they are known.
 
@@ -41,8 +45,9 @@ def examine(
       place: folder of a run, which need not have begun; None: no run is examined.
       recipe_path: path of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
       timeout_s: time limit of each check, in seconds. A check that has not ended by then is a finding.
+      recipes: to this list the recipe that is examined is added, if there is one.
     """
-    recipes: list[Recipe] = []
+    recipes = [] if recipes is None else recipes
     folder = None
     if isinstance(place, BucketUrl):
         findings = _within(timeout_s, functools.partial(check_bucket, place))
