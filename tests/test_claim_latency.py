@@ -147,6 +147,8 @@ def test_ratios_far_from_the_published_ones_are_explained() -> None:
     assert [line.split("|")[1].strip() for line in lines] == ["nfnet_f1", "efficientnet_b7"]
     assert lines[0] == "| nfnet_f1 | v3:2x2 | backward: `stem/conv / bf16[32,96]` | 25.0 |"
     assert "Most expensive operations" in latency_shown.text(made)
+    in_a_loop = "jit(train_step)/shard_map/while/body/closed_call/transpose(jvp(network))/stage2/conv f32[1,768]"
+    assert latency_shown._operation(in_a_loop) == "backward: `stage2/conv f32[1,768]`"
 
 
 def test_published_ratios_are_those_of_the_paper() -> None:
