@@ -12,7 +12,7 @@ fast_files=(
     tests/test_{classes,image_folder,data,transforms}.py
 )
 too_slow=( # tests in these files that --fast leaves out
-    tests/test_structure.py::test_models_and_step_need_no_tensorflow_grain_clu_or_tfds
+    tests/test_structure.py::test_models_and_step_need_only_jax_flax_optax_and_pillow
     tests/test_docs.py::test_commands_and_code_run
     tests/test_recipes.py::test_a_debug_run_goes_through_everything
     tests/test_cli.py::test_divergence_stops_before_anything_is_saved
