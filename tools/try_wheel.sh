@@ -38,7 +38,7 @@ echo "the wheel with all packages that it needs:"
 "$folder/all/bin/pip" check
 PATH="$folder/all/bin:$PATH"
 hash -r
-[[ $(python -c 'import nfnet_flax; print(nfnet_flax.__file__)') == "$folder/all/"* ]] || wrong "another nfnet_flax is found"
+[[ $(python -c 'import nfnet_flax; print(nfnet_flax.__file__)') == "$folder/all/"* ]] || wrong "another nfnet_flax"
 prints "nfnet_flax " nfnet --version
 prints "digits " nfnet recipes
 prints "written: " nfnet recipes copy digits .
