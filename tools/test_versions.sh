@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests the package with the versions of packages in docs/constraints/, each in a new environment in a temporary folder:
-# the tests of `tools/test.sh --fast`, and a debug run. Needs a package index; takes minutes for each.
+# the tests of `tools/test.sh --fast`, those of what depends most on the packages, and a debug run. Needs a package
+# index; takes minutes for each.
 #
 #   bash tools/test_versions.sh [--write] [NAME=PYTHON ...] [-- PYTEST OPTION ...]
 #
@@ -14,6 +15,7 @@ if [ "${1:-}" = --write ]; then
     shift
     write=true
 fi
+more=(tests/test_{checkpoint,tensorboard,kept_programs}.py)
 pairs=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     pairs+=("$1")
@@ -66,7 +68,7 @@ for pair in "${pairs[@]}"; do
         tests="not installed"
     else
         $write && write_file "$name" "$venv/bin"
-        VENV=$venv bash tools/test.sh --fast --only-tests "$@" 2>&1 | tee "$log"
+        VENV=$venv bash tools/test.sh --fast --only-tests "${more[@]}" "$@" 2>&1 | tee "$log"
         ok=${PIPESTATUS[0]}
         tests=$(grep -E '^(=+ )?[0-9]+ (passed|failed|error)' "$log" | tail -n 1 | tr -d '=' |
             sed 's/ in .*//; s/^ *//')
