@@ -32,6 +32,7 @@ from nfnet_flax.data.bucket_records import BucketRecords
 from nfnet_flax.data.bucket_shards import BucketShards
 from nfnet_flax.data.prefetch import Batches, Rows, ThreadLane
 from tests import stores
+from tools.figures import Row, write_figures
 from tools.prepare_imagenet import Options, run
 
 WAYS = ("local", "direct", "whole", "both", "half")
@@ -116,6 +117,9 @@ def main() -> None:
     parser.add_argument("--kb", type=float, default=100, help="size of a record, in kB")
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table there, as docs/figures/ has them"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, bucket(options.kind, options.delay_ms / 1e3) as (proxy, set_slow):
@@ -135,6 +139,7 @@ def main() -> None:
         set_slow(True)
         size = sum(path.stat().st_size for path in folder.glob("train-*"))
         print(f"{'':<10}{'opened, s':>10}{'1st batch, s':>14}{'records/s':>11}{'2nd epoch':>11}{'bytes':>8}")
+        rows: list[Row] = []
         for way in options.ways:
             before = len(stores.requests_seen(proxy))
             began = time.perf_counter()
@@ -146,6 +151,17 @@ def main() -> None:
                 f"{way:<10}{opened:>10.2f}{first:>14.2f}{rates[0]:>11.0f}{rates[1]:>11.0f}{moved / size:>8.2f}",
                 flush=True,
             )
+            rows.append(
+                {
+                    "way": way,
+                    "first batch after": f"{first:.2f} s",
+                    "records/s, first epoch": round(rates[0]),
+                    "later epochs": round(rates[1]),
+                    "bytes moved in two epochs": f"{moved / size:.1f}",
+                }
+            )
+        if options.json:
+            write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

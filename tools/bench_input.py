@@ -267,12 +267,16 @@ def main() -> None:
     parser.add_argument("--folder", help="folder of JPEGs in train/<class>/ and val/<class>/; default: generated")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="beginning of the names of the contestants that run, such as ours")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table there, as docs/figures/ has them"
+    )
     parser.add_argument("--storages", default="", help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
-    contestant, rounds, only = (arguments.pop(name) for name in ("contestant", "rounds", "only"))
+    contestant, rounds, only, json = (arguments.pop(name) for name in ("contestant", "rounds", "only", "json"))
     if contestant:
         serve(contestant, Options(**arguments))
         return
+    from tools.figures import Row, write_figures
     from tools.storages import print_of_array_record, rows_per_second, write_storages
 
     with tempfile.TemporaryDirectory() as folder:
@@ -292,10 +296,14 @@ def main() -> None:
             Path(options.folder), Path(options.storages), num_threads=options.cores, num_rounds=rounds
         )
     print(f"{'':<36}{'images/s':>9}{'per core':>10}{'ours is faster by':>19}")
+    rows: list[Row] = []
     for name, values in rates.items():
         median = statistics.median(values)
         ratio = statistics.median(a / b for a, b in zip(rates["ours"], values, strict=True))
         print(f"{name:<36}{median:>9.0f}{median / options.cores:>10.0f}{ratio:>18.2f}x")
+        rows.append({"pipeline": name, "images/s": round(median), "ours is faster by": f"{ratio:.2f}x"})
+    if json:
+        write_figures(json, rows)
     for name, reason in missing.items():
         print(f"{name:<36}not run: {reason}")
     began = "ours, from "

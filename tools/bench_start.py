@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 F0 = (
     *("--model.widths", "256", "512", "1536", "1536", "--model.depths", "1", "2", "6", "3"),
     *("--model.group-width", "128", "--data.image-size", "128", "--data.eval-image-size", "128"),
@@ -98,9 +99,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", default=list(RUNS), choices=[[], *RUNS], help="which run")
     parser.add_argument("--starts", type=int, default=3, help="how often each is started")
     parser.add_argument("--code", type=Path, nargs="+", default=[ROOT], help="folders of this repository")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table there, as docs/figures/ has them"
+    )
     parser.add_argument("--folder", type=Path, help="keeps the runs there, for later calls")
     options = parser.parse_args()
+    from tools.figures import Row, write_figures
+
     folder = options.folder or Path(tempfile.mkdtemp(prefix="bench_start."))
+    rows: list[Row] = []
     try:
         for name in options.runs:
             found: dict[Path, list[tuple[float, float]]] = {}
@@ -116,6 +123,10 @@ def main() -> None:
             for code, times in found.items():
                 taken, computed = (statistics.median(column) for column in zip(*times, strict=True))
                 print(f"{name}, {code}: median {taken:.1f} s, processor {computed:.1f} s")
+                which = options.code.index(code) + 1  # a folder's name means nothing to others
+                rows.append({"run": name, "code": which, "start": f"{taken:.1f} s", "processor": f"{computed:.1f} s"})
+        if options.json:
+            write_figures(options.json, rows)
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -54,6 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--plain", action="store_true", help="also time the library's grouped convolutions (slow on CPU)"
     )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table there, as docs/figures/ has them"
+    )
     parser.add_argument("--torch-compile", action="store_true", help="also time timm under torch.compile")
     return parser.parse_args()
 
@@ -259,6 +262,7 @@ def main() -> None:
     from nfnet_flax.models import build_model, model_config
     from nfnet_flax.models.flops import forward_flops
     from nfnet_flax.runtime import keep_freed_memory
+    from tools.figures import Row, write_figures
 
     keep_freed_memory()  # as `nfnet train` does; PyTorch has the same allocator
     try:
@@ -284,6 +288,7 @@ def main() -> None:
     peak, source = peak_flops(options)
     baselines = {contestant.kind: contestant for contestant in found if contestant.name in ("timm train", "timm infer")}
     print(f"{'':<26}{'ms':>9}{'x timm':>8}{'images/s':>10}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'GiB':>7}")
+    rows: list[Row] = []
     for contestant in found:
         seconds = statistics.median(contestant.times)
         base = baselines.get(contestant.kind)
@@ -294,6 +299,15 @@ def main() -> None:
             f"{options.batch / seconds:>10.1f}{rate / 1e9:>9.0f}{rate / peak:>9.0%}"
             f"{contestant.compile_s:>11.1f}{contestant.memory:>7}"
         )
+        rows.append(
+            {
+                "what": contestant.name,
+                "ms": round(1e3 * seconds, 1),
+                "as a multiple of timm's time": f"{ratio:.2f}" if ratio else "",
+            }
+        )
+    if options.json:
+        write_figures(options.json, rows)
     print(f"peak: {peak / 1e9:.0f} GFLOP/s ({source}); GiB: by XLA's analysis, or PyTorch's allocator on a GPU")
     print("could not be run: " + ("; ".join(missing) if missing else "nothing"))
 

@@ -3,16 +3,18 @@
 #
 #   bash tools/test.sh [PYTEST OPTION ...]           everything
 #   bash tools/test.sh --fast [PYTEST OPTION ...]    the same checks, and only the tests that changes break most often
+#
+# --only-tests, after --fast or in its place, leaves the static checks out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The files that --fast tests: two minutes on two idle cores, with static checks. `pytest --durations=0` times new tests.
 fast_files=(
     tests/test_{structure,docs,paths,recipes,options,cli,metrics,lease,optim,weight_files,hlo}.py
-    tests/test_{classes,image_folder,data,transforms}.py
+    tests/test_{classes,image_folder,data,transforms,constraints,figures}.py
 )
 too_slow=( # tests in these files that --fast leaves out
-    tests/test_structure.py::test_models_and_step_need_no_tensorflow_grain_clu_or_tfds
+    tests/test_structure.py::test_models_and_step_need_only_jax_flax_optax_and_pillow
     tests/test_docs.py::test_commands_and_code_run
     tests/test_recipes.py::test_a_debug_run_goes_through_everything
     tests/test_cli.py::test_divergence_stops_before_anything_is_saved
@@ -27,10 +29,17 @@ if [ "${1:-}" = --fast ]; then
     shift
     chosen=("${fast_files[@]}" "${too_slow[@]/#/--deselect=}")
 fi
+only_tests=false
+if [ "${1:-}" = --only-tests ]; then
+    shift
+    only_tests=true
+fi
 
 source tools/venv.sh test
 export JAX_PLATFORMS=cpu
-ruff format --check .
-ruff check .
-mypy
+if ! $only_tests; then
+    ruff format --check .
+    ruff check .
+    mypy
+fi
 pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"

@@ -1,6 +1,6 @@
 """`python -m nfnet_flax.cli` is `nfnet`."""
 
-from nfnet_flax.cli.command import program
+from nfnet_flax.cli import program
 
 if __name__ == "__main__":
     program()

@@ -17,6 +17,7 @@ from nfnet_flax.exit_codes import (
     EXIT_STORAGE_FAILED,
 )
 from nfnet_flax.messages import as_given
+from nfnet_flax.needed import what_to_install
 from nfnet_flax.session_log import place_of_traceback
 from nfnet_flax.training.fingerprints import CopiesDiffer
 from nfnet_flax.training.lease import LeaseLost
@@ -66,4 +67,6 @@ def _explained(error: BaseException) -> tuple[int, str] | None:
             return EXIT_COPIES_DIFFER, str(error)
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
+        case ModuleNotFoundError() if (message := what_to_install(error)) is not None:
+            return EXIT_BAD_INPUT, f"error: {message}"
     return None

@@ -1,17 +1,22 @@
-"""Reads and writes safetensors files, as a whole or not at all, and recognizes files of other kinds."""
+"""Reads and writes safetensors files, as a whole or not at all, and recognizes files of other kinds.
+
+safetensors is imported where a file is read or written: networks can be made and used without it.
+"""
 
 import contextlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.progress import track, tracking
 from nfnet_flax.weights.entries import HostArrays
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _LENGTH_BYTES = 8
 """Size of the number with which a safetensors file begins: the length of its header, a little-endian integer."""
@@ -48,6 +53,8 @@ def read_safetensors(path: Path) -> tuple[HostArrays, dict[str, str]]:
     Raises:
       ConfigError: the file cannot be read, is incomplete or damaged, or is something else; the message says what.
     """
+    from safetensors import SafetensorError, safe_open
+
     named = f"weights file {str(path)!r}"
     if path.is_dir():
         raise ConfigError(f"{named} is a folder: give the file in it (a run's folder: `nfnet convert run` makes one)")
@@ -61,7 +68,9 @@ def read_safetensors(path: Path) -> tuple[HostArrays, dict[str, str]]:
         raise ConfigError(f"{named} {recognize(path) or _defect(path) or f'is damaged: {error}'}") from error
 
 
-def _tensor(file: safe_open, name: str) -> np.ndarray:
+def _tensor(file: "safe_open", name: str) -> np.ndarray:
+    from safetensors import SafetensorError
+
     try:
         tensor: np.ndarray = file.get_tensor(name)
     except (AttributeError, TypeError) as error:  # such as float8
@@ -111,6 +120,9 @@ def write_safetensors(path: Path, arrays: HostArrays, metadata: dict[str, str], 
     Raises:
       ConfigError: it cannot be written, or exists and must not be replaced.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     check_target(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
