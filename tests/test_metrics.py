@@ -71,6 +71,17 @@ def test_an_evaluation_that_is_repeated_stands_once(tmp_path: Path) -> None:
     assert steps_by_tag(tmp_path) == {"train/loss": [1, 2], "eval/top1": [1, 2]}
 
 
+def test_event_files_that_cannot_be_made_cost_no_metrics(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, resume_step=0, evaluated=False, tensorboard=True)
+    (tmp_path / "tensorboard" / "train").rmdir()
+    (tmp_path / "tensorboard" / "train").write_text("a file")  # in the way, since the log was made
+    with pytest.raises(ConfigError, match="train is not a folder"):
+        log.write(1, {"train/loss": 1.0})
+    with pytest.raises(ConfigError, match="train is not a folder"):
+        log.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
+
+
 def test_a_kill_right_after_the_resume_loses_nothing(tmp_path: Path) -> None:
     def on_disk() -> list[dict[str, float]]:
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -204,11 +204,14 @@ class MetricsLog:
         """Flushes and closes; if one of these fails, the other is done nevertheless."""
         with contextlib.ExitStack() as closing:
             closing.callback(self._close_file)
-            if self._opening is None:  # nothing was written
-                self._tidy()
-            elif (events := self._opening.result()) is not None:
-                closing.callback(events.close)
+            closing.callback(self._close_events)
             self.flush()
+
+    def _close_events(self) -> None:
+        if self._opening is None:  # nothing was written
+            self._tidy()
+        elif (events := self._opening.result()) is not None:
+            events.close()
 
     def _close_file(self) -> None:
         with storage_errors(self._path, OSError):
