@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from nfnet_flax.claims.cell import RESULT
-from nfnet_flax.claims.study import run_study
+from nfnet_flax.claims.child import program_versions
+from nfnet_flax.claims.evidence import evidence, origin, read_evidence, write_evidence
+from nfnet_flax.claims.study import run_study, runs_of
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.json_files import write_json
@@ -36,3 +38,19 @@ def test_a_cell_ends_although_its_input_is_still_open(tmp_path: Path) -> None:
         code = process.wait(timeout=60)  # `communicate` would close the input
         assert process.stderr is not None
         assert (code, process.stderr.read()) == (EXIT_DONE, b"")
+
+
+def test_a_result_of_other_versions_is_refused_and_one_without_is_told(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(load_recipe(str(DIGITS)), num_steps=4)
+    kept = {"outcome": "finished", "step": 4, "metrics": {}}
+    for name, more in (("old", {}), ("new", {"versions": program_versions(), "date": "2026-01-31"})):
+        (tmp_path / name).mkdir()
+        save_recipe(recipe, tmp_path / name / "recipe.json")
+        write_json(tmp_path / name / RESULT, kept | more)
+    found = run_study({"old": recipe, "new": recipe}, tmp_path, num_jobs=1)
+    made = evidence("agc", "nfnet claim agc", {}, runs_of(found.values()))
+    assert read_evidence(write_evidence(made, tmp_path), "agc") == made
+    assert "; runs of 2026-01-31; versions and date of 1 of 2 runs not recorded)" in origin(made)
+    write_json(tmp_path / "new" / RESULT, kept | {"versions": program_versions() | {"jax": "0.0.1"}, "date": ""})
+    with pytest.raises(ConfigError, match=r"new has the result of a run by .*jax 0\.0\.1, and this is .*another --out"):
+        run_study({"new": recipe}, tmp_path, num_jobs=1)

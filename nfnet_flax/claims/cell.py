@@ -6,6 +6,7 @@ ends in any way, it saves the run and ends.
 """
 
 import dataclasses
+import datetime
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from nfnet_flax.claims.child import RECIPE, at_end_of_input
+from nfnet_flax.claims.child import RECIPE, at_end_of_input, program_versions
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.json_files import read_json, write_json
@@ -38,6 +39,10 @@ class Result:
     """Number of updates that are on record."""
     metrics: dict[str, float]
     """Metrics of the evaluation at its end; empty if it diverged."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of this package and of JAX; empty in results of earlier versions, which did not record them."""
+    date: str = ""
+    """Day on which it ended, such as 2026-01-31; empty as above."""
 
 
 def read_result(folder: Path) -> Result | None:
@@ -52,10 +57,13 @@ def read_result(folder: Path) -> Result | None:
         return None
     remedy = "remove this folder; the command then repeats the cell"
     match read_json(path, remedy):
-        case {"outcome": str(outcome), "step": int(step), "metrics": dict(metrics)} if outcome in typing.get_args(
-            Outcome
+        case {"outcome": str(outcome), "step": int(step), "metrics": dict(metrics), **others} if (
+            outcome in typing.get_args(Outcome)
         ):
-            return Result(outcome=typing.cast(Outcome, outcome), step=step, metrics=metrics)
+            versions, date = others.get("versions", {}), others.get("date", "")
+            return Result(
+                outcome=typing.cast(Outcome, outcome), step=step, metrics=metrics, versions=versions, date=date
+            )
         case content:
             raise ConfigError(f"{path} is damaged ({content!r}): {remedy}")
 
@@ -76,13 +84,18 @@ def _train(folder: Path) -> int:
     except TrainingDiverged as error:
         print(error)
         rows = read_rows(run / METRICS)
-        result = Result(outcome="diverged", step=rows[-1]["step"] if rows else 0, metrics={})
+        result = _ended_now("diverged", rows[-1]["step"] if rows else 0, {})
     else:
         if not ended.finished:
             return EXIT_STOPPED
-        result = Result(outcome="finished", step=ended.step, metrics=ended.metrics)
+        result = _ended_now("finished", ended.step, ended.metrics)
     write_json(folder / RESULT, dataclasses.asdict(result))
     return EXIT_DONE
+
+
+def _ended_now(outcome: Outcome, step: int, metrics: dict[str, float]) -> Result:
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Result(outcome=outcome, step=step, metrics=metrics, versions=program_versions(), date=date)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
+from nfnet_flax.runtime import versions
 
 RECIPE, LOG = "recipe.json", "log"
 _LAST_LINES = 3
@@ -34,6 +35,11 @@ def prepare_folder(folder: Path, recipe: Recipe) -> None:
         save_recipe(recipe, path)
     except OSError as error:
         raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of what determines a result: this package and JAX."""
+    return {name: version for name, version in versions().items() if name in ("nfnet_flax", "jax")}
 
 
 @contextlib.contextmanager

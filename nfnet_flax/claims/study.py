@@ -9,14 +9,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
 from nfnet_flax.claims.cell import Result, read_result
-from nfnet_flax.claims.child import LOG, last_lines, prepare_folder
+from nfnet_flax.claims.child import LOG, last_lines, prepare_folder, program_versions
+from nfnet_flax.claims.evidence import Runs, version_text
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
 from nfnet_flax.progress import Task, tracking
@@ -77,7 +78,27 @@ def run_study(
 def _known(folder: Path, recipe: Recipe) -> Result | None:
     """The result of a cell, if it has ended; its folder is prepared."""
     prepare_folder(folder, recipe)
-    return read_result(folder)
+    result, ours = read_result(folder), program_versions()
+    if result is not None and result.versions not in ({}, ours):  # none are in results of earlier versions
+        raise ConfigError(
+            f"{folder} has the result of a run by {version_text(result.versions)}, and this is {version_text(ours)}: "
+            f"give another --out, or remove this folder ({folder}); the same command then repeats this run"
+        )
+    return result
+
+
+def runs_of(results: Iterable[Result]) -> Runs:
+    """When and by what runs were made, for their evidence."""
+    found = list(results)
+    dates = sorted(result.date for result in found if result.date)
+    versions = [result.versions for result in found if result.versions]
+    return Runs(
+        number=len(found),
+        not_recorded=sum(not (result.versions and result.date) for result in found),
+        first_date=dates[0] if dates else "",
+        last_date=dates[-1] if dates else "",
+        versions=[each for place, each in enumerate(versions) if each not in versions[:place]],
+    )
 
 
 def _carry_out(folder: Path, variables: Mapping[str, str], processes: "_Processes", task: Task) -> Result:

@@ -47,14 +47,15 @@ def run(argv: Sequence[str]) -> int:
 
     from nfnet_flax.claims.agc_shown import agc_picture, agc_text
     from nfnet_flax.claims.evidence import evidence, write_evidence
-    from nfnet_flax.claims.study import num_cores, run_study
+    from nfnet_flax.claims.study import num_cores, run_study, runs_of
 
     num_jobs = num_cores() if options.jobs is None else options.jobs
     recipes = agc.recipes(options.study)
     # On CPUs, as many at a time as there are cores: a GPU could not be shared by processes.
     variables = {name: {"JAX_PLATFORMS": "cpu"} for name in recipes}
     results = run_study(recipes, folder / "runs", num_jobs=num_jobs, variables=variables)
-    found = evidence("agc", shlex.join(["nfnet", "claim", "agc", *argv]), agc.measured(options.study, results))
+    command = shlex.join(["nfnet", "claim", "agc", *argv])
+    found = evidence("agc", command, agc.measured(options.study, results), runs_of(results.values()))
     written = [write_evidence(found, folder)]
     if options.picture:
         written.append(folder / _PICTURE)

@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     from nfnet_flax.claims.cuts_measured import measure
     from nfnet_flax.claims.cuts_shown import picture, text
     from nfnet_flax.claims.evidence import evidence, write_evidence
-    from nfnet_flax.claims.study import num_cores
+    from nfnet_flax.claims.study import num_cores, runs_of
     from nfnet_flax.runtime import prepare
 
     study = cuts.Study(
@@ -84,7 +84,8 @@ def run(argv: Sequence[str]) -> int:
     prepare(reproducible=True)
     results = cuts.run(study, folder, num_jobs=num_cores() if options.jobs is None else options.jobs)
     measured = measure(study, results, folder)
-    found = evidence("cuts", shlex.join(["nfnet", "claim", "cuts", *argv]), dataclasses.asdict(measured))
+    command = shlex.join(["nfnet", "claim", "cuts", *argv])
+    found = evidence("cuts", command, dataclasses.asdict(measured), runs_of(results.values()))
     written = [write_evidence(found, folder)]
     if options.picture:
         written.append(folder / _PICTURE)
