@@ -164,13 +164,15 @@ def test_steps_are_measured_in_turns(tmp_path: Path) -> None:
     assert found.ratio is not None
     assert (found.images_at_a_time, found.rematerialization, found.cycles) == (2, "none", None)
     assert found.place == "1 x cpu"
+    assert (tmp_path / "nf_seresnet26" / "phase").read_text() == "measuring nf_seresnet26 and nf_seresnet26 in turns"
+    assert list((tmp_path / "compiled").glob("jit_train_step*"))  # kept for a second start
     made = evidence(latency.CLAIM, "nfnet claim latency --measure", latency.data_of([found]))
     assert "timed in turns" in latency_shown.text(made)
     # What is kept is not measured again, and not taken for another measurement.
     kept["network"]["seconds"] = [9.0] * 3
     write_json(tmp_path / "nf_seresnet26" / "measured.json", kept)
     assert measured_steps([MEASUREMENT], tmp_path)[0].seconds == 9.0
-    with pytest.raises(ConfigError, match=r"has another measurement, .*: give another --out, or remove it"):
+    with pytest.raises(ConfigError, match=r"has another measurement, .*: give another --out, or remove this folder"):
         measured_steps([dataclasses.replace(MEASUREMENT, images=4)], tmp_path)
 
 

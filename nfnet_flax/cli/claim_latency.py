@@ -58,7 +58,8 @@ class LatencyOptions:
     image_size: Annotated[int | None, PIXELS] = None
     """Measure: height and width of all images, in pixels; without this option the published sizes."""
     out: Annotated[str, DIR] = "claims/latency"
-    """Folder for evidence.json, latency.svg, and a file of each compilation or measurement."""
+    """Folder for evidence.json, latency.svg, and a file of each compilation or measurement. With --measure, it also
+    keeps the compiled programs, so that a pair of networks whose measurement was stopped begins anew, but quicker."""
     picture: bool = True
     """Draw the picture (extra `plots`)."""
 
