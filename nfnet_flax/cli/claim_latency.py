@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from nfnet_flax.cli.options import COUNT, DIR, PIXELS, SECONDS, parsed
-from nfnet_flax.config import require, require_count, unknown_name
+from nfnet_flax.config import ConfigError, require, require_count, unknown_name
 from nfnet_flax.exit_codes import EXIT_DONE
 from nfnet_flax.json_files import write_named
 from nfnet_flax.models.layers import ComputeDtype
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from nfnet_flax.claims.latency import Step
 
 _PICTURE = "latency.svg"
+_OF_ESTIMATES = "topologies", "images_at_a_time", "jobs", "timeout_s"
+_OF_MEASUREMENTS = "rounds", "compute_dtype", "image_size"
+"""Options that the other way to find a time does not have."""
 _INCHES_PER_PLACE, _INCHES_HIGH = 5.0, 4.2
 
 
@@ -68,27 +71,27 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = parsed(LatencyOptions, argv, "nfnet claim latency")
     require_count("images", options.images, most=4096)
-    _check_at_a_time(options)
+    for name, number in options.images_at_a_time:
+        require_count(f"images_at_a_time {name}", number, most=options.images)
+        remedy = f"must divide images {options.images}"
+        require(options.images % number == 0, f"images_at_a_time {name}", number, remedy)
     require_count("jobs", options.jobs, most=4096)
     require_count("rounds", options.rounds, most=4096)
     require(options.timeout_s > 0, "timeout_s", options.timeout_s, "must be positive")
     require(bool(options.topologies), "topologies", (), "give at least one, such as v3:2x2")
     if options.image_size is not None:
         require_count("image_size", options.image_size, most=4096)
+    _check_apply(options)
     if options.picture:
         check_matplotlib("picture", "True")
-    if not options.measure:
-        from nfnet_flax.programs.plan import devices_of, set_environment
-
-        set_environment()  # before JAX looks for devices
-        for topology in options.topologies:
-            devices_of(topology)  # an error now, not after hours
     from nfnet_flax.claims import latency, latency_shown
     from nfnet_flax.claims.evidence import evidence, write_evidence
 
     for name in (*options.models, *dict(options.images_at_a_time)):
         if name not in latency.NETWORKS:
             raise unknown_name("network", name, latency.NETWORKS)
+    if not options.measure:
+        _check_topologies(options.topologies)
     chosen = options.models or latency.NETWORKS
     names = tuple(name for name in latency.NETWORKS if name in chosen or name == latency.REFERENCE)
     folder = made_folder("out", options.out)
@@ -104,12 +107,30 @@ def run(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _check_at_a_time(options: LatencyOptions) -> None:
-    for name, number in options.images_at_a_time:
-        field = f"images_at_a_time {name}"
-        require_count(field, number, most=options.images)
-        require(options.images % number == 0, field, number, f"must divide images {options.images}")
-        require(not options.measure, field, number, "is for estimates: leave it out with --measure")
+def _check_apply(options: LatencyOptions) -> None:
+    """Refuses options that would be ignored."""
+    ignored, remedy = _OF_MEASUREMENTS, "is for measurements: leave it out, or give --measure, too"
+    if options.measure:
+        ignored, remedy = _OF_ESTIMATES, "is for estimates: leave it out with --measure"
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        require(field.name not in ignored or value == field.default, field.name, value, remedy)
+
+
+def _check_topologies(topologies: Sequence[str]) -> None:
+    """An error now, not after hours."""
+    from nfnet_flax.claims.compiled_step import libtpu_version
+    from nfnet_flax.programs.plan import devices_of, set_environment
+
+    set_environment()  # before JAX looks for devices
+    try:
+        for topology in topologies:
+            devices_of(topology)
+    except ConfigError as error:
+        if libtpu_version():
+            raise
+        other = "or measure on the devices of this machine, which needs no libtpu: --measure"
+        raise ConfigError(f"{error}; {other}") from error
 
 
 def _estimated(options: LatencyOptions, names: Sequence[str], folder: "Path") -> "list[Step]":
