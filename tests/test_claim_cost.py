@@ -167,6 +167,7 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
         (["--rate", "v5e"], "rate = 'v5e': give a kind of chip and a positive number, such as v5e=1.5"),
         (["--rate", "v5e=1", "v5e=2"], "rate = 'v5e=2': give a kind of chip and a positive number"),
         (["--clock-ghz", "v6e=-1"], "clock_ghz = 'v6e=-1': give a kind of chip and a positive number"),
+        (["--rate", "v7=2"], "rate: 'v7' is no kind of the given topologies, which are of v4, v5e, v6e: give one"),
         (["--images-per-part", "0"], "images_per_part = 0: must be at least 1"),
         (["--timeout-s", "0"], "timeout_s = 0.0: must be positive"),
         (["--topologies", "v5e:9x9"], "topology 'v5e:9x9'"),

@@ -61,11 +61,11 @@ def run(argv: Sequence[str]) -> int:
     names = tuple(dict.fromkeys(options.models)) or cost.RUNS
     topologies = tuple(dict.fromkeys(options.topologies))
     require(bool(topologies), "topologies", topologies, "give at least one, such as v5e:2x4")
-    for topology in topologies:
-        devices_of(topology)  # an error now, not after hours
     _check_kinds(topologies, {"rate": rates, "clock_ghz": clocks_ghz})
-    out = made_folder("out", options.out)
     recipes = [cost.recipe_of(name, count) for name in names for count in dict.fromkeys(options.images_per_part)]
+    for topology in topologies:
+        devices_of(topology)  # an error now, not after hours; and after all that needs no compiler
+    out = made_folder("out", options.out)
     estimates = cost.study(recipes, topologies, out / "plans", options.timeout_s)
     data = cost.data_of(estimates, rates, {kind: 1e9 * value for kind, value in clocks_ghz.items()})
     found = evidence(cost.CLAIM, shlex.join(["nfnet", "claim", "cost", *argv]), data)
@@ -98,5 +98,6 @@ def _check_kinds(topologies: Sequence[str], given: dict[str, dict[str, float]]) 
     for field, numbers in given.items():
         for kind in numbers.keys() - kinds:
             raise ConfigError(
-                f"{field}: {kind!r} is no kind of the given topologies: known are {', '.join(sorted(kinds))}"
+                f"{field}: {kind!r} is no kind of the given topologies, which are of {', '.join(sorted(kinds))}: give "
+                "one of these, or --topologies of that kind"
             )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from nfnet_flax.claims.latency import Step
 
 _PICTURE = "latency.svg"
-_OF_ESTIMATES = "topologies", "images_at_a_time", "jobs", "timeout_s"
-_OF_MEASUREMENTS = "rounds", "compute_dtype", "image_size"
+_OF_ESTIMATES: tuple[str, ...] = "topologies", "images_at_a_time", "jobs", "timeout_s"
+_OF_MEASUREMENTS: tuple[str, ...] = "rounds", "compute_dtype", "image_size"
 """Options that the other way to find a time does not have."""
 _INCHES_PER_PLACE, _INCHES_HIGH = 5.0, 4.2
 
@@ -109,9 +109,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _check_apply(options: LatencyOptions) -> None:
     """Refuses options that would be ignored."""
-    ignored, remedy = _OF_MEASUREMENTS, "is for measurements: leave it out, or give --measure, too"
+    ignored = _OF_ESTIMATES if options.measure else _OF_MEASUREMENTS
+    remedy = "is for measurements: leave it out, or give --measure, too"
     if options.measure:
-        ignored, remedy = _OF_ESTIMATES, "is for estimates: leave it out with --measure"
+        remedy = "is for estimates: leave it out with --measure"
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         require(field.name not in ignored or value == field.default, field.name, value, remedy)
