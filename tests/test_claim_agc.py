@@ -78,7 +78,10 @@ def test_another_seed_gives_other_numbers_and_another_folder_is_asked_for(
     assert seeds == {0}
     options = ["--out", str(out), *SHORT, *LENGTH, "--num-epochs", "3"]
     assert cli.main(["claim", "agc", *options]) == EXIT_BAD_INPUT
-    assert "has another run (num_epochs: 2.0 -> 3.0): give another --out, or remove it" in capsys.readouterr().err
+    assert (
+        "has another run (num_epochs: 2.0 -> 3.0): give another --out, or remove this folder ("
+        in capsys.readouterr().err
+    )
 
 
 def test_the_text_is_made_of_the_evidence(measured: tuple[Path, str]) -> None:

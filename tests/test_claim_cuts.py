@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from nfnet_flax import cli
 from nfnet_flax.claims import cuts
-from nfnet_flax.claims.cell import read_result
+from nfnet_flax.claims.cell import RESULT, Result, read_result
 from nfnet_flax.claims.cuts_measured import Measured, RunRow, from_data, measure
 from nfnet_flax.claims.cuts_shown import picture, text
 from nfnet_flax.claims.evidence import FILE, Evidence, read_evidence
@@ -113,6 +114,22 @@ def test_a_killed_run_has_the_numbers_of_one_that_was_not_and_another_seed_has_o
     assert (same.bits, same.loss, same.top1) == (before.bits, before.loss, before.top1)
     assert other.bits != same.bits
     assert other.loss != same.loss
+
+
+def test_damaged_checkpoints_are_told_with_what_to_do(killed: tuple[Path, cuts.Cell], tmp_path: Path) -> None:
+    cell = killed[1]
+    shutil.copytree(killed[0] / cell.name, tmp_path / cell.name)
+    checkpoints = tmp_path / cell.name / "run" / "checkpoints"
+    for path in [*checkpoints.rglob("*"), *(checkpoints.parent / "best").rglob("*")]:
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    advice = rf"remove this folder \({tmp_path}/{cell.name}\); the same command then repeats this run"
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/{cell.name} has no good checkpoint of step 24: {advice}$"):
+        measure(STUDY, {cell: Result(outcome="finished", step=24, metrics={})}, tmp_path)
+    (tmp_path / cell.name / RESULT).unlink()
+    said = rf"^the run in \S+ cannot go on: all checkpoints in '{checkpoints}' are damaged: {advice} \(log: \S+/log\)$"
+    with pytest.raises(ConfigError, match=said):
+        run_study({cell.name: cuts.recipe_of(cell, STUDY)}, tmp_path, num_jobs=1, variables={})
 
 
 def _cell(row: RunRow) -> cuts.Cell:

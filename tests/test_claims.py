@@ -26,9 +26,19 @@ def test_a_result_is_not_taken_for_that_of_another_length(tmp_path: Path) -> Non
     save_recipe(recipe, folder / "recipe.json")
     write_json(folder / RESULT, {"outcome": "finished", "step": 4, "metrics": {"eval/top1": 0.5}})
     assert run_study({"cell": recipe}, tmp_path, num_jobs=1)["cell"].metrics == {"eval/top1": 0.5}
+    with pytest.raises(ConfigError, match="jobs = 0"):
+        run_study({"new": recipe}, tmp_path, num_jobs=0)
+    assert not (tmp_path / "new").exists()
     longer = dataclasses.replace(recipe, num_steps=8)
-    with pytest.raises(ConfigError, match=r"another run \(num_steps: 4 -> 8\): give another --out"):
+    with pytest.raises(
+        ConfigError, match=r"another run \(num_steps: 4 -> 8\): give another --out, or remove this folder"
+    ):
         run_study({"cell": longer}, tmp_path, num_jobs=1)
+    (folder / "recipe.json").write_text("{")
+    with pytest.raises(
+        ConfigError, match=r"cell/recipe\.json is damaged \(.*\): remove this folder \(.*/cell\); the same"
+    ):
+        run_study({"cell": recipe}, tmp_path, num_jobs=1)
 
 
 def test_a_cell_ends_although_its_input_is_still_open(tmp_path: Path) -> None:

@@ -14,15 +14,22 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from nfnet_flax.claims.child import RECIPE, at_end_of_input, program_versions
+from nfnet_flax.claims.child import at_end_of_input, kept_recipe, program_versions, removal
 from nfnet_flax.config import ConfigError
-from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
-from nfnet_flax.json_files import read_json, write_json
-from nfnet_flax.recipe import read_recipe
+from nfnet_flax.data.prefetch import InputFailed
+from nfnet_flax.exit_codes import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INPUT_FAILED,
+    EXIT_STOPPED,
+    EXIT_STORAGE_FAILED,
+)
+from nfnet_flax.json_files import StorageFailed, read_json, write_json
 from nfnet_flax.storage.file_locks import locked
 from nfnet_flax.training.layout import METRICS
 from nfnet_flax.training.loop import TrainingDiverged, train
 from nfnet_flax.training.metrics import read_rows
+from nfnet_flax.training.restoring import AllDamaged
 
 RESULT, RUN = "result.json", "run"
 _LOCK = "lock"
@@ -55,7 +62,7 @@ def read_result(folder: Path) -> Result | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    remedy = "remove this folder; the command then repeats the cell"
+    remedy = removal(folder)
     match read_json(path, remedy):
         case {"outcome": str(outcome), "step": int(step), "metrics": dict(metrics), **others} if (
             outcome in typing.get_args(Outcome)
@@ -68,17 +75,34 @@ def read_result(folder: Path) -> Result | None:
             raise ConfigError(f"{path} is damaged ({content!r}): {remedy}")
 
 
+def is_started(folder: Path) -> bool:
+    """Whether the run of a cell has begun: before, its folder may become that of another run."""
+    return (folder / RUN).exists() or (folder / RESULT).exists()
+
+
 def main(folder: Path) -> int:
-    """Trains; returns an exit code of `exit_codes`."""
+    """Trains; returns an exit code of `exit_codes`. What a person can mend is said in the last line that is printed."""
     at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run
-        return _train(folder)
+    try:
+        with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run
+            return _train(folder)
+    except AllDamaged as error:
+        said, _, _ = str(error).rpartition(": ")  # without the advice, which is that of nfnet train
+        code, text = EXIT_BAD_INPUT, f"{said}: {removal(folder)}"
+    except ConfigError as error:
+        code, text = EXIT_BAD_INPUT, str(error)
+    except InputFailed as error:
+        code, text = EXIT_INPUT_FAILED, str(error)
+    except StorageFailed as error:
+        code, text = EXIT_STORAGE_FAILED, str(error)
+    print(" ".join(text.partition("\nTraceback")[0].split()), flush=True)
+    return code
 
 
 def _train(folder: Path) -> int:
     if read_result(folder) is not None:
         return EXIT_DONE
-    recipe, run = read_recipe(folder / RECIPE), folder / RUN
+    recipe, run = kept_recipe(folder), folder / RUN
     try:
         ended = train(recipe, run, owns_process=True)
     except TrainingDiverged as error:
