@@ -72,6 +72,7 @@ def run_study(
             for name, future in futures.items():
                 found[name] = future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             if (count := processes.stop()) > 0:
                 warn(f"stopping: {count} {'run saves its' if count == 1 else 'runs save their'} state")
             raise
