@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from nfnet_flax.cli.options import COUNT, DIR, PIXELS, SECONDS, parsed
+from nfnet_flax.cli.claim_output import Picture, check_picture, conclude
+from nfnet_flax.cli.options import COUNT, DIR, NAMES, PIXELS, SECONDS, parsed
 from nfnet_flax.config import ConfigError, require, require_count, unknown_name
-from nfnet_flax.exit_codes import EXIT_DONE
-from nfnet_flax.json_files import write_named
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
+from nfnet_flax.messages import warn
 from nfnet_flax.models.layers import ComputeDtype
 from nfnet_flax.paths import made_folder
-from nfnet_flax.plots import check_matplotlib, picture_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nfnet_flax.claims.latency import Step
 
-_PICTURE = "latency.svg"
 _OF_ESTIMATES: tuple[str, ...] = "topologies", "images_at_a_time", "jobs", "timeout_s"
 _OF_MEASUREMENTS: tuple[str, ...] = "rounds", "compute_dtype", "image_size"
 """Options that the other way to find a time does not have."""
@@ -32,22 +31,25 @@ class LatencyOptions:
     """The time of a training step of NFNets and EfficientNets beside that of EfficientNet-B7 (arXiv 2102.06171, figure
     1 and table 3).
 
-    Without --measure it is the estimate of the TPU compiler (extra `tpu`; no TPU is needed), for each of the
-    topologies; with it, it is measured on the devices of this machine. Prints tables, and writes them with a picture
-    of the published accuracy over the time. The same command continues what was stopped or killed.
+    Without --measure it is the estimate of the TPU compiler (extra `tpu`; no TPU is needed), for each of the topologies
+    (kinds and grids of TPU chips, such as v3:2x2); with it, it is measured on the devices of this machine. NFNets train
+    with AGC (adaptive gradient clipping), F6 also with SAM (sharpness-aware minimization, which computes two gradients
+    for each update). Prints tables, and writes them with a picture of the published accuracy over the time. Estimates
+    of F0 to F3 and B0 to B7 take about an hour of one core, those of F4 to F6 hours more. The same command continues
+    what was stopped or killed.
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    models: Annotated[tuple[str, ...], NAMES] = ()
     """Networks: nfnet_f0 ... nfnet_f6, efficientnet_b0 ... efficientnet_b7; without this option all of them.
     efficientnet_b7 is always one of them."""
     images: Annotated[int, COUNT] = 32
-    """Number of images of each device. If they do not fit, they are computed in two or four parts, and then with
-    rematerialization."""
+    """Number of images of each device. If they do not fit, they are computed in two or four parts, one after the other,
+    and then with rematerialization: activations are computed a second time instead of being kept."""
     images_at_a_time: Annotated[tuple[tuple[str, int], ...], tyro.conf.arg(metavar="NAME IMAGES ...")] = ()
     """Estimate: for some networks the largest number of these images that are computed at a time, a divisor of
     --images, such as nfnet_f4 16 nfnet_f5 8. It saves the compilation of steps that are known not to fit."""
     topologies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ("v3:2x2",)
-    """Estimate: kinds and numbers of TPU chips, such as v3:2x2 v5e:2x4 v6e:2x4."""
+    """Estimate: kinds and grids of TPU chips, such as v3:2x2 v5e:2x4 v6e:2x4."""
     jobs: Annotated[int, COUNT] = 1
     """Estimate: number of compilations at the same time. The largest networks take more than 10 GB of memory each."""
     timeout_s: Annotated[float, SECONDS] = 7200.0
@@ -82,28 +84,28 @@ def run(argv: Sequence[str]) -> int:
     if options.image_size is not None:
         require_count("image_size", options.image_size, most=4096)
     _check_apply(options)
-    if options.picture:
-        check_matplotlib("picture", "True")
     from nfnet_flax.claims import latency, latency_shown
-    from nfnet_flax.claims.evidence import evidence, write_evidence
+    from nfnet_flax.claims.evidence import evidence
+    from nfnet_flax.plots import picture_file
 
     for name in (*options.models, *dict(options.images_at_a_time)):
         if name not in latency.NETWORKS:
             raise unknown_name("network", name, latency.NETWORKS)
     if not options.measure:
         _check_topologies(options.topologies)
+    if options.picture:
+        check_picture()
     chosen = options.models or latency.NETWORKS
     names = tuple(name for name in latency.NETWORKS if name in chosen or name == latency.REFERENCE)
     folder = made_folder("out", options.out)
     steps = _measured(options, names, folder) if options.measure else _estimated(options, names, folder)
     found = evidence(latency.CLAIM, shlex.join(["nfnet", "claim", "latency", *argv]), latency.data_of(steps))
-    written = [write_evidence(found, folder)]
-    if options.picture:
-        written.append(folder / _PICTURE)
-        width = _INCHES_PER_PLACE * len({step.place for step in steps})
-        write_named("out", written[-1], picture_file(latency_shown.picture(found, width, _INCHES_HIGH), "svg"))
-    print(f"{latency_shown.text(found)}\n")
-    print("\n".join(f"written: {path}" for path in written))
+    width = _INCHES_PER_PLACE * len({step.place for step in steps})
+    picture = Picture("latency.svg", lambda: picture_file(latency_shown.picture(found, width, _INCHES_HIGH), "svg"))
+    conclude(found, folder, latency_shown.text(found), picture if options.picture else None)
+    if all(step.problem for step in steps):
+        warn(f"no step was {'measured' if options.measure else 'estimated'}: the table says why")
+        return EXIT_WRONG
     return EXIT_DONE
 
 
