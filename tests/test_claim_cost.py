@@ -164,7 +164,7 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--models", "nfnet_f7"], "unknown published run 'nfnet_f7': known are nfnet_f"),
+        (["--models", "nfnet_f7"], "unknown published run 'nfnet_f7': known are nfnet_f0, nfnet_f1, nfnet_f2"),
         (["--rate", "v5e"], "rate = 'v5e': give a kind of chip and a positive number, such as v5e=1.5"),
         (["--rate", "v5e=1", "v5e=2"], "rate = 'v5e=2': give a kind of chip and a positive number"),
         (["--clock-ghz", "v6e=-1"], "clock_ghz = 'v6e=-1': give a kind of chip and a positive number"),

@@ -210,7 +210,7 @@ def test_claims_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["claim", "--help"]) == EXIT_DONE
     assert "  cuts  " in capsys.readouterr().out
     assert cli.main(["claim", "cut"]) == EXIT_BAD_INPUT
-    assert "unknown claim 'cut': known are cuts" in capsys.readouterr().err
+    assert "unknown claim 'cut': known are agc, cost, cuts, exact, latency" in capsys.readouterr().err
 
 
 def test_the_page_shows_what_the_evidence_says() -> None:

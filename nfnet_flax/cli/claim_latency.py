@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
     for name in (*options.models, *dict(options.images_at_a_time)):
         if name not in latency.NETWORKS:
-            raise unknown_name("network", name, latency.NETWORKS)
+            raise unknown_name("network", name, latency.NETWORKS, listed_by="nfnet claim latency --help")
     if not options.measure:
         _check_topologies(options.topologies)
     if options.picture:
