@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from nfnet_flax import cli
 from nfnet_flax.claims import cost, published
 from nfnet_flax.claims.child import prepare_folder
 from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.exit_codes import EXIT_WRONG
 from nfnet_flax.json_files import write_json
 from nfnet_flax.models.classifier import Rematerialization
+from nfnet_flax.programs import plan
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.runtime import versions
@@ -159,6 +162,20 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
         assert "libtpu (pip install 'nfnet_flax[tpu]')" in found.problem
         assert not (tmp_path / "none.json").exists()
     assert compiled_of(dataclasses.asdict(found)) == found
+
+
+@pytest.mark.parametrize("claim", ["cost", "latency"])
+def test_a_command_without_any_estimate_says_so(
+    claim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)  # libtpu may be missing
+    words = ["--models", "nfnet_f0", "--topologies", TOPOLOGY, "--timeout-s", "0.01", "--out", str(tmp_path)]
+    more = ["--no-picture"] if claim == "latency" else []
+    assert cli.main(["claim", claim, *words, *more]) == EXIT_WRONG
+    printed = capsys.readouterr()
+    assert "did not compile within 0.01 s" in printed.out
+    assert printed.out.endswith(f"\n\nwritten: {tmp_path}/evidence.json\n")
+    assert printed.err.splitlines()[-1] == "nfnet: no step was estimated: the table says why"
 
 
 @pytest.mark.parametrize(

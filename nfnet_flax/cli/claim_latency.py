@@ -28,12 +28,12 @@ _INCHES_PER_PLACE, _INCHES_HIGH = 5.0, 4.2
 
 @dataclasses.dataclass(frozen=True)
 class LatencyOptions:
-    """The time of a training step of NFNets and EfficientNets beside that of EfficientNet-B7 (arXiv 2102.06171, figure
-    1 and table 3).
+    """The time of a training step of NFNets and EfficientNets beside that of EfficientNet-B7, as in figure 1 and
+    table 3 of arXiv 2102.06171.
 
-    Without --measure it is the estimate of the TPU compiler (extra `tpu`; no TPU is needed), for each of the topologies
-    (kinds and grids of TPU chips, such as v3:2x2); with it, it is measured on the devices of this machine. NFNets train
-    with AGC (adaptive gradient clipping), F6 also with SAM (sharpness-aware minimization, which computes two gradients
+    Without --measure it is the estimate of the TPU compiler (extra `tpu`; no TPU is needed), for each topology (kind
+    and grid of TPU chips, such as v3:2x2); with it, it is measured on the devices of this machine. NFNets train with
+    AGC (adaptive gradient clipping), F6 also with SAM (sharpness-aware minimization, which computes two gradients
     for each update). Prints tables, and writes them with a picture of the published accuracy over the time. Estimates
     of F0 to F3 and B0 to B7 take about an hour of one core, those of F4 to F6 hours more. The same command continues
     what was stopped or killed.
