@@ -6,6 +6,7 @@ checks its own fields with `require`, so a wrong value raises an error where it 
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ MAX_IMAGE_PX = 65_500
 """Largest height or width of an image, in pixels: what a JPEG file can hold."""
 _MAX_FLOAT = 3.4028234e38
 """Largest number of float32, in which nearly everything is computed."""
+_MOST_LISTED = 10
+"""Number of known names of which all are listed in place of an unknown one."""
 _MAX_INT = 2**63 - 1
 """Largest integer that files and libraries can store: they use 64 bits."""
 
@@ -55,11 +58,28 @@ def require_one_of(field: str, value: object, known: typing.Collection[str]) -> 
     require(isinstance(value, str) and value in known, field, value, f"give one of {', '.join(map(repr, known))}")
 
 
-def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> ConfigError:
-    """The error for a name that is not in a table; its remedy lists the most similar known names."""
-    names = sorted(known)
-    near = nearest(name, names)
-    return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near or names)}{', ...' if near else ''}")
+def unknown_name(kind: str, name: str, known: typing.Iterable[str], *, listed_by: str = "") -> ConfigError:
+    """The error for a name that is not in a table; its remedy lists the known names, of many only the most similar.
+
+    Args:
+      kind: what the name is of, such as `model`.
+      name: the unknown name.
+      known: the names in the table.
+      listed_by: command that lists many of them, such as `nfnet models`; empty: there is none.
+    """
+    names = sorted(known, key=_with_numbers)
+    near = nearest(name, names) if len(names) > _MOST_LISTED else []
+    if near:
+        where = f" ({listed_by} lists all)" if listed_by else ""
+        return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(near)}, ...{where}")
+    if listed_by and len(names) > _MOST_LISTED:
+        return ConfigError(f"unknown {kind} {name!r}: {listed_by} lists the known ones")
+    return ConfigError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
+
+
+def _with_numbers(name: str) -> list[tuple[int, str]]:
+    """Sorts names that differ in a number by its size: b9 before b10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> list[str]:

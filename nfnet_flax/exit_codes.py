@@ -5,8 +5,8 @@ EXIT_DONE = 0
 EXIT_BUG = 1
 """An unexpected error, that is, a bug; the message says where its traceback is."""
 EXIT_WRONG = 1
-"""`nfnet doctor` found something wrong, `nfnet plan --compare` found different arithmetic, or `nfnet predict` met an
-image that cannot be read or decoded."""
+"""`nfnet doctor` found something wrong, `nfnet plan --compare` found different arithmetic, `nfnet predict` met an image
+that cannot be read or decoded, or `nfnet claim` has no result for a weight file, or for any network."""
 EXIT_BAD_INPUT = 2
 """A recipe, an option or a folder is wrong; the message says what to change."""
 EXIT_DIVERGED = 3

@@ -20,6 +20,8 @@ _region: "Region | None" = None
 _is_line_open = False
 """Whether the last text that was printed on a terminal did not end its line: then nothing is drawn."""
 _recorder: Callable[[str], None] | None = None
+_only_results_follow = False
+"""Whether the work of a command that goes on without its output is done."""
 
 
 class OutputLost(Exception):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
@@ -80,9 +82,13 @@ class _Guarded:
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
             if not self._goes_on:
                 raise OutputLost(self._name) from error
-            if not self._has_failed:
-                self._has_failed = True
+            if self._has_failed:
+                return
+            self._has_failed = True
+            if not _only_results_follow:
                 print(f"nfnet: {self._name} cannot be written ({error}); the run goes on without it", file=sys.stderr)
+            elif not isinstance(error, BrokenPipeError):  # as of `| head`: its reader has what it wants
+                print(f"nfnet: {self._name} cannot be written ({error})", file=sys.stderr)
 
 
 class Region:
@@ -198,6 +204,12 @@ def only_record(line: str) -> None:
         _recorder(f"{line}\n")
 
 
+def only_results_follow() -> None:
+    """Says that the work of this command is done and its files are written: what is left is to print results."""
+    global _only_results_follow
+    _only_results_follow = True
+
+
 @contextlib.contextmanager
 def guarded_output(*, goes_on: bool) -> Iterator[None]:
     """Guards stdout and stderr within the context; it can also be used as a decorator.
@@ -211,7 +223,9 @@ def guarded_output(*, goes_on: bool) -> Iterator[None]:
     Raises:
       OutputLost: printed text cannot be written, unless `goes_on`.
     """
+    global _only_results_follow
     before = sys.stdout, sys.stderr
+    _only_results_follow = False
     with open(os.devnull, "w") as nothing:  # for streams that are absent
         out = cast(TextIO, _Guarded(sys.stdout or nothing, "stdout", goes_on=goes_on))
         err = cast(TextIO, _Guarded(sys.stderr or nothing, "stderr", goes_on=True))

@@ -78,7 +78,10 @@ def test_another_seed_gives_other_numbers_and_another_folder_is_asked_for(
     assert seeds == {0}
     options = ["--out", str(out), *SHORT, *LENGTH, "--num-epochs", "3"]
     assert cli.main(["claim", "agc", *options]) == EXIT_BAD_INPUT
-    assert "has another run (num_epochs: 2.0 -> 3.0): give another --out, or remove it" in capsys.readouterr().err
+    assert (
+        "has another run (num_epochs: 2.0 -> 3.0): give another --out, or remove this folder ("
+        in capsys.readouterr().err
+    )
 
 
 def test_the_text_is_made_of_the_evidence(measured: tuple[Path, str]) -> None:
@@ -127,11 +130,29 @@ def test_what_is_compared() -> None:
         ({"max_norms": (0.0,)}, r"max_norms = \(0.0,\): give different positive numbers"),
         ({"seeds": 0}, "seeds = 0: must be"),
         ({"first_seed": -1}, "first_seed = -1: must not be negative"),
+        ({"warmup_epochs": 41.0}, "warmup_epochs = 41.0: must not be longer than the run: give at most num_epochs, 40"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(agc.Study(), **values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batch-sizes 64 5000", "batch_sizes = (64, 5000): must be at most 1,437, the number of training images"),
+        ("--exempt-batch-size 1438", "exempt_batch_size = 1438: must be at most 1,437"),
+        ("--jobs 0", "jobs = 0: must be at least 1"),
+        ("--num-epochs 0 --warmup-epochs 0", "num_epochs = 0.0: "),
+    ],
+)
+def test_refused_commands_leave_nothing_behind(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["claim", "agc", "--out", str(tmp_path / "out"), *options.split()]) == EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_claim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

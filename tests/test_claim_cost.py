@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from nfnet_flax import cli
 from nfnet_flax.claims import cost, published
 from nfnet_flax.claims.child import prepare_folder
 from nfnet_flax.claims.compiled_step import Compiled, compiled, compiled_of, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.exit_codes import EXIT_WRONG
 from nfnet_flax.json_files import write_json
 from nfnet_flax.models.classifier import Rematerialization
+from nfnet_flax.programs import plan
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.recipe_file import load_recipe
 from nfnet_flax.runtime import versions
@@ -109,8 +112,9 @@ def test_the_text_says_what_is_not_included(tmp_path: Path) -> None:
     made = evidence("cost", "nfnet claim cost", cost.data_of([estimate(result())], {}, {}))
     found = read_evidence(write_evidence(made, tmp_path), "cost")
     assert cost.text(found) == cost.text(made)
-    for words in ("nothing was measured", "Not included: reading and decoding images", f"libtpu {libtpu_version()}"):
+    for words in ("nothing was measured", "Not included: reading and decoding images"):
         assert words in cost.text(found)
+    assert not libtpu_version() or f"Compiled by libtpu {libtpu_version()}." in cost.text(found)
     # Published: 73.3 ms on 128 cores.
     assert "| nfnet_f0 | 128 TPUv3 cores | 73.3 ms | 0.1 | 293 |" in cost.text(found)
 
@@ -160,13 +164,28 @@ def test_a_process_compiles_and_keeps_its_plan(tmp_path: Path) -> None:
     assert compiled_of(dataclasses.asdict(found)) == found
 
 
+@pytest.mark.parametrize("claim", ["cost", "latency"])
+def test_a_command_without_any_estimate_says_so(
+    claim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)  # libtpu may be missing
+    words = ["--models", "nfnet_f0", "--topologies", TOPOLOGY, "--timeout-s", "0.01", "--out", str(tmp_path)]
+    more = ["--no-picture"] if claim == "latency" else []
+    assert cli.main(["claim", claim, *words, *more]) == EXIT_WRONG
+    printed = capsys.readouterr()
+    assert "did not compile within 0.01 s" in printed.out
+    assert printed.out.endswith(f"\n\nwritten: {tmp_path}/evidence.json\n")
+    assert printed.err.splitlines()[-1] == "nfnet: no step was estimated: the table says why"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--models", "nfnet_f7"], "unknown published run 'nfnet_f7': known are nfnet_f"),
+        (["--models", "nfnet_f7"], "unknown published run 'nfnet_f7': known are nfnet_f0, nfnet_f1, nfnet_f2"),
         (["--rate", "v5e"], "rate = 'v5e': give a kind of chip and a positive number, such as v5e=1.5"),
         (["--rate", "v5e=1", "v5e=2"], "rate = 'v5e=2': give a kind of chip and a positive number"),
         (["--clock-ghz", "v6e=-1"], "clock_ghz = 'v6e=-1': give a kind of chip and a positive number"),
+        (["--rate", "v7=2"], "rate: 'v7' is no kind of the given topologies, which are of v4, v5e, v6e: give one"),
         (["--images-per-part", "0"], "images_per_part = 0: must be at least 1"),
         (["--timeout-s", "0"], "timeout_s = 0.0: must be positive"),
         (["--topologies", "v5e:9x9"], "topology 'v5e:9x9'"),

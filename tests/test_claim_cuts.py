@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from nfnet_flax import cli
 from nfnet_flax.claims import cuts
-from nfnet_flax.claims.cell import read_result
+from nfnet_flax.claims.cell import RESULT, Result, read_result
 from nfnet_flax.claims.cuts_measured import Measured, RunRow, from_data, measure
 from nfnet_flax.claims.cuts_shown import picture, text
 from nfnet_flax.claims.evidence import FILE, Evidence, read_evidence
@@ -115,6 +116,22 @@ def test_a_killed_run_has_the_numbers_of_one_that_was_not_and_another_seed_has_o
     assert other.loss != same.loss
 
 
+def test_damaged_checkpoints_are_told_with_what_to_do(killed: tuple[Path, cuts.Cell], tmp_path: Path) -> None:
+    cell = killed[1]
+    shutil.copytree(killed[0] / cell.name, tmp_path / cell.name)
+    checkpoints = tmp_path / cell.name / "run" / "checkpoints"
+    for path in [*checkpoints.rglob("*"), *(checkpoints.parent / "best").rglob("*")]:
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    advice = rf"remove this folder \({tmp_path}/{cell.name}\); the same command then repeats this run"
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/{cell.name} has no good checkpoint of step 24: {advice}$"):
+        measure(STUDY, {cell: Result(outcome="finished", step=24, metrics={})}, tmp_path)
+    (tmp_path / cell.name / RESULT).unlink()
+    said = rf"^the run in \S+ cannot go on: all checkpoints in '{checkpoints}' are damaged: {advice} \(log: \S+/log\)$"
+    with pytest.raises(ConfigError, match=said):
+        run_study({cell.name: cuts.recipe_of(cell, STUDY)}, tmp_path, num_jobs=1, variables={})
+
+
 def _cell(row: RunRow) -> cuts.Cell:
     return cuts.Cell(
         seed=row.seed, network=row.network, images_per_part=row.images_per_part, num_devices=row.num_devices
@@ -178,8 +195,10 @@ def _diverged(found: Evidence) -> Evidence:
     ],
 )
 def test_bad_options_are_refused(options: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["claim", "cuts", "--out", str(tmp_path), *options.split()]) == EXIT_BAD_INPUT
+    out = tmp_path / "out"
+    assert cli.main(["claim", "cuts", "--out", str(out), *options.split()]) == EXIT_BAD_INPUT
     assert re.search(said, capsys.readouterr().err)
+    assert not out.exists()
 
 
 def test_evidence_of_another_form_is_refused() -> None:
@@ -191,12 +210,12 @@ def test_claims_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["claim", "--help"]) == EXIT_DONE
     assert "  cuts  " in capsys.readouterr().out
     assert cli.main(["claim", "cut"]) == EXIT_BAD_INPUT
-    assert "unknown claim 'cut': known are cuts" in capsys.readouterr().err
+    assert "unknown claim 'cut': known are agc, cost, cuts, exact, latency" in capsys.readouterr().err
 
 
 def test_the_page_shows_what_the_evidence_says() -> None:
     found, page = read_evidence(STORED, "cuts"), text_of("docs/claims.md")
-    for part in text(found).split("\n\n"):
+    for part in text(found).split("\n\n")[1:]:  # without the command and the machine
         assert part in page
     assert f"\n{found.command}\n" in page
     xml.etree.ElementTree.parse(STORED.with_suffix(".svg"))

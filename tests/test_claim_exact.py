@@ -14,7 +14,7 @@ from nfnet_flax.claims import published
 from nfnet_flax.claims.evidence import read_evidence
 from nfnet_flax.claims.exact import tables, text
 from nfnet_flax.claims.released import WeightFile, weight_files
-from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.models import IMAGE_SIZES, NFNetConfig, build_model, model_config
 from nfnet_flax.models.params import update
 from nfnet_flax.models.registry import VARIANTS
@@ -127,6 +127,28 @@ def test_accuracy_is_that_of_nfnet_eval(
         assert cli.main(["eval", *words, "--json", str(tmp_path / "eval.json"), "--overwrite"]) == EXIT_DONE
         (row,) = json.loads((tmp_path / "eval.json").read_text())
         assert (row["metrics"]["top1"], row["metrics"]["top5"]) == (entry["top1"], entry["top5"])
+
+
+def test_a_file_that_does_not_fit_is_named_and_the_others_are_measured(
+    tmp_path: Path, weights: Path, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "weights", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a_damaged.safetensors").write_bytes(b"{}")
+    shutil.copy(weights / "a_run.safetensors", folder)
+    shutil.copy(weights.parent / "of_timm.safetensors", folder / "dm_nfnet_f0.safetensors")  # it is of test_nfnet
+    words = ["--models", "nf_regnet_b0", "--weights", str(folder), "--images", str(sets / "folder"), "--out", str(out)]
+    assert cli.main(["claim", "exact", *words]) == EXIT_WRONG
+    assert [entry["weights"] for entry in read_evidence(out / "evidence.json", "exact").data["accuracy"]] == [
+        "a_run.safetensors"
+    ]
+    printed = capsys.readouterr()
+    assert f"{folder}/dm_nfnet_f0.safetensors: the timm state dict does not fit the model: " in printed.err
+    assert "and its name says nfnet_f0: rename it, or take it out of the folder (" in printed.err
+    assert "with skip" not in printed.err
+    last = "nfnet: without a result: a_damaged.safetensors, dm_nfnet_f0.safetensors; the reasons are said above"
+    assert printed.err.splitlines()[-1] == last
+    assert printed.out.endswith(f"\n\nwritten: {out}/evidence.json\n")
 
 
 @pytest.mark.parametrize("layout", ["folder/val", "array_record", "parquet", "webdataset"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nfnet_flax.claims import latency, latency_shown, published
-from nfnet_flax.claims.compiled_step import Compiled, compiled
+from nfnet_flax.claims.compiled_step import Compiled, compiled, libtpu_version
 from nfnet_flax.claims.evidence import evidence, read_evidence, write_evidence
 from nfnet_flax.claims.latency import Form, Step
 from nfnet_flax.claims.latency_pair import Measurement, measured_steps
@@ -166,13 +166,15 @@ def test_steps_are_measured_in_turns(tmp_path: Path) -> None:
     assert found.ratio is not None
     assert (found.images_at_a_time, found.rematerialization, found.cycles) == (2, "none", None)
     assert found.place == "1 x cpu"
+    assert (tmp_path / "nf_seresnet26" / "phase").read_text() == "measuring nf_seresnet26 and nf_seresnet26 in turns"
+    assert list((tmp_path / "compiled").glob("jit_train_step*"))  # kept for a second start
     made = evidence(latency.CLAIM, "nfnet claim latency --measure", latency.data_of([found]))
     assert "timed in turns" in latency_shown.text(made)
     # What is kept is not measured again, and not taken for another measurement.
     kept["network"]["seconds"] = [9.0] * 3
     write_json(tmp_path / "nf_seresnet26" / "measured.json", kept)
     assert measured_steps([MEASUREMENT], tmp_path)[0].seconds == 9.0
-    with pytest.raises(ConfigError, match=r"has another measurement, .*: give another --out, or remove it"):
+    with pytest.raises(ConfigError, match=r"has another measurement, .*: give another --out, or remove this folder"):
         measured_steps([dataclasses.replace(MEASUREMENT, images=4)], tmp_path)
 
 
@@ -189,12 +191,18 @@ def test_steps_are_measured_in_turns(tmp_path: Path) -> None:
         (["--image-size", "0"], "image_size = 0: must be at least 1"),
         (["--timeout-s", "0"], "timeout_s = 0.0: must be positive"),
         (["--topologies", "v5e:9x9"], "topology 'v5e:9x9'"),
+        (["--measure", "--topologies", "v5e:2x4"], "topologies = ('v5e:2x4',): is for estimates: leave it out with"),
+        (["--measure", "--jobs", "2"], "jobs = 2: is for estimates: leave it out with --measure"),
+        (["--measure", "--timeout-s", "9"], "timeout_s = 9.0: is for estimates: leave it out with --measure"),
+        (["--rounds", "5"], "rounds = 5: is for measurements: leave it out, or give --measure, too"),
+        (["--compute-dtype", "float32"], "compute_dtype = 'float32': is for measurements: leave it out"),
+        (["--image-size", "64"], "image_size = 64: is for measurements: leave it out"),
     ],
 )
 def test_bad_input_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    if "--models" in options:
-        options = [*options, "--measure"]  # otherwise libtpu is asked for first
+    if not libtpu_version() and "topology" in message:
+        message = "or measure on the devices of this machine, which needs no libtpu: --measure"
     assert message in fails(capsys, "claim", "latency", *options, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

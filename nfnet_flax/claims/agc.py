@@ -7,11 +7,12 @@ rate grows linearly with the batch size, as in the paper.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from nfnet_flax.claims.cell import Result
-from nfnet_flax.config import check_types, require, require_count
+from nfnet_flax.config import Shown, check_types, require, require_count
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.digits import num_digits
 from nfnet_flax.data.mixing_config import RandAugmentConfig
 from nfnet_flax.data.source_config import DigitsSource
 from nfnet_flax.models import ExecutionConfig, ModelConfig, NFResNetConfig, ResNetConfig
@@ -40,26 +41,26 @@ times the learning rate in a step, and a short run ends before they have grown."
 class Study:
     """What is compared, and how long each run is."""
 
-    batch_sizes: tuple[int, ...] = (64, 256, 1024)
+    batch_sizes: Annotated[tuple[int, ...], Shown("N ...")] = (64, 256, 1024)
     """Batch sizes of the runs."""
-    ratios: tuple[float, ...] = (0.01, 0.04, 0.16, 0.64)
-    """Values of lambda of AGC."""
-    max_norms: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    ratios: Annotated[tuple[float, ...], Shown("X ...")] = (0.01, 0.04, 0.16, 0.64)
+    """Values of lambda of AGC: the largest ratio of the norm of a gradient to that of its parameters."""
+    max_norms: Annotated[tuple[float, ...], Shown("X ...")] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Thresholds of clipping by the norm of the whole gradient."""
-    learning_rate_per_256: float = 0.4
+    learning_rate_per_256: Annotated[float, Shown("X")] = 0.4
     """Peak learning rate for a batch of 256; it grows linearly with the batch size."""
-    num_epochs: float = 40.0
+    num_epochs: Annotated[float, Shown("X")] = 40.0
     """Length of each run."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: Annotated[float, Shown("X")] = 5.0
     """Length of the linear warm-up."""
-    exempt_batch_size: int = 256
-    """Batch size of the runs that exempt layers from AGC."""
-    exempt_ratio: float = 0.16
-    """Their lambda."""
-    seeds: int = 3
+    exempt_batch_size: Annotated[int, Shown("N")] = 256
+    """Batch size of the runs that compare which layers AGC leaves out."""
+    exempt_ratio: Annotated[float, Shown("X")] = 0.16
+    """Lambda of the runs that compare which layers AGC leaves out."""
+    seeds: Annotated[int, Shown("N")] = 3
     """Number of runs of each setting, which differ in the seed."""
-    first_seed: int = 0
-    """Seed of the first of them; the others follow."""
+    first_seed: Annotated[int, Shown("N")] = 0
+    """Seed of the first run of each setting; the others have the next ones."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,6 +71,8 @@ class Study:
         require_count("seeds", self.seeds)
         require_count("exempt_batch_size", self.exempt_batch_size)
         require(self.exempt_ratio > 0, "exempt_ratio", self.exempt_ratio, "must be positive")
+        remedy = f"must not be longer than the run: give at most num_epochs, {self.num_epochs:g}"
+        require(self.warmup_epochs <= self.num_epochs, "warmup_epochs", self.warmup_epochs, remedy)
         require(self.first_seed >= 0, "first_seed", self.first_seed, "must not be negative")
 
 
@@ -90,6 +93,18 @@ class Method:
         """Name of a folder."""
         words = [self.kind, *([] if self.value is None else [f"{self.value:g}"]), self.exempt.replace(",", " and")]
         return "-".join(words).strip("-").replace(" ", "-")
+
+
+def check_batches(study: Study) -> None:
+    """Checks that there are enough images for each batch.
+
+    Raises:
+      ConfigError: there are not, or scikit-learn, which contains them, is missing.
+    """
+    most = num_digits("train")
+    remedy = f"must be at most {most:,}, the number of training images"
+    require(max(study.batch_sizes) <= most, "batch_sizes", study.batch_sizes, remedy)
+    require(study.exempt_batch_size <= most, "exempt_batch_size", study.exempt_batch_size, remedy)
 
 
 def methods(study: Study) -> Iterator[Method]:

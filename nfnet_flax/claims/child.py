@@ -11,7 +11,9 @@ from pathlib import Path
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.config_json import differences, to_json
+from nfnet_flax.json_files import read_json
 from nfnet_flax.recipe import Recipe, read_recipe, save_recipe
+from nfnet_flax.runtime import versions
 
 RECIPE, LOG = "recipe.json", "log"
 _LAST_LINES = 3
@@ -21,19 +23,65 @@ def prepare_folder(folder: Path, recipe: Recipe) -> None:
     """Makes the folder of a piece of work, with its recipe, if it is not there.
 
     Raises:
-      ConfigError: it is that of another recipe, or cannot be made.
+      ConfigError: it is that of another recipe, or damaged, or cannot be made.
+      StorageFailed: it cannot be read.
+    """
+    if (folder / RECIPE).exists():
+        check_recipe(folder, recipe)
+    else:
+        write_recipe(folder, recipe)
+
+
+def removal(folder: Path) -> str:
+    """The remedy for the damaged folder of a piece of work."""
+    return f"remove this folder ({folder}); the same command then repeats this run"
+
+
+def kept_recipe(folder: Path) -> Recipe:
+    """The recipe of a piece of work.
+
+    Raises:
+      ConfigError: it is missing or damaged.
+      StorageFailed: it cannot be read.
     """
     path = folder / RECIPE
-    if path.exists():
-        # All fields: a run may continue with another length, but its result would not be that of this recipe.
-        if changed := differences(to_json(read_recipe(path)), to_json(recipe)):
-            raise ConfigError(f"{folder} has another run ({'; '.join(changed)}): give another --out, or remove it")
-        return
+    read_json(path, removal(folder))
+    try:
+        return read_recipe(path)
+    except ConfigError as error:  # its advice is that of nfnet train
+        raise ConfigError(f"{path} is damaged, or of another version of this package: {removal(folder)}") from error
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Checks that a folder is that of a recipe.
+
+    Raises:
+      ConfigError: it is that of another one, or damaged.
+      StorageFailed: it cannot be read.
+    """
+    # All fields: a run may continue with another length, but its result would not be that of this recipe.
+    if changed := differences(to_json(kept_recipe(folder)), to_json(recipe)):
+        said = f"{folder} has another run ({'; '.join(changed)})"
+        raise ConfigError(f"{said}: give another --out, or remove this folder ({folder})")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Makes the folder of a piece of work, and writes its recipe there.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    path = folder / RECIPE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, path)
     except OSError as error:
         raise ConfigError(f"out: {str(folder)!r} cannot be made ({error.strerror}): give another --out") from error
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of what determines a result: this package and JAX."""
+    return {name: version for name, version in versions().items() if name in ("nfnet_flax", "jax")}
 
 
 @contextlib.contextmanager
@@ -66,6 +114,6 @@ def at_end_of_input(act: Callable[[], None]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def last_lines(folder: Path) -> str:
+def last_lines(folder: Path, count: int = _LAST_LINES) -> str:
     """The end of the log of a process, in one line."""
-    return " | ".join((folder / LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]) or "it printed nothing"
+    return " | ".join((folder / LOG).read_text(errors="replace").splitlines()[-count:]) or "it printed nothing"

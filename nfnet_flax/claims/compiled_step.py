@@ -18,7 +18,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from nfnet_flax.claims.child import RECIPE, at_end_of_input, child, last_lines, prepare_folder
+from nfnet_flax.claims.child import (
+    RECIPE,
+    at_end_of_input,
+    child,
+    last_lines,
+    prepare_folder,
+    program_versions,
+)
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
@@ -27,7 +34,6 @@ from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
 from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.recipe import Recipe, read_recipe
-from nfnet_flax.runtime import versions
 
 _NUM_OPERATIONS = 10
 """Number of the most expensive operations that a plan names."""
@@ -104,7 +110,7 @@ def compiled(
     """
     path = folder / f"{rematerialization}.json"
     kept = read_compiled(path)
-    is_of_these = kept is not None and (kept.versions, kept.libtpu) == (_versions(), libtpu_version())
+    is_of_these = kept is not None and (kept.versions, kept.libtpu) == (program_versions(), libtpu_version())
     if kept is not None and is_of_these and (kept.limit_s is None or kept.limit_s >= timeout_s):
         return kept
     place = f"{folder.parent.name}, rematerialization {rematerialization}"
@@ -174,10 +180,6 @@ def libtpu_version() -> str:
         return ""
 
 
-def _versions() -> dict[str, str]:
-    return {name: version for name, version in versions().items() if name in ("nfnet_flax", "jax")}
-
-
 def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: float | None) -> Compiled:
     return Compiled(
         rematerialization=rematerialization,
@@ -186,7 +188,7 @@ def _without_plan(rematerialization: Rematerialization, problem: str, limit_s: f
         libtpu=libtpu_version(),
         problem=problem,
         limit_s=limit_s,
-        versions=_versions(),
+        versions=program_versions(),
     )
 
 
@@ -207,7 +209,7 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
             plan=plan(dataclasses.replace(recipe, execution=execution), topology, num_operations=_NUM_OPERATIONS),
             num_chips=len(chips),
             libtpu=libtpu_version(),
-            versions=_versions(),
+            versions=program_versions(),
         )
     except ConfigError as error:
         found = _without_plan(rematerialization, str(error), None)

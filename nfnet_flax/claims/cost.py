@@ -158,8 +158,8 @@ def text(found: Evidence) -> str:
     """All tables, and what they mean."""
     made = tables(found)
     compilers = sorted({entry["compiled"]["libtpu"] for entry in found.data["estimates"]} - {""})
-    first = f"What the published runs would cost: {origin(found)}; libtpu {', '.join(compilers)}"
-    return "\n\n".join([first, _NOTE, made["estimates"], _PUBLISHED_NOTE, made["published"]])
+    about = f"{_NOTE} Compiled by libtpu {', '.join(compilers)}." if compilers else _NOTE
+    return "\n\n".join([origin(found), about, made["estimates"], _PUBLISHED_NOTE, made["published"]])
 
 
 def _row(estimate: Estimate, rates: Mapping[str, float], clocks_hz: Mapping[str, float]) -> list[str]:

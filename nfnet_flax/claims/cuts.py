@@ -170,12 +170,16 @@ def recipe_of(cell: Cell, study: Study) -> Recipe:
     )
 
 
+def recipes(study: Study) -> dict[str, Recipe]:
+    """Name of each cell -> its run."""
+    return {cell.name: recipe_of(cell, study) for cell in cells(study)}
+
+
 def run(study: Study, folder: Path, *, num_jobs: int) -> dict[Cell, Result]:
     """Trains what has no result yet, on CPUs; arguments and errors as for `run_study`."""
     of_name = {cell.name: cell for cell in cells(study)}
-    recipes = {name: recipe_of(cell, study) for name, cell in of_name.items()}
     variables = {name: variables_of(cell) for name, cell in of_name.items()}
-    found = run_study(recipes, folder, num_jobs=num_jobs, variables=variables)
+    found = run_study(recipes(study), folder, num_jobs=num_jobs, variables=variables)
     return {of_name[name]: result for name, result in found.items()}
 
 

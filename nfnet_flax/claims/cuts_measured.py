@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from nfnet_flax.claims.cell import RUN, Outcome, Result
+from nfnet_flax.claims.child import removal
 from nfnet_flax.claims.cuts import BATCH_SIZE, NUM_CLASSES, Cell, Study, model_of
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.digits import digits
@@ -23,7 +24,7 @@ from nfnet_flax.models.params import merge
 from nfnet_flax.objectives import SoftmaxCrossEntropy
 from nfnet_flax.progress import tracking
 from nfnet_flax.training.gradient import normalise
-from nfnet_flax.training.reading import Run
+from nfnet_flax.training.reading import NoCheckpoint, Run
 from nfnet_flax.training.state import IMAGENET, model_structure
 
 Arrays = Mapping[str, np.ndarray]
@@ -154,7 +155,11 @@ def _on_cpu() -> Iterator[None]:
 
 
 def _weights(cell: Cell, step: int, folder: Path) -> Arrays:
-    return Run(folder / cell.name / RUN).weights("raw", checkpoint=step)
+    try:
+        return Run(folder / cell.name / RUN).weights("raw", checkpoint=step)
+    except NoCheckpoint as error:
+        place = folder / cell.name
+        raise ConfigError(f"{place} has no good checkpoint of step {step}: {removal(place)}") from error
 
 
 def _bits(arrays: Arrays) -> str:

@@ -37,6 +37,7 @@ def text(found: Evidence) -> str:
     measured, made = from_data(found.data), tables(found)
     study = measured.study
     parts = [
+        origin(found),
         f"Each run: {study.steps} updates of {BATCH_SIZE} images of {study.image_size} px. Given are the mean over "
         f"{_count(len(study.seeds), 'seed')}, and in brackets the lowest and the highest value.",
         made["cuts"],

@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,23 @@ from nfnet_flax.json_files import json_content, read_json, write_named
 from nfnet_flax.runtime import versions
 
 FILE = "evidence.json"
+_NAMED = "nfnet_flax", "jax"
+"""Packages whose versions texts name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """When and by what the runs of a study were made, which may be longer ago than its evidence."""
+
+    number: int
+    """Number of runs."""
+    not_recorded: int
+    """Number of those that kept neither versions nor date, as results of earlier versions of this package."""
+    first_date: str
+    """Day on which the first of the others ended; empty: there are none."""
+    last_date: str
+    versions: list[dict[str, str]]
+    """All versions that occur: name of a package -> its version."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +46,14 @@ class Evidence:
     date: str
     """Day on which it ended, such as 2026-01-31."""
     versions: dict[str, str]
-    """Name of a package -> its version."""
+    """Name of a package -> its version; those of the command, see `runs`."""
     data: dict[str, Any]
     """What was measured; each claim describes its own."""
+    runs: Runs | None = None
+    """The runs that it was measured in; None: there are none, or they are not recorded."""
 
 
-def evidence(claim: str, command: str, data: dict[str, Any]) -> Evidence:
+def evidence(claim: str, command: str, data: dict[str, Any], runs: Runs | None = None) -> Evidence:
     """Evidence that was measured just now, on this machine."""
     return Evidence(
         claim=claim,
@@ -42,6 +62,7 @@ def evidence(claim: str, command: str, data: dict[str, Any]) -> Evidence:
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         versions=versions(),
         data=data,
+        runs=runs,
     )
 
 
@@ -66,7 +87,8 @@ def read_evidence(path: Path, claim: str) -> Evidence:
     remedy = f"give a file that nfnet claim {claim} wrote"
     content = read_json(path, remedy)
     try:
-        found = Evidence(**content)
+        runs = content.pop("runs", None)
+        found = Evidence(**content, runs=None if runs is None else Runs(**runs))
     except TypeError as error:
         raise ConfigError(f"{path} is not evidence ({error}): {remedy}") from error
     if found.claim != claim:
@@ -76,9 +98,21 @@ def read_evidence(path: Path, claim: str) -> Evidence:
 
 def origin(found: Evidence) -> str:
     """One line that says where the numbers are from, for texts and pictures."""
-    names = ("nfnet_flax", "jax")
-    packages = ", ".join(f"{name} {found.versions[name]}" for name in names if name in found.versions)
-    return f"{found.command} ({found.machine}; {packages}; {found.date})"
+    parts = [found.machine, version_text(found.versions), found.date]
+    if (runs := found.runs) is not None:
+        if len(runs.versions) > 1:
+            parts.append(f"runs of several versions: {' and '.join(map(version_text, runs.versions))}")
+        if {runs.first_date, runs.last_date} - {"", found.date}:
+            dates = " to ".join(dict.fromkeys((runs.first_date, runs.last_date)))
+            parts.append(f"runs of {dates}")
+        if runs.not_recorded:
+            parts.append(f"versions and date of {runs.not_recorded} of {runs.number} runs not recorded")
+    return f"{found.command} ({'; '.join(parts)})"
+
+
+def version_text(versions: Mapping[str, str]) -> str:
+    """The versions of this package and of JAX, as far as they are known."""
+    return ", ".join(f"{name} {versions[name]}" for name in _NAMED if name in versions)
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:

@@ -110,7 +110,7 @@ def tables(found: Evidence) -> dict[str, str]:
 def text(found: Evidence) -> str:
     """All tables, what they show, and what was left out."""
     made = tables(found)
-    parts = [f"Exactly the published networks: {origin(found)}", _SIZES_NOTE, made["sizes"]]
+    parts = [origin(found), _SIZES_NOTE, made["sizes"]]
     parts += [_LOGITS_NOTE, made["logits"]] if "logits" in made else [_NO_LOGITS]
     parts += [_ACCURACY_NOTE, made["accuracy"]] if "accuracy" in made else [_NO_ACCURACY]
     return "\n\n".join(parts)

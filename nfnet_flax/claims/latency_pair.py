@@ -1,13 +1,15 @@
 """Measures the training steps of two networks in turns, on the devices at hand, in a process of its own.
 
 `python -m nfnet_flax.claims.latency_pair FOLDER` times the steps of the networks that `FOLDER/measurement.json` names,
-and writes `FOLDER/measured.json`. When its standard input ends, as it does when the process that
-started it ends in any way, it ends.
+and writes `FOLDER/measured.json`. Compiled programs are kept beside `FOLDER`, so that a second start is quicker. What
+it is doing stands in `FOLDER/phase`. When its standard input ends, as it does when the process that started it ends in
+any way, it ends.
 """
 
 import dataclasses
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,18 +21,21 @@ from nfnet_flax.claims.latency import Form, Step, forms, recipe_of
 from nfnet_flax.claims.published import NUM_IMAGES
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
-from nfnet_flax.json_files import read_json, write_json
+from nfnet_flax.json_files import read_json, write_json, write_whole
 from nfnet_flax.models import IMAGE_SIZES
 from nfnet_flax.models.layers import ComputeDtype
 from nfnet_flax.paths import made_folder
-from nfnet_flax.progress import tracking
+from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 from nfnet_flax.recipe import Recipe
 from nfnet_flax.runtime import versions
 
-_MEASUREMENT, _MEASURED = "measurement.json", "measured.json"
+_MEASUREMENT, _MEASURED, _PHASE = "measurement.json", "measured.json", "phase"
+_COMPILED = "compiled"
+"""Folder of compiled programs, beside those of the pairs: all pairs have the same reference."""
+_POLL_S = 0.2
 _TOO_LARGE = "RESOURCE_EXHAUSTED"
 """What JAX's error says if a step does not fit into the memory of a device."""
-_REMEDY = "remove this folder; the command then measures again"
+_REMEDY = "remove this folder; the same command then measures again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,18 +130,37 @@ def _measured_pair(folder: Path, measurement: Measurement) -> Pair:
     wanted = {"measurement": dataclasses.asdict(measurement), "versions": versions()}
     if given.exists() and read_json(given, _REMEDY) != wanted:
         raise ConfigError(
-            f"{folder} has another measurement, or one of other versions: give another --out, or remove it"
+            f"{folder} has another measurement, or one of other versions: give another --out, or remove this folder"
         )
     write_json(given, wanted)
     if not path.exists():
+        (folder / _PHASE).unlink(missing_ok=True)  # of a start before
         with child("nfnet_flax.claims.latency_pair", [str(folder)], folder) as process:
-            code = process.wait()
+            code = _waited_for(process, folder / _PHASE)
         if code != EXIT_DONE or not path.exists():
             raise ConfigError(
                 f"measuring {measurement.network} ended with exit code {code} ({last_lines(folder)}): if the memory "
                 "was too small, give fewer --images or a smaller --image-size"
             )
     return _pair_of(read_json(path, _REMEDY), path)
+
+
+def _waited_for(process: "subprocess.Popen[bytes]", phase: Path) -> int:
+    """Shows what a process is doing until it ends; returns its exit code."""
+    said = "starting to measure"
+    while process.poll() is None:
+        with tracking(said, first_line_s=COMPUTING_LINE_S):
+            while process.poll() is None and (now := _text_of(phase) or said) == said:
+                time.sleep(_POLL_S)
+        said = now
+    return process.returncode
+
+
+def _text_of(phase: Path) -> str:
+    try:
+        return phase.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _pair_of(content: Any, path: Path) -> Pair:
@@ -151,19 +175,23 @@ def _pair_of(content: Any, path: Path) -> Pair:
 def main(folder: Path) -> int:
     """Measures; returns an exit code of `exit_codes`."""
     at_end_of_input(lambda: os._exit(EXIT_STOPPED))  # a compiler cannot be interrupted, and there is nothing to save
-    from nfnet_flax.runtime import prepare
-
-    prepare()
     import jax
 
+    from nfnet_flax.runtime import prepare
+
+    _keep_programs(folder.parent / _COMPILED)
+    prepare()
     measurement = Measurement(**read_json(folder / _MEASUREMENT, _REMEDY)["measurement"])
     runs: list[Callable[[], float]] = []
     timed: list[Timed] = []
-    for name in (measurement.reference, measurement.network):
+    names = (measurement.reference, measurement.network)
+    for number, name in enumerate(names, start=1):
+        _say(folder, f"compiling {name} ({number} of {len(names)} of its pair)")
         run, found = _first_that_fits(measurement, name)
         timed.append(found)
         runs += [] if run is None else [run]
     if len(runs) == len(timed):
+        _say(folder, f"measuring {' and '.join(names)} in turns")
         for _ in range(measurement.rounds):
             for run, found in zip(runs, timed, strict=True):
                 found.seconds.append(run())
@@ -171,6 +199,19 @@ def main(folder: Path) -> int:
     pair = Pair(place=f"{len(devices)} x {devices[0].device_kind}", reference=timed[0], network=timed[1])
     write_json(folder / _MEASURED, dataclasses.asdict(pair))
     return EXIT_DONE
+
+
+def _say(folder: Path, phase: str) -> None:
+    write_whole(folder / _PHASE, phase.encode())  # as a whole: another process reads it
+
+
+def _keep_programs(folder: Path) -> None:
+    """Keeps all compiled programs in a folder, unless the user has chosen another one for JAX."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _first_that_fits(measurement: Measurement, name: str) -> tuple[Callable[[], float] | None, Timed]:

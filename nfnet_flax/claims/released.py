@@ -8,13 +8,14 @@ from typing import Literal
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
+from nfnet_flax.data.pipeline import reading
 from nfnet_flax.data.recognition import evaluation_source
 from nfnet_flax.data.source_config import ArrayRecordSource, FolderSource, SourceConfig
 from nfnet_flax.models.registry import IMAGE_SIZES, name_of
 from nfnet_flax.paths import local_path
 from nfnet_flax.training.evaluating import data_for, measure_weights, opened_weights
 from nfnet_flax.weights.convert import convert_haiku, convert_timm
-from nfnet_flax.weights.entries import HostArrays
+from nfnet_flax.weights.entries import DoesNotFit, HostArrays
 from nfnet_flax.weights.portable import WeightsInfo
 from nfnet_flax.weights.timm_folder import is_folder
 
@@ -98,6 +99,17 @@ def images_in(root: str) -> SourceConfig:
     return found
 
 
+def check_images(images: SourceConfig) -> None:
+    """Opens a validation set, so that what is wrong with it is not said of the weights.
+
+    Raises:
+      ConfigError: it is incomplete, or holds no images.
+      InputFailed: it cannot be read.
+    """
+    with reading("eval"):
+        images.open("eval", 1)
+
+
 def accuracy(file: WeightFile, images: SourceConfig) -> Accuracy:
     """Evaluates weights on all images of the held-out split.
 
@@ -105,9 +117,22 @@ def accuracy(file: WeightFile, images: SourceConfig) -> Accuracy:
     sides resized to 32 px more than the test resolution of the network, then cropped.
 
     Raises:
-      ConfigError: the weights are damaged, are of another network than their name says, or do not fit the images.
+      ConfigError: the weights are damaged, are of another network than their name says, or do not fit the images; the
+        message names the file.
       InputFailed: the images cannot be read.
     """
+    try:
+        return _accuracy(file, images)
+    except DoesNotFit as error:
+        of_name = "" if file.model is None else f", and its name says {file.model}: rename it, or"
+        remedy = f"{of_name or ':'} take it out of the folder ({'; '.join(error.lines)})"
+        raise ConfigError(f"{file.path}: {error.said}{remedy}") from error
+    except ConfigError as error:
+        said = str(error)
+        raise ConfigError(said if str(file.path) in said else f"{file.path}: {said}") from error
+
+
+def _accuracy(file: WeightFile, images: SourceConfig) -> Accuracy:
     info, arrays = _opened(file)
     name = name_of(info.model)
     recorded = data_for(info, images)

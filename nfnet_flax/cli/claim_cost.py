@@ -7,9 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from nfnet_flax.cli.options import DIR, SECONDS, parsed
+from nfnet_flax.cli.claim_output import conclude
+from nfnet_flax.cli.options import COUNTS, DIR, NAMES, SECONDS, parsed
 from nfnet_flax.config import ConfigError, require, require_count, unknown_name
-from nfnet_flax.exit_codes import EXIT_DONE
+from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
+from nfnet_flax.messages import warn
 from nfnet_flax.paths import made_folder
 
 
@@ -18,18 +20,21 @@ class CostOptions:
     """What the published runs would cost on TPUs: memory per chip, days, chip-hours and price.
 
     The TPU compiler (extra `tpu`) compiles each training step; no TPU is needed, and its estimates are no measurements.
-    Compiling F0 takes minutes of one core; allow hours and more than 10 GB of memory for F5 and F6. The same command
-    continues what was stopped or killed.
+    A published run is 360 epochs of ImageNet in batches of 4096 images, F6 with SAM (sharpness-aware minimization,
+    which computes two gradients for each update). Each chip computes its images in parts, one after the other.
+    Compiling F0 takes minutes of one core; allow hours and more than 10 GB of memory for F5 and F6, and so many hours
+    for the default, all networks on three kinds of chip. The same command continues what was stopped or killed.
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    models: Annotated[tuple[str, ...], NAMES] = ()
     """Networks: nfnet_f0 ... nfnet_f6; without this option all of them."""
     topologies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY ...")] = ("v4:4x4x8", "v5e:8x16", "v6e:8x16")
-    """Slices. Those without this option have 128 chips, so 32 images for each chip, as the published TPUv3 cores."""
-    images_per_part: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (16,)
-    """Numbers of images that a chip computes at a time; 16 are those of the recipe. More take more memory and less
-    time, and the slice must have a part for each chip. F6 with other parts is another training, as SAM's first gradient
-    is that of a fifth of each part."""
+    """Kinds and grids of TPU chips, such as v5e:8x16. Those without this option have 128 chips, so 32 images for each
+    chip, as the published TPUv3 cores."""
+    images_per_part: Annotated[tuple[int, ...], COUNTS] = (16,)
+    """Numbers of images in a part, which a chip computes at a time; 16 are those of the recipe. More take more memory
+    and less time, and the slice must have a part for each chip. F6 with other parts is another training, as SAM's first
+    gradient is that of a fifth of each part."""
     rate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=USD ...")] = ()
     """Price of an hour of one chip in US dollars, for each kind of chip: v5e=1.5. Without it there are no prices."""
     clock_ghz: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=GHZ ...")] = ()
@@ -53,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
 
     set_environment()  # before JAX looks for devices
     from nfnet_flax.claims import cost
-    from nfnet_flax.claims.evidence import evidence, write_evidence
+    from nfnet_flax.claims.evidence import evidence
 
     for name in options.models:
         if name not in cost.RUNS:
@@ -61,15 +66,18 @@ def run(argv: Sequence[str]) -> int:
     names = tuple(dict.fromkeys(options.models)) or cost.RUNS
     topologies = tuple(dict.fromkeys(options.topologies))
     require(bool(topologies), "topologies", topologies, "give at least one, such as v5e:2x4")
-    for topology in topologies:
-        devices_of(topology)  # an error now, not after hours
     _check_kinds(topologies, {"rate": rates, "clock_ghz": clocks_ghz})
-    out = made_folder("out", options.out)
     recipes = [cost.recipe_of(name, count) for name in names for count in dict.fromkeys(options.images_per_part)]
+    for topology in topologies:
+        devices_of(topology)  # an error now, not after hours; and after all that needs no compiler
+    out = made_folder("out", options.out)
     estimates = cost.study(recipes, topologies, out / "plans", options.timeout_s)
     data = cost.data_of(estimates, rates, {kind: 1e9 * value for kind, value in clocks_ghz.items()})
     found = evidence(cost.CLAIM, shlex.join(["nfnet", "claim", "cost", *argv]), data)
-    print(f"{cost.text(found)}\n\nevidence: {write_evidence(found, out)}")
+    conclude(found, out, cost.text(found))
+    if all(estimate.compiled.plan is None for estimate in estimates):
+        warn("no step was estimated: the table says why")
+        return EXIT_WRONG
     return EXIT_DONE
 
 
@@ -98,5 +106,6 @@ def _check_kinds(topologies: Sequence[str], given: dict[str, dict[str, float]]) 
     for field, numbers in given.items():
         for kind in numbers.keys() - kinds:
             raise ConfigError(
-                f"{field}: {kind!r} is no kind of the given topologies: known are {', '.join(sorted(kinds))}"
+                f"{field}: {kind!r} is no kind of the given topologies, which are of {', '.join(sorted(kinds))}: give "
+                "one of these, or --topologies of that kind"
             )

@@ -5,26 +5,22 @@ import shlex
 from collections.abc import Sequence
 from typing import Annotated
 
-import tyro
-
-from nfnet_flax.cli.options import COUNT, DIR, PIXELS, parsed
-from nfnet_flax.config import require
+from nfnet_flax.cli.claim_output import Picture, check_picture, conclude
+from nfnet_flax.cli.options import COUNT, COUNTS, DIR, NUMBER, PIXELS, parsed
+from nfnet_flax.config import require, require_count
 from nfnet_flax.exit_codes import EXIT_DONE
-from nfnet_flax.json_files import write_named
 from nfnet_flax.paths import made_folder
-from nfnet_flax.plots import check_matplotlib
-
-_PICTURE = "cuts.svg"
-_COUNTS = tyro.conf.arg(metavar="N ...")
 
 
 @dataclasses.dataclass(frozen=True)
 class CutsOptions:
-    """Normalizer-free against BatchNorm, by the cut of the batch.
+    """Normalizer-free against BatchNorm, by the cut of the batch: into how many parts it is divided, which are computed
+    one after the other or on several devices.
 
-    Trains NF-ResNet and BatchNorm ResNet on the digits that scikit-learn contains, with the same number of updates, in
-    batches of 64 images that are cut into parts of fewer and fewer images; and with one cut on several numbers of CPU
-    devices. Prints tables, and writes them with a picture. The same command continues what was stopped or killed.
+    Trains NF-ResNet (a ResNet without normalization layers) and a ResNet with BatchNorm on the digits that scikit-learn
+    contains, with the same number of updates, in batches of 64 images that are cut into parts of fewer and fewer
+    images; and with one cut on several numbers of CPU devices. Prints tables, and writes them with a picture. The 36
+    runs of the default take 10 to 20 minutes on two cores. The same command continues what was stopped or killed.
     """
 
     out: Annotated[str, DIR] = "claims/cuts"
@@ -34,23 +30,24 @@ class CutsOptions:
     seeds: Annotated[int, COUNT] = 3
     """Number of seeds."""
     first_seed: Annotated[int, COUNT] = 0
-    """The first of them."""
+    """The first seed; the others are the next ones."""
     steps: Annotated[int, COUNT] = 224
     """Number of updates of each run."""
-    images_per_part: Annotated[tuple[int, ...], _COUNTS] = (64, 32, 16, 8, 4)
-    """The cuts: the number of images of each part, powers of two."""
-    devices: Annotated[tuple[int, ...], _COUNTS] = (1, 2, 4, 8)
-    """Numbers of devices, powers of two."""
+    images_per_part: Annotated[tuple[int, ...], COUNTS] = (64, 32, 16, 8, 4)
+    """The cuts: numbers of images in each part of a batch, powers of two."""
+    devices: Annotated[tuple[int, ...], COUNTS] = (1, 2, 4, 8)
+    """Numbers of CPU devices over which one of the cuts is divided, powers of two."""
     image_size: Annotated[int, PIXELS] = 16
     """Height and width of the images."""
-    widths: Annotated[tuple[int, ...], _COUNTS] = (32, 64)
+    widths: Annotated[tuple[int, ...], COUNTS] = (32, 64)
     """Channels of the stages of both networks."""
-    depths: Annotated[tuple[int, ...], _COUNTS] = (1, 1)
+    depths: Annotated[tuple[int, ...], COUNTS] = (1, 1)
     """Residual blocks of the stages."""
-    learning_rate: Annotated[float, tyro.conf.arg(metavar="X")] = 0.1
+    learning_rate: Annotated[float, NUMBER] = 0.1
     """Peak of the learning rate."""
-    clipping: Annotated[float, tyro.conf.arg(metavar="LAMBDA")] = 0.16
-    """Lambda of adaptive gradient clipping for NF-ResNet; 0: no clipping."""
+    clipping: Annotated[float, NUMBER] = 0.16
+    """Lambda of AGC (adaptive gradient clipping) for NF-ResNet: the largest ratio of the norm of a gradient to that of
+    its parameters; 0: no clipping."""
     picture: bool = True
     """Draw the picture (extra `plots`)."""
 
@@ -59,14 +56,14 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = parsed(CutsOptions, argv, "nfnet claim cuts")
     require(options.seeds >= 1, "seeds", options.seeds, "must be at least 1")
-    if options.picture:
-        check_matplotlib("picture", "True")
+    if options.jobs is not None:
+        require_count("jobs", options.jobs)
 
     from nfnet_flax.claims import cuts
     from nfnet_flax.claims.cuts_measured import measure
     from nfnet_flax.claims.cuts_shown import picture, text
-    from nfnet_flax.claims.evidence import evidence, write_evidence
-    from nfnet_flax.claims.study import num_cores
+    from nfnet_flax.claims.evidence import evidence
+    from nfnet_flax.claims.study import num_cores, runs_of
     from nfnet_flax.runtime import prepare
 
     study = cuts.Study(
@@ -80,15 +77,16 @@ def run(argv: Sequence[str]) -> int:
         learning_rate=options.learning_rate,
         clipping=options.clipping,
     )
+    cuts.recipes(study)  # an error now, before anything is written
+    if options.picture:
+        check_picture()
     folder = made_folder("out", options.out)
     prepare(reproducible=True)
     results = cuts.run(study, folder, num_jobs=num_cores() if options.jobs is None else options.jobs)
     measured = measure(study, results, folder)
-    found = evidence("cuts", shlex.join(["nfnet", "claim", "cuts", *argv]), dataclasses.asdict(measured))
-    written = [write_evidence(found, folder)]
-    if options.picture:
-        written.append(folder / _PICTURE)
-        write_named("out", written[-1], picture(found, "svg"))
-    print(text(found))
-    print("\n" + "\n".join(f"written: {path}" for path in written))
+    command = shlex.join(["nfnet", "claim", "cuts", *argv])
+    found = evidence("cuts", command, dataclasses.asdict(measured), runs_of(results.values()))
+    conclude(
+        found, folder, text(found), Picture("cuts.svg", lambda: picture(found, "svg")) if options.picture else None
+    )
     return EXIT_DONE

@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
 
     names = fnmatch.filter(list_models(), options.pattern)
     if not names:
-        raise unknown_name("model", options.pattern, list_models())
+        raise unknown_name("model", options.pattern, list_models(), listed_by="nfnet models")
     print("GFLOPs: multiply-adds of one image at train px, forward. Top-1: published, ImageNet, at test px.")
     print(f"{'name':<16}{'parameters':>14}{'GFLOPs':>9}{'train px':>10}{'test px':>9}{'top-1':>8}")
     for name in names:

@@ -47,7 +47,7 @@ def _copy(argv: list[str]) -> int:
     files = recipe_files()
     name = options.name.removesuffix(".py")
     if name not in files:
-        raise unknown_name("recipe", options.name, files)
+        raise unknown_name("recipe", options.name, files, listed_by="nfnet recipes")
     copy = made_folder("DIR", options.folder) / files[name].name
     try:
         with copy.open("x") as file:

@@ -90,10 +90,8 @@ def _found(reference: str, parameters: Parameters | None, checkpoint: Which | No
     if hub_name(reference) is None:
         place = place_of(_FIELD, reference)
         if isinstance(place, Path) and Path(reference).name == reference and is_missing(place):
-            raise ConfigError(
-                f"{unknown_name('model', reference, list_models())} (nfnet models lists all); and there is no file or "
-                "folder of this name"
-            )
+            unknown = unknown_name("model", reference, list_models(), listed_by="nfnet models")
+            raise ConfigError(f"{unknown}; and there is no file or folder of this name")
         if is_run(_FIELD, reference):
             run = Run(reference, field=_FIELD)
             _, info, arrays = weights_at(run, parameters or "ema", "newest" if checkpoint is None else checkpoint)

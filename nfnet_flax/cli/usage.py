@@ -36,9 +36,9 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet COMMAND --help                                      every option of a command
   nfnet --version                                           versions of this package and of those that it uses
 
-exit codes: 0 done, 1 a bug (doctor: something is wrong; predict: an image has no result), 2 bad input or a folder in
-            use, 3 the loss is not finite, 4 the input failed (a worker died or hung, or a file cannot be read), 5 a
-            process died, hung or did not start, or another one took over the folder, 6 the run's folder cannot be read
-            or written, 7 devices or processes hold different copies of the state, 75 stopped and saved (run the same
-            command again)
+exit codes: 0 done, 1 a bug (doctor: something is wrong; predict, claim: something has no result), 2 bad input or a
+            folder in use, 3 the loss is not finite, 4 the input failed (a worker died or hung, or a file cannot be
+            read), 5 a process died, hung or did not start, or another one took over the folder, 6 the run's folder
+            cannot be read or written, 7 devices or processes hold different copies of the state, 75 stopped and saved
+            (run the same command again)
 """

@@ -34,9 +34,7 @@ def digits(split: Split, image_size: int) -> ArraySource:
     from PIL import Image
 
     images, labels = _all_digits()
-    order = np.random.default_rng(0).permutation(len(labels))
-    held_out = np.arange(len(order)) % _HELD_OUT_EVERY == 0
-    chosen = order[held_out if split == "eval" else ~held_out]
+    chosen = _chosen(split, len(labels))
     field = "data.image_size" if split == "train" else "data.eval_image_size"
     num_bytes = 5 * len(chosen) * image_size**2  # single images, one array of them, and that array in three channels
     check_memory(field, image_size, num_bytes, f"{len(chosen)} digits of {image_size} px")
@@ -45,6 +43,18 @@ def digits(split: Split, image_size: int) -> ArraySource:
     enlarged = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
     in_colour = np.repeat(np.stack(enlarged)[..., None], 3, axis=3)
     return ArraySource(images=in_colour, labels=labels[chosen].astype(np.int32))
+
+
+def num_digits(split: Split) -> int:
+    """Number of images of a split."""
+    return len(_chosen(split, len(_all_digits()[1])))
+
+
+def _chosen(split: Split, count: int) -> np.ndarray:
+    """Places of the images of a split among all of them."""
+    order = np.random.default_rng(0).permutation(count)
+    held_out = np.arange(count) % _HELD_OUT_EVERY == 0
+    return order[held_out if split == "eval" else ~held_out]
 
 
 @functools.cache

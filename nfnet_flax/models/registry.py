@@ -100,7 +100,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     """
     require(isinstance(name, str), "model", name, "give the name of a network; list_models() has them")
     if name not in VARIANTS:
-        raise unknown_name("model", name, VARIANTS)
+        raise unknown_name("model", name, VARIANTS, listed_by="nfnet models")
     config = VARIANTS[name]
     fields = {field.name for field in dataclasses.fields(config)}
     for field in overrides:

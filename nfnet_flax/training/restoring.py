@@ -47,6 +47,10 @@ _NO_STEP = -1
 _barrier_names = (f"checkpoint read {number}" for number in itertools.count())
 
 
+class AllDamaged(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """A run has checkpoints, but none that is good."""
+
+
 def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
     """The newest state that is undamaged, bit for bit; for each newer one a warning gives the reason.
 
@@ -60,8 +64,8 @@ def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool
       The state and its notes, of the same step in every process; None if there is no checkpoint yet.
 
     Raises:
-      ConfigError: there are checkpoints, but all of them are damaged; or the newest good one contains other arrays than
-        this recipe needs.
+      AllDamaged: there are checkpoints, but all of them are damaged.
+      ConfigError: the newest good one contains other arrays than this recipe needs.
       StorageFailed: a checkpoint cannot be read for another reason than damage. Nothing was moved.
     """
     folder = run.path / CHECKPOINTS
@@ -74,7 +78,7 @@ def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool
         damaged.append(step)
     else:
         if damaged:
-            raise ConfigError(
+            raise AllDamaged(
                 f"all checkpoints in {str(folder)!r} are damaged: restore a good one from a copy, "
                 "or move that folder away to start at step 0"
             )

@@ -41,6 +41,23 @@ class Entry:
     """Converts from our layout to the format's."""
 
 
+class DoesNotFit(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
+    """Stored arrays are not those of a network. The message ends with the advice for Python code; a command that has no
+    such options makes its own of the attributes."""
+
+    def __init__(self, said: str, lines: Sequence[str]) -> None:
+        """Makes the message.
+
+        Args:
+          said: what does not fit.
+          lines: the entries that differ, as far as they are listed.
+        """
+        advice = "another variant? name another model, or leave entries out with skip"
+        super().__init__(f"{said} ({advice}):\n" + "\n".join(f"  {line}" for line in lines))
+        self.said = said
+        self.lines = tuple(lines)
+
+
 def arrays_of(model: nnx.Module) -> HostArrays:
     """Parameters and running statistics of a network, by our names."""
     _, params, batch_stats = split(model)
@@ -116,11 +133,8 @@ def read_entries(
             else:
                 found[entry.ours] = entry.to_ours(value).astype(types[entry.ours])
     if problems:
-        raise ConfigError(
-            f"{source} does not fit the model: {len(problems)} of {len(entries)} entries differ "
-            "(another variant? name another model, or leave entries out with skip):\n"
-            + "\n".join(f"  {line}" for line in summary(problems))
-        )
+        said = f"{source} does not fit the model: {len(problems)} of {len(entries)} entries differ"
+        raise DoesNotFit(said, summary(problems))
     return found
 
 
