@@ -15,7 +15,9 @@ import pytest
 from nfnet_flax import cli
 from nfnet_flax.claims import agc
 from nfnet_flax.claims.agc_shown import agc_text, spread, tables
+from nfnet_flax.claims.cell import read_result
 from nfnet_flax.claims.evidence import read_evidence
+from nfnet_flax.claims.study import run_study
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from nfnet_flax.models import NFResNetConfig, ResNetConfig
@@ -23,6 +25,16 @@ from nfnet_flax.optim import AGC, GlobalNorm
 from nfnet_flax.training.setup import assemble
 
 SHORT = ("--batch-sizes", "720", "--ratios", "0.16", "--max-norms", "1", "--exempt-batch-size", "720")
+STUDY = agc.Study(
+    batch_sizes=(720,),
+    ratios=(0.16,),
+    max_norms=(1.0,),
+    exempt_batch_size=720,
+    num_epochs=2.0,
+    warmup_epochs=1.0,
+    seeds=1,
+)
+"""The study of `SHORT` and `LENGTH`."""
 LENGTH = ("--num-epochs", "2", "--warmup-epochs", "1", "--seeds", "1")
 
 
@@ -63,11 +75,15 @@ def test_a_killed_study_goes_on_and_repeats_nothing(measured: tuple[Path, str], 
     printed = again.communicate(timeout=60)[0]
     assert again.returncode == EXIT_DONE, printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    alone = tmp_path / "alone"
-    other = start(alone, "--jobs", "2")
-    printed = other.communicate(timeout=300)[0]
-    assert other.returncode == EXIT_DONE, printed
-    assert cells_of(alone) == cells_of(out)
+    recipes = agc.recipes(STUDY)
+    assert {f"{name}/result.json" for name in recipes} == {f"{path.relative_to(out / 'runs')}" for path in before}
+    # The run that was killed, which is the first one, and another one, undisturbed:
+    undisturbed = {name: recipes[name] for name in list(recipes)[:2]}
+    variables = {name: {"JAX_PLATFORMS": "cpu"} for name in undisturbed}
+    for name, result in run_study(undisturbed, tmp_path, num_jobs=2, variables=variables).items():
+        found = read_result(out / "runs" / name)
+        assert found is not None
+        assert dataclasses.replace(found, date=result.date) == result
 
 
 def test_another_seed_gives_other_numbers_and_another_folder_is_asked_for(
