@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from nfnet_flax.config import ConfigError, check_types, require
-from nfnet_flax.own_code import public_name
+from nfnet_flax.own_code import is_in_use, public_name
 from nfnet_flax.paths import hub_name
 from nfnet_flax.storage.url import is_url
 
@@ -87,10 +87,12 @@ def kinds_of(hint: type) -> dict[str, type]:
 
     For a base class that users may derive from, these are the package's classes, in the order of the table, and the
     users' classes that are loaded. Of several classes with the same name (a file was loaded twice) the newest counts.
+    Classes of a file that ended with an error do not count.
     """
     if not issubclass(hint, OpenConfig):
         return {type_name(hint): hint}
-    own = {type_name(kind): kind for kind in _subclasses(hint) if is_own(kind) and not inspect.isabstract(kind)}
+    users = (kind for kind in _subclasses(hint) if is_own(kind) and is_in_use(kind))
+    own = {type_name(kind): kind for kind in users if not inspect.isabstract(kind)}
     known = _TABLES.get(hint, () if inspect.isabstract(hint) else (hint,))
     return {type_name(kind): kind for kind in known} | own
 

@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from nfnet_flax.paths import local_path
 
 _FILES: dict[str, Path] = {}
 """Name in `sys.modules` -> file that was run under this name, because a user named the file."""
+_OF_FAILED = weakref.WeakSet[type]()
+"""Classes of files that ended with an error; Python keeps them for a while."""
 _UNKNOWN_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
@@ -71,15 +74,27 @@ def run_file(file: Path) -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(name), _FILES.get(name)
     sys.modules[name] = module  # dataclasses look up the names in their annotations there
     _FILES[name] = file
     try:
         spec.loader.exec_module(module)
     except BaseException:
+        _OF_FAILED.update(
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name
+        )
         sys.modules.pop(name, None)
         del _FILES[name]
+        match before:  # what an older version of the file defined stays in use
+            case types.ModuleType() as older, Path() as its_file:
+                sys.modules[name], _FILES[name] = older, its_file
         raise
     return module
+
+
+def is_in_use(kind: type) -> bool:
+    """Whether a class is one of a module that is loaded, and not of a file that ended with an error."""
+    return kind.__module__ in sys.modules and kind not in _OF_FAILED
 
 
 def _free_name(file: Path) -> str:

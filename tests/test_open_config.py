@@ -24,7 +24,7 @@ from nfnet_flax.data.sources import open_source
 from nfnet_flax.models import Classifier, ModelConfig, NFNetConfig, build_model
 from nfnet_flax.models.classifier import block_specs
 from nfnet_flax.models.layers import Dense, WSConv
-from nfnet_flax.objectives import Distillation, Objective
+from nfnet_flax.objectives import Distillation, Objective, SoftmaxCrossEntropy
 from nfnet_flax.open_config import OpenConfig, kinds_of, type_name, with_absolute_places, with_places_of
 from nfnet_flax.own_code import load_code
 from nfnet_flax.recipe_file import load_recipe
@@ -112,6 +112,33 @@ def test_the_newest_class_of_a_name_counts(tmp_path: Path) -> None:
     assert changed.objective == kind(power=3.0)
     changed, _ = alternatives.choose(recipe, ["--objective", "levels_of_mine:Mine"], "nfnet train")
     assert changed.objective == kind()
+
+
+def test_classes_of_a_file_that_failed_do_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "fails_at_its_end.py"
+    text = """
+        import dataclasses
+        from nfnet_flax.objectives import SoftmaxCrossEntropy
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class OfFailed(SoftmaxCrossEntropy):
+            power: float = 1.0
+    """
+    file.write_text(textwrap.dedent(text) + "\nraise ValueError('at its end')\n")
+    with pytest.raises(ConfigError, match="at its end"):
+        load_code(file)
+    kept = [kind for kind in SoftmaxCrossEntropy.__subclasses__() if kind.__name__ == "OfFailed"]
+    assert len(kept) == 1  # as Python has not collected it yet
+    assert "fails_at_its_end:OfFailed" not in kinds_of(Objective)
+    alternatives.describe(load_recipe(runs.DIGITS))
+
+    file.write_text(textwrap.dedent(text))
+    first = load_code(file)
+    file.write_text(textwrap.dedent(text) + "\nraise ValueError('at its end')\n")
+    with pytest.raises(ConfigError, match="at its end"):
+        load_recipe(file)
+    assert sys.modules["fails_at_its_end"] is first
+    assert kinds_of(Objective)["fails_at_its_end:OfFailed"] is vars(first)["OfFailed"]
 
 
 @pytest.mark.parametrize("name", ["json", "grain", "my-recipe", "my.recipe"])
