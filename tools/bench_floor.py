@@ -2,7 +2,7 @@
 
 `pip install -e .[bench]`, then `JAX_PLATFORMS=cpu python tools/bench_floor.py [--model nfnet_f0 --batch 8]`. Each
 different convolution of the network is timed by itself, forward and both gradients, as this package computes it with
-XLA and as PyTorch does with oneDNN, in turns; the sums count each as often as the network has it. The update reads a
+XLA and as PyTorch does with oneDNN; the sums count each as often as the network has it. The update reads a
 parameter, its gradient, its momentum and its average, and writes all but the gradient: a program that only does this
 with arrays of the same size is the floor of the update.
 """
@@ -120,15 +120,18 @@ def update(num_parameters: int) -> Run:
 
 
 def milliseconds(runs: list[Run], rounds: int) -> list[float]:
-    """Medians of alternating runs."""
-    times: list[list[float]] = [[] for _ in runs]
-    for round_ in range(rounds + 1):
-        for run, kept in zip(runs, times, strict=True):
+    """Median of each, one after the other: PyTorch's threads wait for their next work by computing, for a while."""
+    found = []
+    for run in runs:
+        time.sleep(0.1)  # until those threads sleep
+        times = []
+        for round_ in range(rounds + 1):
             started = time.perf_counter()
             run()
             if round_:  # the first one warms up
-                kept.append(1e3 * (time.perf_counter() - started))
-    return [statistics.median(each) for each in times]
+                times.append(1e3 * (time.perf_counter() - started))
+        found.append(statistics.median(times))
+    return found
 
 
 def main() -> None:
