@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,7 @@ import nfnet_flax
 from nfnet_flax.models.convolution import conv2d, library_convolutions
 from nfnet_flax.models.params import merge, split
 from nfnet_flax.runtime import keep_freed_memory
-
-Run = Callable[[], None]
+from tools.bench_step import Run, timed
 
 
 class Convolution(NamedTuple):
@@ -45,10 +44,8 @@ class Convolution(NamedTuple):
     stride: int
 
 
-def convolutions(name: str, batch: int, size: int) -> collections.Counter[Convolution]:
+def convolutions(model: nnx.Module, batch: int, size: int) -> collections.Counter[Convolution]:
     """The convolutions of a network's forward pass, and how often it has each of them."""
-    model = nnx.eval_shape(lambda: nfnet_flax.create_model(name, rngs=nnx.Rngs(0)))
-    model.eval()
     graphdef, params, batch_stats = split(model)
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
     with library_convolutions():
@@ -124,13 +121,8 @@ def milliseconds(runs: list[Run], rounds: int) -> list[float]:
     found = []
     for run in runs:
         time.sleep(0.1)  # until those threads sleep
-        times = []
-        for round_ in range(rounds + 1):
-            started = time.perf_counter()
-            run()
-            if round_:  # the first one warms up
-                times.append(1e3 * (time.perf_counter() - started))
-        found.append(statistics.median(times))
+        run()  # warm
+        found.append(1e3 * statistics.median(timed(run) for _ in range(rounds)))
     return found
 
 
@@ -148,9 +140,11 @@ def main() -> None:
         f"{options.model}, batch {options.batch}, {options.size} px, float32; JAX {jax.__version__}, "
         f"PyTorch {torch.__version__}; ms: ours forward, gradients; PyTorch's forward, gradients"
     )
+    model = nnx.eval_shape(lambda: nfnet_flax.create_model(options.model, rngs=nnx.Rngs(0)))
+    model.eval()
     sums = [0.0] * 4
     flops = 0.0
-    for case, count in convolutions(options.model, options.batch, options.size).items():
+    for case, count in convolutions(model, options.batch, options.size).items():
         found = milliseconds([*ours(case), *theirs(case)], options.rounds)
         sums = [total + count * each for total, each in zip(sums, found, strict=True)]
         outputs = case.batch * (-(-case.size // case.stride)) ** 2 * case.features
@@ -163,7 +157,6 @@ def main() -> None:
     print(f"{'all convolutions':<50}" + "".join(f"{each:9.1f}" for each in sums))
     rates = [flops / sums[0], 2 * flops / sums[1], flops / sums[2], 2 * flops / sums[3]]
     print(f"{'GFLOP/s':<50}" + "".join(f"{each / 1e6:9.0f}" for each in rates))
-    model = nnx.eval_shape(lambda: nfnet_flax.create_model(options.model, rngs=nnx.Rngs(0)))
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
     (update_ms,) = milliseconds([update(num_parameters)], options.rounds)
     gb_per_s = 7 * 4 * num_parameters / update_ms / 1e6

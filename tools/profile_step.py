@@ -8,6 +8,7 @@ cores: only compare the lines with one another.
 
 import argparse
 import collections
+import math
 import statistics
 import sys
 import tempfile
@@ -20,9 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from jax.profiler import ProfileData
 
+from nfnet_flax.models import model_config
 from nfnet_flax.programs.hlo import parse
+from nfnet_flax.programs.memory_traffic import kernels_of
 from nfnet_flax.programs.operations import Operation
 from nfnet_flax.runtime import keep_freed_memory
+from nfnet_flax.training.state import model_structure
 from tools.bench_step import our_training, timed
 
 
@@ -57,10 +61,19 @@ def _kind(opcodes: set[str]) -> str:
     return "with a transpose" if opcodes & {"transpose", "copy"} else "element-wise, sums, cuts"
 
 
+def passes_of_update(text: str, num_parameters: int) -> float:
+    """How often the update of a compiled program reads or writes an array of the size of all parameters."""
+    kernels = [kernel for kernel in kernels_of(parse(text)) if _phase(kernel.operation.source) == "update"]
+    return sum(kernel.times * kernel.num_bytes for kernel in kernels) / (4 * num_parameters)
+
+
 def profile(options: argparse.Namespace, num_parts: int | None) -> tuple[float, collections.Counter[tuple[str, str]]]:
     """Wall time of a step in milliseconds, and milliseconds of each phase and kind of work; all are medians."""
     step = our_training(options, "ours", num_parts, library=False, reproducible=options.reproducible)
     kinds = kinds_of(step.text)
+    shapes = model_structure(model_config(options.model), 1000).shapes
+    count = sum(math.prod(shape.shape) for shape in shapes.values())
+    print(f"the update reads and writes all parameters {passes_of_update(step.text, count):.1f} times", flush=True)
     for _ in range(2):
         step.run()
     wall = statistics.median(timed(step.run) for _ in range(options.steps))

@@ -81,14 +81,14 @@ def is_started(folder: Path) -> bool:
 
 
 def main(folder: Path) -> int:
-    """Trains; returns an exit code of `exit_codes`. What a person can mend is said in the last line that is printed."""
+    """Trains; returns an exit code of `exit_codes`. If the user can correct
+    what went wrong, the last line that is printed says how."""
     at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run
             return _train(folder)
     except AllDamaged as error:
-        said, _, _ = str(error).rpartition(": ")  # without the advice, which is that of nfnet train
-        code, text = EXIT_BAD_INPUT, f"{said}: {removal(folder)}"
+        code, text = EXIT_BAD_INPUT, f"{error.said}: {removal(folder)}"
     except ConfigError as error:
         code, text = EXIT_BAD_INPUT, str(error)
     except InputFailed as error:

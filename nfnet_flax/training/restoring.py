@@ -50,6 +50,11 @@ _barrier_names = (f"checkpoint read {number}" for number in itertools.count())
 class AllDamaged(ConfigError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
     """A run has checkpoints, but none that is good."""
 
+    def __init__(self, folder: Path) -> None:
+        self.said = f"all checkpoints in {str(folder)!r} are damaged"
+        """The message without the remedy, which depends on what the run is for."""
+        super().__init__(f"{self.said}: restore a good one from a copy, or move that folder away to start at step 0")
+
 
 def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool) -> tuple[TrainState, Notes] | None:
     """The newest state that is undamaged, bit for bit; for each newer one a warning gives the reason.
@@ -78,10 +83,7 @@ def restore_newest(run: RunFolder, abstract_state: TrainState, *, is_owner: bool
         damaged.append(step)
     else:
         if damaged:
-            raise AllDamaged(
-                f"all checkpoints in {str(folder)!r} are damaged: restore a good one from a copy, "
-                "or move that folder away to start at step 0"
-            )
+            raise AllDamaged(folder)
         found = None
     if is_owner and jax.process_index() == 0:
         _clear(run, damaged)
