@@ -29,7 +29,16 @@ def test_avg_pool_counts_what_lies_inside(size: int, platform: str) -> None:
 @pytest.mark.parametrize(
     ("window", "stride", "groups", "is_symmetric"),
     [
-        *((1, 1, 1, False), (1, 2, 1, False), (3, 1, 1, False), (3, 2, 1, False), (3, 2, 3, False), (3, 1, 3, False)),
+        *(
+            (1, 1, 1, False),
+            (1, 2, 1, False),
+            (1, 2, 3, False),
+            (5, 3, 1, False),
+            (3, 1, 1, False),
+            (3, 2, 1, False),
+            (3, 2, 3, False),
+            (3, 1, 3, False),
+        ),
         *((3, 2, 6, False), (5, 1, 6, False), (3, 2, 1, True), (3, 2, 3, True), (3, 2, 6, True), (7, 2, 1, True)),
     ],
 )

@@ -2,21 +2,26 @@
 
 All convolutions are NHWC with HWIO kernels. On GPU and TPU the library's convolution is used as it is,
 and its windowed sum for the pool (by the TPU compiler's estimate it takes half the time of a reshape and a sum, forward
-and backward together). XLA's CPU compiler has four weaknesses that cost factors of 2 to 400
+and backward together). XLA's CPU compiler has six weaknesses that cost factors of 2 to 400
 (`python tools/bench_convolution.py`):
 
 - the gradient of a grouped convolution is slow generic code, so groups are computed as separate plain convolutions;
 - a depthwise convolution and its gradient are slow generic code, so it is computed as a sum of shifted products;
 - inside a loop the compiler cannot change the layouts of a convolution's gradient, so both gradients are written here
   as ordinary NHWC/HWIO convolutions with explicit transposes;
-- a 1x1 convolution is slower than the equivalent matrix product.
+- a 1x1 convolution is slower than the equivalent matrix product;
+- the kernel gradient of such a product, as JAX derives it, sums over the first axis of both arrays, which is slow code,
+  so it is written here as a sum over three axes, for which the compiler transposes the smaller array first;
+- the input gradient of a convolution with a stride multiplies the zeros between the pixels of the output gradient, so
+  each phase (the pixels of the input with the same remainder by the stride) is a convolution of its own without them.
 """
 
 import contextlib
 import contextvars
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +80,7 @@ def conv2d(
         parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
         return jnp.concatenate([_conv_loop_safe(part, k, stride, is_symmetric) for part, k in parts], axis=3)
     if kernel.shape[:2] == (1, 1):
-        return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
+        return _product(x[:, ::stride, ::stride], kernel[0, 0])
     return _conv_loop_safe(x, kernel, stride, is_symmetric)
 
 
@@ -124,6 +129,22 @@ def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The 1x1 convolution of (N, H, W, I) images with an (I, O) kernel."""
+    return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())))
+
+
+def _product_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    pixels = (0, 1, 2)
+    dx = lax.dot_general(dy, kernel, (((3,), (1,)), ((), ())))
+    return dx, lax.dot_general(x, dy, ((pixels, pixels), ((), ())))
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_loop_safe(x: jax.Array, kernel: jax.Array, stride: int, is_symmetric: bool) -> jax.Array:
     padding = _paddings(x, kernel, stride, is_symmetric)
@@ -143,17 +164,7 @@ def _backward(
     spatial = tuple(zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True))
     low = [before for before, _ in _paddings(x, kernel, stride, is_symmetric)]
 
-    # Input gradient: a convolution of the output gradient, with zeros inserted between its pixels, and the kernel,
-    # flipped and with input and output channels exchanged.
-    interior = stride - 1
-    zero = jnp.zeros((), dy.dtype)
-    spread = lax.pad(dy, zero, ((0, 0, 0), (0, 0, interior), (0, 0, interior), (0, 0, 0))) if stride > 1 else dy
-    padding = []
-    for (size, window, _), pad_low, spread_size in zip(spatial, low, spread.shape[1:3], strict=True):
-        before = window - 1 - pad_low
-        padding.append((before, size - (spread_size + before - window + 1)))
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    dx = lax.conv_general_dilated(spread, flipped, (1, 1), padding, dimension_numbers=_DIMENSIONS)
+    dx = _input_gradient(dy, kernel, x.shape[1:3], low, stride)
 
     # Kernel gradient: a convolution with channels as batch, the batch as channels, the output gradient as dilated
     # kernel.
@@ -172,3 +183,69 @@ def _backward(
 
 
 _conv_loop_safe.defvjp(_forward, _backward)
+
+
+def _input_gradient(
+    dy: jax.Array, kernel: jax.Array, size: Sequence[int], low: Sequence[int], stride: int
+) -> jax.Array:
+    """The gradient of a convolution with respect to its input.
+
+    Args:
+      dy: (N, h, w, O) gradient of the output.
+      kernel: (kh, kw, I, O).
+      size: height and width of the input.
+      low: padding before the first pixel, of height and width.
+      stride: stride of both spatial axes.
+    """
+    # The kernel, flipped and with input and output channels exchanged.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    rows, columns = (
+        [_phase(first, stride, *facts) for first in range(stride)]
+        for facts in zip(size, kernel.shape[:2], dy.shape[1:3], low, strict=True)
+    )
+
+    def computed(row: _Phase, column: _Phase) -> jax.Array:
+        taps = flipped[row.taps, column.taps]
+        if taps.size == 0:  # a window smaller than the stride leaves pixels out
+            return jnp.zeros((len(dy), row.size, column.size, kernel.shape[2]), dy.dtype)
+        padding = (row.padding, column.padding)
+        return lax.conv_general_dilated(dy, taps, (1, 1), padding, dimension_numbers=_DIMENSIONS)
+
+    if stride == 1:
+        return computed(rows[0], columns[0])
+    # All phases have the size of the largest, so that their pixels can take turns; the rest is cut off.
+    phases = jnp.stack([jnp.stack([computed(row, column) for column in columns], axis=3) for row in rows], axis=2)
+    height, width = (stride * axis[0].size for axis in (rows, columns))
+    return phases.reshape(len(dy), height, width, kernel.shape[2])[:, : size[0], : size[1]]
+
+
+class _Phase(NamedTuple):
+    """The pixels of an axis of the input that have the same remainder by the stride."""
+
+    size: int
+    """Number of pixels, of the first phase if this one has fewer."""
+    taps: slice
+    """The part of the flipped kernel that reaches them."""
+    padding: tuple[int, int]
+    """Padding of the output gradient."""
+
+
+def _phase(first: int, stride: int, size: int, window: int, out: int, low: int) -> _Phase:
+    """The phase of the pixels `first`, `first + stride`, ... of an axis.
+
+    Tap t of the kernel leads from pixel r to the pixel (r + low - t) / stride of the output, if that is a whole number.
+
+    Args:
+      first: first pixel, below the stride.
+      stride: stride of the convolution.
+      size: number of pixels of the input.
+      window: number of taps.
+      out: number of pixels of the output.
+      low: padding before the first pixel.
+    """
+    count = -(-size // stride)
+    last_tap = window - 1 - (window - 1 - first - low) % stride  # the largest that reaches these pixels, or negative
+    num_taps = last_tap // stride + 1
+    before = -((first + low - last_tap) // stride)
+    begin = window - 1 - last_tap
+    return _Phase(count, slice(begin, window, stride), (before, count + num_taps - 1 - out - before))
