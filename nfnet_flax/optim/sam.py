@@ -16,7 +16,8 @@ class SAMConfig:
     """Length of the step uphill, as an L2 norm over all parameters that are trained."""
     fraction: float = 0.2
     """Share of each microbatch (its first rows) from which the direction uphill is computed; a fifth takes 20 to 40%
-    more time than a step without SAM."""
+    more time than a step without SAM. In the fast mode the rows of several microbatches are computed together. With
+    `execution.reproducible` they are not, so few rows in each take more time than that on an accelerator."""
 
     def __post_init__(self) -> None:
         check_types(self)
