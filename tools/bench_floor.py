@@ -4,7 +4,8 @@
 different convolution of the network is timed by itself, forward and both gradients, as this package computes it with
 XLA and as PyTorch does with oneDNN; the sums count each as often as the network has it. The update reads a
 parameter, its gradient, its momentum and its average, and writes all but the gradient: a program that only does this
-with arrays of the same size is the floor of the update.
+with arrays of the same size is the floor of the update. With `--parts`, the convolutions of as many parts of the batch
+are timed, too, which have fewer images each.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from nfnet_flax.models.convolution import conv2d, library_convolutions
 from nfnet_flax.models.params import merge, split
 from nfnet_flax.runtime import keep_freed_memory
 from tools.bench_step import Run, timed
+from tools.figures import Row, write_figures
 
 
 class Convolution(NamedTuple):
@@ -126,26 +128,20 @@ def milliseconds(runs: list[Run], rounds: int) -> list[float]:
     return found
 
 
-def main() -> None:
-    """Prints a line for each kind of convolution, the sums, and the update."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nfnet_f0", help="one of `nfnet models`")
-    parser.add_argument("--batch", type=int, default=8, help="number of images")
-    parser.add_argument("--size", type=int, default=128, help="height and width of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=5, help="number of timed runs of each")
-    options = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(os.cpu_count() or 1)
-    print(
-        f"{options.model}, batch {options.batch}, {options.size} px, float32; JAX {jax.__version__}, "
-        f"PyTorch {torch.__version__}; ms: ours forward, gradients; PyTorch's forward, gradients"
-    )
-    model = nnx.eval_shape(lambda: nfnet_flax.create_model(options.model, rngs=nnx.Rngs(0)))
-    model.eval()
-    sums = [0.0] * 4
-    flops = 0.0
-    for case, count in convolutions(model, options.batch, options.size).items():
-        found = milliseconds([*ours(case), *theirs(case)], options.rounds)
+class Sums(NamedTuple):
+    """Milliseconds of all convolutions of a network, or their GFLOP/s."""
+
+    ours_forward: float
+    ours_gradients: float
+    theirs_forward: float
+    theirs_gradients: float
+
+
+def all_convolutions(model: nnx.Module, batch: int, size: int, rounds: int) -> tuple[Sums, Sums]:
+    """Prints a line for each kind of convolution; returns the sums of milliseconds, and GFLOP/s."""
+    sums, flops = [0.0] * 4, 0.0
+    for case, count in convolutions(model, batch, size).items():
+        found = milliseconds([*ours(case), *theirs(case)], rounds)
         sums = [total + count * each for total, each in zip(sums, found, strict=True)]
         outputs = case.batch * (-(-case.size // case.stride)) ** 2 * case.features
         flops += count * 2.0 * outputs * case.window**2 * case.channels / case.groups
@@ -155,12 +151,64 @@ def main() -> None:
             flush=True,
         )
     print(f"{'all convolutions':<50}" + "".join(f"{each:9.1f}" for each in sums))
-    rates = [flops / sums[0], 2 * flops / sums[1], flops / sums[2], 2 * flops / sums[3]]
-    print(f"{'GFLOP/s':<50}" + "".join(f"{each / 1e6:9.0f}" for each in rates))
+    rates = [passes * flops / total / 1e6 for passes, total in zip((1, 2, 1, 2), sums, strict=True)]
+    print(f"{'GFLOP/s':<50}" + "".join(f"{each:9.0f}" for each in rates))
+    return Sums(*sums), Sums(*rates)
+
+
+def rows_of(num_parts: int, sums: Sums, rates: Sums) -> list[Row]:
+    """Rows of a table: what a step that has its images in so many parts cannot do without."""
+    ours, theirs = "ours, by XLA", "PyTorch, by oneDNN"
+    where = "" if num_parts == 1 else f", in {num_parts} parts"
+
+    def row(what: str, one: str, other: str) -> Row:
+        return {"each alone": what + where, ours: one, theirs: other}
+
+    def cell(ms: float, rate: float) -> str:
+        return f"{num_parts * ms:.0f} ms ({rate:.0f} GFLOP/s)"
+
+    both = (num_parts * (forward + backward) for forward, backward in (sums[:2], sums[2:]))
+    return [
+        row("all convolutions, forward", cell(sums[0], rates[0]), cell(sums[2], rates[2])),
+        row("their gradients", cell(sums[1], rates[1]), cell(sums[3], rates[3])),
+        row("both", *(f"{ms:.0f} ms" for ms in both)),
+    ]
+
+
+def main() -> None:
+    """Prints the convolutions, in one part and in several, and the update."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nfnet_f0", help="one of `nfnet models`")
+    parser.add_argument("--batch", type=int, default=8, help="number of images")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images, in pixels")
+    parser.add_argument("--parts", type=int, default=4, help="number of parts of a step in parts; it divides --batch")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed runs of each")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the sums there, as docs/figures/ has them"
+    )
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = nnx.eval_shape(lambda: nfnet_flax.create_model(options.model, rngs=nnx.Rngs(0)))
+    model.eval()
+    rows: list[Row] = []
+    for num_parts in sorted({1, options.parts}):
+        batch = options.batch // num_parts
+        print(
+            f"{options.model}, batch {batch}, {options.size} px, float32; JAX {jax.__version__}, PyTorch "
+            f"{torch.__version__}; ms: ours forward, gradients; PyTorch's forward, gradients"
+        )
+        rows += rows_of(num_parts, *all_convolutions(model, batch, options.size, options.rounds))
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(split(model)[1]))
     (update_ms,) = milliseconds([update(num_parameters)], options.rounds)
-    gb_per_s = 7 * 4 * num_parameters / update_ms / 1e6
-    print(f"update of {num_parameters:,} parameters, 4 reads and 3 writes: {update_ms:.0f} ms, {gb_per_s:.1f} GB/s")
+    what, rate = (
+        f"the update's 4 reads and 3 writes of {num_parameters:,} numbers",
+        28 * num_parameters / update_ms / 1e6,
+    )
+    print(f"{what}: {update_ms:.0f} ms, {rate:.1f} GB/s")
+    rows.append(dict(zip(rows[0], (what, f"{update_ms:.0f} ms ({rate:.1f} GB/s)", ""), strict=True)))
+    if options.json:
+        write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -227,23 +227,27 @@ def peak_flops(options: argparse.Namespace) -> tuple[float, str]:
 def contestants(options: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
     """The contestants that can be run, and messages about the others."""
     makers: list[tuple[str, Callable[..., Contestant], dict[str, Any]]] = [
-        ("timm train", timm_training, {"is_compiled": False}),
-        ("ours train", our_training, {"microbatches": None, "library": False, "reproducible": False}),
-        ("timm infer", timm_inference, {"is_compiled": False}),
-        ("ours infer folded", our_inference, {"folded": True}),
-        ("ours infer", our_inference, {"folded": False}),
+        ("timm: training step", timm_training, {"is_compiled": False}),
+        ("training step, fast mode", our_training, {"microbatches": None, "library": False, "reproducible": False}),
+        ("timm: inference", timm_inference, {"is_compiled": False}),
+        ("inference, folded", our_inference, {"folded": True}),
+        ("inference", our_inference, {"folded": False}),
     ]
     if options.microbatches > 1:
-        for suffix, reproducible in (("", False), (", exact", True)):
+        for mode, reproducible in (("fast mode", False), ("`reproducible`", True)):
             settings = {"microbatches": options.microbatches, "library": False, "reproducible": reproducible}
-            makers.append((f"ours train, {options.microbatches} parts{suffix}", our_training, settings))
+            makers.append((f"{mode}, {options.microbatches} parts", our_training, settings))
     if options.plain:
         makers.append(
-            ("library's grouped conv", our_training, {"microbatches": None, "library": True, "reproducible": False})
+            (
+                "training step with the library's grouped convolution",
+                our_training,
+                {"microbatches": None, "library": True, "reproducible": False},
+            )
         )
     if options.torch_compile:
-        makers.append(("timm train, compiled", timm_training, {"is_compiled": True}))
-        makers.append(("timm infer, compiled", timm_inference, {"is_compiled": True}))
+        makers.append(("timm: training step, compiled", timm_training, {"is_compiled": True}))
+        makers.append(("timm: inference, compiled", timm_inference, {"is_compiled": True}))
     found, missing = [], []
     for name, maker, settings in makers:
         try:
@@ -286,8 +290,12 @@ def main() -> None:
     model = nnx.eval_shape(lambda: build_model(model_config(options.model), num_classes=1000, rngs=nnx.Rngs(0)))
     forward = 2.0 * forward_flops(model, options.size) * options.batch
     peak, source = peak_flops(options)
-    baselines = {contestant.kind: contestant for contestant in found if contestant.name in ("timm train", "timm infer")}
-    print(f"{'':<26}{'ms':>9}{'x timm':>8}{'images/s':>10}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'GiB':>7}")
+    baselines = {
+        contestant.kind: contestant
+        for contestant in found
+        if contestant.name in ("timm: training step", "timm: inference")
+    }
+    print(f"{'':<54}{'ms':>9}{'x timm':>8}{'images/s':>10}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'GiB':>7}")
     rows: list[Row] = []
     for contestant in found:
         seconds = statistics.median(contestant.times)
@@ -295,7 +303,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(contestant.times, base.times, strict=True)) if base else None
         rate = forward * (3 if contestant.kind == "train" else 1) / seconds
         print(
-            f"{contestant.name:<26}{1e3 * seconds:>9.1f}{f'{ratio:.2f}' if ratio else '-':>8}"
+            f"{contestant.name:<54}{1e3 * seconds:>9.1f}{f'{ratio:.2f}' if ratio else '-':>8}"
             f"{options.batch / seconds:>10.1f}{rate / 1e9:>9.0f}{rate / peak:>9.0%}"
             f"{contestant.compile_s:>11.1f}{contestant.memory:>7}"
         )

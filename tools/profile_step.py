@@ -28,6 +28,7 @@ from nfnet_flax.programs.operations import Operation
 from nfnet_flax.runtime import keep_freed_memory
 from nfnet_flax.training.state import model_structure
 from tools.bench_step import our_training, timed
+from tools.figures import Row, write_figures
 
 
 def kinds_of(text: str) -> dict[str, tuple[str, str]]:
@@ -107,17 +108,27 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=4, help="number of parts in the second step")
     parser.add_argument("--reproducible", action="store_true", help="add the parts in the fixed order")
     parser.add_argument("--steps", type=int, default=7, help="number of steps that are timed, and that are traced")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table there, as docs/figures/ has them"
+    )
     options = parser.parse_args()
     keep_freed_memory()  # as `nfnet train` does
     walls, tables = zip(*(profile(options, parts) for parts in (None, options.microbatches)), strict=True)
     heads = ("one part", f"{options.microbatches} parts")
     print(f"{options.model}, batch {options.batch}, {options.size} px, {options.dtype}; ms of a step")
     print(f"{'':<48}{heads[0]:>10}{heads[1]:>10}{'more':>10}")
+    rows: list[Row] = []
+
+    def show(phase: str, kind: str, one: float, several: float) -> None:
+        print(f"{phase:<22}{kind:<26}{one:>10.0f}{several:>10.0f}{several - one:>+10.0f}")
+        rows.append({"phase": phase, "work": kind, heads[0]: round(one), heads[1]: round(several)})
+
     for key in sorted(set(tables[0]) | set(tables[1]), key=lambda key: -tables[0][key]):
-        one, several = (table[key] for table in tables)
-        print(f"{key[0]:<22}{key[1]:<26}{one:>10.0f}{several:>10.0f}{several - one:>+10.0f}")
-    for name, (one, several) in (("sum over threads", [sum(table.values()) for table in tables]), ("wall time", walls)):
-        print(f"{name:<48}{one:>10.0f}{several:>10.0f}{several - one:>+10.0f}")
+        show(*key, *(table[key] for table in tables))
+    show("sum over threads", "", *(sum(table.values()) for table in tables))
+    show("wall time", "", *walls)
+    if options.json:
+        write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

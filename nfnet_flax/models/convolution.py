@@ -11,7 +11,7 @@ and backward together). XLA's CPU compiler has six weaknesses that cost factors 
   as ordinary NHWC/HWIO convolutions with explicit transposes;
 - a 1x1 convolution is slower than the equivalent matrix product;
 - the kernel gradient of such a product, as JAX derives it, sums over the first axis of both arrays, which is slow code,
-  so it is written here as a sum over three axes, for which the compiler transposes the smaller array first;
+  so it is written here as a sum over three axes, for which the compiler transposes an array first;
 - the input gradient of a convolution with a stride multiplies the zeros between the pixels of the output gradient, so
   each phase (the pixels of the input with the same remainder by the stride) is a convolution of its own without them.
 """
