@@ -62,9 +62,16 @@ def python_file(field: str, value: str | os.PathLike[str]) -> Path:
       ConfigError: it does not exist, or is not a `.py` file.
     """
     file = local_path(field, value)
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(f"{field} {os.fspath(value)!r} does not exist or is not a .py file: give the path of one")
-    return file
+    if file.suffix == ".py" and file.is_file():
+        return file
+    if file.exists():
+        problem, others = "is not a .py file", []
+    elif file.parent.is_dir():
+        problem, others = "does not exist", nearest(file.name, (other.name for other in file.parent.glob("*.py")))
+    else:
+        problem, others = f"does not exist, as there is no folder {str(file.parent)!r}", []
+    remedy = f"perhaps you mean {' or '.join(others)} in the same folder" if others else "give the path of a .py file"
+    raise ConfigError(f"{field} {os.fspath(value)!r} {problem}: {remedy}")
 
 
 def run_file(file: Path) -> types.ModuleType:

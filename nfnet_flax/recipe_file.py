@@ -34,10 +34,10 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Args:
       path: path of the file, with arguments if there are any: `recipes/nfnet_imagenet.py:variant=f3` calls
-        `recipe(variant="f3")`. Several arguments are separated by commas. A value is passed as text, unless the
-        parameter is annotated with int, float, bool or one of them or None: then it is converted (`true`, `false`,
-        `none`). A recipe that comes with the package may be given by its name alone, as `digits` or
-        `nfnet_imagenet:variant=f3`.
+        `recipe(variant="f3")`. Several arguments are separated by commas; a comma that no `name=` follows is a part of
+        the value before it. A value is passed as text, unless the parameter is annotated with int, float, bool or one
+        of them or None: then it is converted (`true`, `false`, `none`). A recipe that comes with the package may be
+        given by its name alone, as `digits` or `nfnet_imagenet:variant=f3`.
 
     Raises:
       ConfigError: there is no such file or name, it defines no `recipe`, it cannot be run, an argument is not of its
@@ -49,7 +49,9 @@ def load_recipe(path: str | Path) -> Recipe:
         function = vars(run_file(file)).get("recipe")
         if not callable(function):
             raise ConfigError("it defines no function recipe() that returns a Recipe")
-        result = function(**_typed(function, arguments))
+        typed = _typed(function, arguments)
+        _check_complete(function, typed, given)
+        result = function(**typed)
     if not isinstance(result, Recipe):
         raise ConfigError(f"recipe file {str(file)!r}: recipe() returned {type(result).__name__}, not a Recipe")
     return result
@@ -95,7 +97,7 @@ def _split_arguments(path: str) -> tuple[str, dict[str, str]]:
 
 def _arguments(path: str, text: str) -> dict[str, str]:
     arguments: dict[str, str] = {}
-    for item in text.split(","):
+    for item in re.split(r",(?=\w+=)", text):  # a comma in a value, such as a folder's name, separates nothing
         name, _, value = item.partition("=")
         if not name or not value or name in arguments:
             raise ConfigError(f"recipe {path!r}: {item!r} is not a name=value, such as variant=f3, or is given twice")
@@ -118,6 +120,19 @@ def _typed(function: Callable[..., Any], arguments: dict[str, str]) -> dict[str,
         if name not in parameters:
             raise ConfigError(f"its recipe() has no parameter {name!r}: it has {', '.join(parameters) or 'none'}")
     return {name: _value(name, text, hints.get(name, str)) for name, text in arguments.items()}
+
+
+def _check_complete(function: Callable[..., Any], arguments: dict[str, Any], given: str) -> None:
+    """Raises `ConfigError` if a parameter has neither a value nor a default."""
+    needed = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if missing := [name for name in needed if name not in arguments]:
+        example = ",".join(f"{name}={arguments.get(name, '...')}" for name in needed)
+        raise ConfigError(f"its recipe() needs values for {' and '.join(missing)}: give {given}:{example}")
 
 
 def _value(name: str, text: str, hint: Any) -> Any:

@@ -315,3 +315,29 @@ def test_a_debug_run_goes_through_everything(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "eval/top1" in line] == [2, 4]
     # By the clock at every log step, not only at every second step.
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2", "3", "4"]
+
+
+def test_what_a_recipe_needs_is_said_with_an_example(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def recipe(weights: str, data: str, seed: int = 0):\n    raise ValueError(weights, data)\n")
+    with pytest.raises(
+        ConfigError, match=rf"needs values for weights and data: give {path}:weights=\.\.\.,data=\.\.\."
+    ):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match=rf"needs values for data: give {path}:weights=runs/mine,data=\.\.\."):
+        load_recipe(f"{path}:weights=runs/mine")
+    with pytest.raises(ConfigError, match=r"\('runs/mine', 'my, photos'\)"):  # a comma in the name of a folder
+        load_recipe(f"{path}:weights=runs/mine,data=my, photos,seed=3")
+
+
+def test_a_path_with_a_typo_is_answered_with_the_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "digits.py").touch()
+    with pytest.raises(ConfigError, match=r"digts\.py' does not exist: perhaps you mean digits\.py in the same folder"):
+        load_recipe(tmp_path / "digts.py")
+    with pytest.raises(ConfigError, match=r"does not exist: give the path of a \.py file"):
+        load_recipe(tmp_path / "zzz.py")
+    with pytest.raises(ConfigError, match=rf"there is no folder '{tmp_path}/none'"):
+        load_recipe(tmp_path / "none" / "digits.py")
+    (tmp_path / "digits.txt").touch()
+    with pytest.raises(ConfigError, match=r"is not a \.py file"):
+        load_recipe(tmp_path / "digits.txt")

@@ -21,7 +21,7 @@ def test_a_name_stands_for_the_file_of_the_package() -> None:
         load_recipe("digit")
     with pytest.raises(ConfigError, match=r"'variant' is not a name=value, such as variant=f3"):
         load_recipe("nfnet_imagenet:variant")
-    with pytest.raises(ConfigError, match=r"recipe file './digits' does not exist or is not a \.py file"):
+    with pytest.raises(ConfigError, match=r"recipe file './digits' does not exist: give the path of a \.py file"):
         load_recipe("./digits")
 
 

@@ -144,6 +144,24 @@ def test_nothing_is_overwritten_silently(model: Classifier, tmp_path: Path) -> N
         weights.save_weights("s3://bucket/w.safetensors", model, source="", parameters="raw")
 
 
+@pytest.mark.parametrize("first_byte", [0x80, 0x20])  # as those of a pickle, and a space
+def test_a_part_of_a_file_is_incomplete_whatever_its_length_looks_like(
+    model: Classifier, tmp_path: Path, first_byte: int
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    for length in range(0, 300, 8):  # of a text in the header, whose own length stands in the first byte
+        weights.save_weights(path, model, source="a" * length, parameters="raw", overwrite=True)
+        whole = path.read_bytes()
+        if whole[0] == first_byte:
+            break
+    assert whole[0] == first_byte
+    weights.read_weights(path)
+    for size in (5, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=r"is incomplete.*copy it again"):
+            weights.read_weights(path)
+
+
 def test_what_a_wrong_file_is_instead(model: Classifier, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights.save_weights(path, model, source="a test", parameters="raw")

@@ -25,7 +25,10 @@ _MAX_HEADER_BYTES = 100_000_000
 _KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it lies",
     b"PK\x03\x04": "is a zip archive, as PyTorch (.pth) and NumPy (.npz) write them: save its arrays by safetensors",
-    b"\x80": "is a pickle: published ones are converted by `nfnet convert haiku`, others saved anew by safetensors",
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),  # with the protocols that Python writes
+        "is a pickle: published ones are converted by `nfnet convert haiku`, others saved anew by safetensors",
+    ),
     b"<": "is a web page or XML, so the download failed: download it again",
     b"\x1f\x8b": "is compressed by gzip: unpack it",
     b"\x89HDF": "is an HDF5 file: save its arrays by safetensors",
@@ -44,6 +47,8 @@ def recognize(path: Path) -> str | None:
         start = file.read(32)
     if not start:
         return "is empty: download or copy it again"
+    if start[_LENGTH_BYTES:].startswith(b"{") and int.from_bytes(start[:_LENGTH_BYTES], "little") <= _MAX_HEADER_BYTES:
+        return None  # a safetensors file, whose length can begin with the bytes of any other kind
     return next((kind for magic, kind in _KINDS.items() if start.lstrip().startswith(magic)), None)
 
 
