@@ -4,7 +4,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.pipeline import eval_batches, open_split, say_unused
 from nfnet_flax.data.random_access import Source, split_off
 from nfnet_flax.finetuning import GivenImages, data_config, sizes_of
+from nfnet_flax.messages import warn
 from nfnet_flax.models import Classifier
 from nfnet_flax.models.folding import fold
 from nfnet_flax.progress import COMPUTING_LINE_S, track
@@ -70,6 +71,7 @@ def probe(
     shots: Sequence[int] = (1, 5),
     max_train: int = 2000,
     max_held_out: int = 1000,
+    on_corrupt: Literal["raise", "skip"] = "raise",
 ) -> ProbeResult:
     """Classifies images by logistic regression on the features of a network, which is not trained.
 
@@ -80,9 +82,12 @@ def probe(
       shots: numbers of training images per class to try in addition to all images.
       max_train: largest number of training images; the first ones are used, whose order is random but fixed.
       max_held_out: largest number of held-out images.
+      on_corrupt: what happens with an image that cannot be decoded. `raise`: it ends the probe. `skip`: it is left out,
+        and a warning says how many are.
 
     Raises:
-      ConfigError: an image may have several classes, there is only one class, or an image cannot be decoded.
+      ConfigError: an image may have several classes, there is only one class, or an image cannot be decoded
+        (with `skip`: no image of a split can be).
       InputFailed: the images cannot be read.
     """
     for name, value in (("max_train", max_train), ("max_held_out", max_held_out), *(("shots", n) for n in shots)):
@@ -92,13 +97,14 @@ def probe(
     started_s = time.perf_counter()
     _, seen_as = sizes_of(info)
     data = data_config(images, seen_as, train_size=seen_as.image_size, batch_size=_BATCH)
+    data = dataclasses.replace(data, on_corrupt=on_corrupt)
     train = open_split(data, "train")
     held_out = open_split(data, "eval", train.class_names)
     say_unused(train, held_out)
     model = network_of(f"weights {info.source!r}", info, arrays)
     features_of = _Features(fold(model) if model.is_foldable else model, data)
-    x, y = features_of(split_off(train, 0, min(len(train), max_train)))
-    x_held_out, y_held_out = features_of(split_off(held_out, 0, min(len(held_out), max_held_out)))
+    x, y = features_of(split_off(train, 0, min(len(train), max_train)), "training")
+    x_held_out, y_held_out = features_of(split_off(held_out, 0, min(len(held_out), max_held_out)), "held-out")
     require(len(np.unique(y)) > 1, "max_train", max_train, "these images are all of one class: give more")
     mean, std = x.mean(axis=0), x.std(axis=0)
     x, x_held_out = ((part - mean) / np.where(std > 0, std, 1) for part in (x, x_held_out))
@@ -137,18 +143,34 @@ class _Features:
 
         self._compute = jax.jit(features)
 
-    def __call__(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        """(N, num_features) float32 features and (N,) int32 labels."""
-        features, labels = [], []
+    def __call__(self, source: Source, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """(N, num_features) float32 features and (N,) int32 labels of the images that can be decoded."""
+        features, labels, masks = [], [], []
         with eval_batches(self._data, source, process_index=0, num_processes=1) as batches:
             num_batches = -(-len(source) // self._data.eval_batch_size)
             for rows in track(batches, "features", "batches", num_batches, first_line_s=COMPUTING_LINE_S):
                 is_image = rows["mask"] > 0
                 features.append(np.asarray(self._compute(self._arrays, rows["image"]), np.float32)[is_image])
                 labels.append(rows["label"][is_image])
+                masks.append(is_image)
+        _say_left_out(source, np.concatenate(masks)[: len(source)], kind)
         found = np.concatenate(features)
         require(bool(np.all(np.isfinite(found))), "weights", "features", "are not finite: these weights are damaged")
         return found, np.concatenate(labels)
+
+
+def _say_left_out(source: Source, is_image: np.ndarray, kind: str) -> None:
+    """Warns if images of a split are left out; raises `ConfigError` if all are."""
+    left_out = np.flatnonzero(~is_image)
+    if not left_out.size:
+        return
+    first = source.describe(int(left_out[0]))
+    if left_out.size == len(source):
+        raise ConfigError(f"none of the {len(source)} {kind} images can be decoded; {first} is one: repair them")
+    warn(
+        f"{left_out.size} of the {len(source)} {kind} images cannot be decoded and are left out of the probe; the "
+        f"first is {first}"
+    )
 
 
 def _few(labels: np.ndarray, per_class: int, draw: int) -> np.ndarray:

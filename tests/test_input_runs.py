@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,25 @@ def test_a_run_counts_the_corrupt_images_that_it_replaced(
         path.write_bytes(b"not an image")
     words = [*options(root, tmp_path), "--num-steps", "5", "--log-every-steps", "2", "--data.on-corrupt", "skip"]
     assert cli.main(words) == exit_codes.EXIT_DONE
-    assert f"nfnet: {root}/train: not used are 1 files whose names end in none of" in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert f"nfnet: {root}/train: not used are 1 files whose names end in none of" in warned
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Five batches of eight are one epoch; steps 1, 3 and 5 are no log steps.
     assert sum(row.get("data/num_corrupt", 0) for row in rows) == len(bad)
     shown = scalars(tmp_path / "run")["data/num_corrupt"]
     assert sum(value for _, value in shown) == len(bad)
     assert len({step for step, _ in shown}) == len(shown)
+    # The first of them are said on the terminal, once, and the report has the sum.
+    step = next(row["step"] for row in rows if row.get("data/num_corrupt", 0) > 0)
+    first_step = step - 1 if step in (2, 4) else step
+    seen = [row for row in rows if first_step <= row["step"] <= first_step + 1]
+    number = round(sum(row.get("data/num_corrupt", 0) for row in seen if row["step"] <= 5))
+    images = "1 damaged image was" if number == 1 else f"{number} damaged images were"
+    steps = "step 5" if first_step == 5 else f"steps {first_step} to {first_step + 1}"
+    assert warned.count("replaced by other images") == 1
+    assert f"nfnet: {images} replaced by other images in {steps} (--data.on-corrupt skip)" in warned
+    assert cli.main(["report", str(tmp_path / "run")]) == exit_codes.EXIT_DONE
+    assert re.search(r"damaged images replaced +4, anew in each epoch", capsys.readouterr().out)
 
 
 def test_another_input_under_the_same_recipe_is_refused(

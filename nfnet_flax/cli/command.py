@@ -18,7 +18,7 @@ from nfnet_flax.cli.ahead import values_of
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE, VERBOSITY
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE_FAILED
-from nfnet_flax.messages import NotesToStderr
+from nfnet_flax.messages import Advice, NotesToStderr, advising
 from nfnet_flax.output import OutputLost, guarded_output
 from nfnet_flax.progress import hidden, showing
 from nfnet_flax.telemetry.tracking import is_any_stuck
@@ -42,6 +42,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 _WRITE_FILES = (["train"], ["convert"], ["export"], ["claim"])
 """Commands whose results are files: they continue if nothing can be printed. The others only print."""
+_HAS_ALL_FIELDS = ("train", "plan")
+"""Commands that have an option for every field of a recipe."""
+_TOPICS = {"eval": ("data",)}
+"""Command -> the parts of a recipe for whose fields it has options; the others have none."""
+_WORDS = {"probe": probe.WORDS}
+"""Command -> its own words for options of `nfnet train`."""
 _LEVELS: dict[str, Level] = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 _HELP = {"-h", "--help"}
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
@@ -117,6 +123,18 @@ def _run(argv: list[str]) -> int:
         print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
         return EXIT_BAD_INPUT
     _choose_notes()
+    with advising(_advice_of(argv[0])):
+        return _reported(argv)
+
+
+def _advice_of(name: str) -> Advice | None:
+    if name in _HAS_ALL_FIELDS:
+        return None
+    return Advice(command=f"nfnet {name}", topics=_TOPICS.get(name, ()), words=_WORDS.get(name, {}))
+
+
+def _reported(argv: list[str]) -> int:
+    """Exit code of a command, whose errors are printed."""
     try:
         with showing() if _is_first(argv) else hidden(), _help_on_verbosity(argv):
             code = _COMMANDS[argv[0]](argv[1:])

@@ -1,13 +1,22 @@
 """`nfnet probe`."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from nfnet_flax.cli.ahead import Code, load_given_code
 from nfnet_flax.cli.options import COLUMN, COUNT, FILE, WEIGHTS, parsed
 from nfnet_flax.exit_codes import EXIT_DONE
+
+WORDS = {
+    "--data.on-corrupt": "--on-corrupt",
+    "--data.source.image": "--image",
+    "--data.source.label": "--label",
+    "--data.source.split-column": "--split-column",
+    "--data.source.eval-file": "--eval-file",
+}
+"""Option of `nfnet train` -> the one that does the same here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,9 @@ class ProbeOptions:
     """Largest number of training images."""
     max_held_out: Annotated[int, COUNT] = 1000
     """Largest number of held-out images."""
+    on_corrupt: Annotated[Literal["raise", "skip"], tyro.conf.arg(metavar="{raise,skip}")] = "raise"
+    """What happens with an image that cannot be decoded. raise: it ends the command. skip: it is left out, and a
+    warning says how many are."""
     code: Code = ()
 
 
@@ -64,6 +76,7 @@ def run(argv: list[str]) -> int:
         shots=options.shots,
         max_train=options.max_train,
         max_held_out=options.max_held_out,
+        on_corrupt=options.on_corrupt,
     )
     print(f"{info.source}: {found.num_features} features, logistic regression for {len(images.class_names)} classes")
     print(f"{'per class':>9}{'images':>9}{'top-1':>9}   on {found.num_held_out} held-out images")

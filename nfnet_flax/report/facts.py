@@ -93,6 +93,11 @@ class RunFacts:
         return max(found, default=0)
 
     @property
+    def num_corrupt(self) -> int:
+        """Number of damaged images that were replaced in training; an image counts in each epoch."""
+        return round(sum(value or 0.0 for value in self.column("data/num_corrupt")[1]))
+
+    @property
     def status(self) -> str:
         """How far it is, in one phrase."""
         done = f"step {self.last_step:,}" + ("" if self.num_steps is None else f" of {self.num_steps:,}")

@@ -38,6 +38,7 @@ def _run(run: RunFacts, base: tuple[str, Fields] | None) -> dict[str, Any]:
         "num_steps": run.num_steps,
         "time": None if run.account is None else _time(run.account),
         "newest_metrics": newest,
+        "num_corrupt": run.num_corrupt,
         "published": published,
         "recipe_differences": changes,
         "environments": [{"until_step": one.until_step, "facts": one.facts} for one in run.environments],

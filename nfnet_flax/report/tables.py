@@ -81,6 +81,7 @@ def _summary_of(run: RunFacts) -> dict[str, str]:
         "training loss, first to last": _first_to_last(run, "train/loss"),
         "best held-out top-1, EMA": _best(run, "eval_ema/top1"),
         "best held-out top-1, raw": _best(run, "eval/top1"),
+        "damaged images replaced": f"{run.num_corrupt:,}, anew in each epoch" if run.num_corrupt else _NOTHING,
         "published top-1": "none on record" if run.published is None else f"{run.published[1].top1_percent:.1f}%",
     }
 

@@ -6,7 +6,10 @@ import time
 import jax
 import numpy as np
 
+from nfnet_flax.messages import warn
+from nfnet_flax.parallel.processes import current
 from nfnet_flax.runtime import return_freed_memory
+from nfnet_flax.training.layout import METRICS
 from nfnet_flax.training.log_step import LogStep
 from nfnet_flax.training.metrics import MetricsLog, NoMetrics
 from nfnet_flax.training.progress import Progress
@@ -14,6 +17,7 @@ from nfnet_flax.training.setup import Setup
 from nfnet_flax.training.step import MEASURED, UNIT_RATIOS, Metrics
 
 _MAX_STEPS_IN_FLIGHT = 2
+_NUM_CORRUPT = "data/num_corrupt"
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened, as KeyboardInterrupt does
@@ -34,6 +38,7 @@ class Window:
         self._started = time.perf_counter()
         self._pending: list[tuple[int, Metrics]] = []
         self._ratios: jax.Array | None = None
+        self._says_corrupt = current().is_first
 
     def push(self, step: int, metrics: Metrics) -> None:
         """Adds the metrics of a step, and calls `drain` if metrics are due to be written."""
@@ -62,6 +67,7 @@ class Window:
         if not self._pending:
             return
         recipe = self._setup.recipe
+        first_step, num_corrupt = self._pending[0][0], 0.0
         for done, values in jax.device_get(self._pending):
             metrics = {name: float(value) for name, value in values.items()}
             if not math.isfinite(metrics["train/loss"]) or not math.isfinite(metrics["train/grad_norm"]):
@@ -71,13 +77,17 @@ class Window:
                     "Nothing of this step was saved; lower the learning rate or clip more, "
                     "and start in a new workdir"
                 )
+            num_corrupt += metrics.get(_NUM_CORRUPT, 0.0)
             if done % recipe.log_every_steps == 0:
                 rate = self._progress.images_per_s(step)
                 ratios = None if self._ratios is None else np.asarray(self._ratios)
                 self._log.write(done, _shown(metrics) | self._log_step.metrics(done, rate, ratios))
                 self._progress.show(done, metrics["train/loss"], rate)
-            elif metrics.get("data/num_corrupt", 0.0) > 0:  # every corrupt image is recorded, also between log steps
-                self._log.write(done, {"data/num_corrupt": metrics["data/num_corrupt"]})
+            elif metrics.get(_NUM_CORRUPT, 0.0) > 0:  # every corrupt image is recorded, also between log steps
+                self._log.write(done, {_NUM_CORRUPT: metrics[_NUM_CORRUPT]})
+        if num_corrupt > 0 and self._says_corrupt:
+            self._says_corrupt = False
+            warn(_corrupt_text(round(num_corrupt), first_step, self._pending[-1][0]))
         self._pending.clear()
         if step % recipe.log_every_steps == 0:
             return_freed_memory()
@@ -86,4 +96,14 @@ class Window:
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics without the number of corrupt images, unless there are any."""
-    return {name: value for name, value in metrics.items() if name != "data/num_corrupt" or value > 0}
+    return {name: value for name, value in metrics.items() if name != _NUM_CORRUPT or value > 0}
+
+
+def _corrupt_text(number: int, first_step: int, last_step: int) -> str:
+    """What is said once in each start, when damaged images are replaced for the first time."""
+    steps = f"step {first_step}" if first_step == last_step else f"steps {first_step} to {last_step}"
+    images = "1 damaged image was" if number == 1 else f"{number} damaged images were"
+    return (
+        f"{images} replaced by other images in {steps} (--data.on-corrupt skip). From now on they are only counted: "
+        f"as {_NUM_CORRUPT} in {METRICS}, and nfnet report adds them up; --data.on-corrupt raise names the first"
+    )
