@@ -83,6 +83,38 @@ def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistyped_command_is_answered_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, message in (
+        ("tarin", "known are train, ... (nfnet --help lists all)"),
+        ("preditc", "known are predict, probe, ... (nfnet --help lists all)"),
+        ("xyzzy", "nfnet --help lists the known ones"),
+    ):
+        assert fails(capsys, typed) == f"nfnet: error: unknown command {typed!r}: {message}"
+
+
+def test_a_file_whose_name_begins_with_a_dash_is_answered_with_its_path(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "a file whose name begins with a dash is given as ./-dash"
+    commands = (
+        ["predict", "-dash"],
+        ["predict", "photo.png", "--workdir", "run", "--csv", "-dash"],
+        ["train", "-dash"],
+        ["train", "-dash:variant=f3"],
+        ["train", RECIPE, "--workdir", "-dash"],
+        ["convert", "haiku", "-dash", "--model", "nfnet_f0", "--out", "weights"],
+        ["report", "-dash"],
+        ["probe", "-dash"],
+    )
+    for words in commands:
+        assert note not in fails(capsys, *words), words
+    Path("-dash").touch()
+    for words in commands:
+        assert note in fails(capsys, *words), words
+    assert note not in fails(capsys, "predict", "./-dash", "--workdir", "run")
+
+
 def test_a_folder_without_a_run_is_named_with_the_remedy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "lost" / "checkpoints").mkdir(parents=True)

@@ -127,7 +127,7 @@ def test_help_shows_every_field_of_every_type(words: list[str], capsys: pytest.C
     [
         (["train", str(DIGITS)], ["--workdir DIR", "--init-from {None}|FILE|FOLDER|NAME", "--data.source.file FILE"]),
         (["eval"], ["--workdir DIR", "--weights FILE|FOLDER|NAME", "--json FILE|-", "--classes FILE"]),
-        (["predict"], ["--workdir DIR", "--csv FILE|-", "--top N", "--mean RED GREEN BLUE"]),
+        (["predict"], ["--workdir DIR", "--images-from FILE|-", "--csv FILE|-", "--top N", "--mean RED GREEN BLUE"]),
         (["export"], ["--out DIR", "--name NAME", "--image-size PIXELS", " [FILE|FOLDER|NAME]"]),
         (["probe"], [" FOLDER|FILE.csv", "--weights FILE|FOLDER|NAME", "--label COLUMN", "--shots N ..."]),
         (["convert"], ["--out DIR", "--model NAME", "nfnet convert run [-h] [OPTIONS] DIR"]),

@@ -17,6 +17,7 @@ from nfnet_flax.cli import signal as signal_propagation
 from nfnet_flax.cli.ahead import values_of
 from nfnet_flax.cli.errors import explain
 from nfnet_flax.cli.usage import USAGE, VERBOSITY
+from nfnet_flax.config import unknown_name
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STORAGE_FAILED
 from nfnet_flax.messages import Advice, NotesToStderr, advising
 from nfnet_flax.output import OutputLost, guarded_output
@@ -120,7 +121,8 @@ def _run(argv: list[str]) -> int:
         print(", ".join(f"{name} {version}" for name, version in runtime.versions().items()))
         return EXIT_DONE
     if argv[0] not in _COMMANDS:
-        print(f"nfnet: unknown command {argv[0]!r}\n{USAGE}", end="", file=sys.stderr)
+        error = unknown_name("command", argv[0], _COMMANDS, listed_by="nfnet --help")
+        print(f"nfnet: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     _choose_notes()
     with advising(_advice_of(argv[0])):

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import operator
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -48,7 +50,18 @@ def parsed(kind: type[T], argv: Sequence[str], prog: str, description: str | Non
       prog: name of the program in messages, such as `nfnet eval`.
       description: what the command does.
     """
-    return tyro.cli(kind, args=argv, prog=prog, description=description, registry=_REGISTRY)
+    try:
+        return tyro.cli(kind, args=argv, prog=prog, description=description, registry=_REGISTRY)
+    except SystemExit as stopped:
+        if stopped.code not in (None, 0) and (note := dash_note(argv)) is not None:
+            print(f"nfnet: {note}", file=sys.stderr)
+        raise
+
+
+def dash_note(argv: Sequence[str]) -> str | None:
+    """How to give the first word that is a file, but is read as an option; None if no word is."""
+    word = next((word for word in argv if word.startswith("-") and len(word) > 1 and os.path.lexists(word)), None)
+    return None if word is None else f"a file whose name begins with a dash is given as ./{word}"
 
 
 class _Fields:

@@ -16,19 +16,19 @@ from nfnet_flax.cli.options import CHECKPOINT, COUNT, DIR, PIXELS, WEIGHTS, pars
 from nfnet_flax.config import ConfigError, require
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_WRONG
 from nfnet_flax.messages import warn
-from nfnet_flax.paths import check_not_input, check_target
+from nfnet_flax.paths import check_not_input, check_target, local_path
 from nfnet_flax.progress import COMPUTING_LINE_S, tracking
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
 
     from nfnet_flax.prediction import Prediction, Predictor, Unreadable
-    from nfnet_flax.prediction.files import Found
+    from nfnet_flax.prediction.files import Found, ImageFiles
     from nfnet_flax.prediction.results import Counts, TargetFile, Writer
 
-_RESULT = tyro.conf.arg(metavar="FILE|-")
+_FILE_OR_STREAM = tyro.conf.arg(metavar="FILE|-")
 _CHANNELS = tyro.conf.arg(metavar="RED GREEN BLUE")
-_STDOUT = "-"
+_STREAM = "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class PredictOptions:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE|FOLDER|PATTERN ...")]
     """Images to predict: files of any format and size, folders with all that is in them, and patterns such as
     'photos/**/*.jpg'."""
+    images_from: Annotated[str | None, _FILE_OR_STREAM] = None
+    """Text file with more of these, one in each line; - is the standard input."""
     workdir: Annotated[str | None, DIR] = None
     """Folder of the run whose network predicts; it is not changed."""
     weights: Annotated[str | None, WEIGHTS] = None
@@ -48,11 +50,11 @@ class PredictOptions:
     """Which parameters of the run: their moving average (without this option), or as trained."""
     top: Annotated[int, COUNT] = 5
     """How many classes to name for each image, the most probable first."""
-    csv: Annotated[str | None, _RESULT] = None
+    csv: Annotated[str | None, _FILE_OR_STREAM] = None
     """File for a CSV table with a row for each image; - is the standard output."""
-    json: Annotated[str | None, _RESULT] = None
+    json: Annotated[str | None, _FILE_OR_STREAM] = None
     """File for JSON, one object for each image in a line of its own; - is the standard output."""
-    html: Annotated[str | None, _RESULT] = None
+    html: Annotated[str | None, _FILE_OR_STREAM] = None
     """File for a web page with thumbnails, which needs no other files."""
     overwrite: bool = False
     """Replace existing files."""
@@ -99,19 +101,11 @@ def run(argv: list[str]) -> int:
 
 def _predict(options: PredictOptions, argv: list[str]) -> int:
     """Predicts the images; returns the exit code."""
-    from nfnet_flax.prediction import find_images
     from nfnet_flax.prediction.page import THUMBNAIL_PX, described
     from nfnet_flax.prediction.results import TargetFile
 
-    targets: dict[str, Path] = {}
-    for form, value in _asked(options).items():
-        if value != _STDOUT:
-            targets[form] = check_target(form, value, overwrite=options.overwrite)
-            if options.weights is not None:
-                check_not_input(form, targets[form], options.weights)
-    if len(set(targets.values())) < len(targets):
-        raise ConfigError("csv, json and html: two of them are the same file: give each its own")
-    images = find_images(options.images)
+    targets = _targets(options)
+    images = _images(options)
     load_given_code(argv)
     predictor = _predictor(options)
     # Pillow's notes on odd files that it can read; whatever matters ends in an error.
@@ -136,13 +130,14 @@ def _predict(options: PredictOptions, argv: list[str]) -> int:
     if _asked(options):
         lines = [f"{form}: {path}" for form, path in targets.items()]
         lines.append(f"{counts.good:,} of {counts.good + counts.failed:,} images have a result")
-        print("\n".join(lines), file=sys.stderr if _STDOUT in _asked(options).values() else sys.stdout)
+        print("\n".join(lines), file=sys.stderr if _STREAM in _asked(options).values() else sys.stdout)
     return EXIT_WRONG if counts.failed else EXIT_DONE
 
 
 def _check(options: PredictOptions) -> None:
     """Raises `ConfigError` for options that do not fit together."""
-    require(bool(options.images), "images", options.images, "give files, folders or patterns")
+    remedy = "give files, folders or patterns, or a text file with one of them in each line by --images-from FILE"
+    require(bool(options.images) or options.images_from is not None, "images", options.images, remedy)
     if (options.workdir is None) == (options.weights is None):
         given = "neither is" if options.workdir is None else "both are"
         raise ConfigError(f"--workdir and --weights: {given} given: give the folder of a run, or weights")
@@ -153,8 +148,35 @@ def _check(options: PredictOptions) -> None:
                 f"{name} = {value!r}: is for a run: give --workdir in place of --weights, or leave it out"
             )
     require(options.top >= 1, "top", options.top, "must be at least 1")
-    if list(_asked(options).values()).count(_STDOUT) > 1:
+    if list(_asked(options).values()).count(_STREAM) > 1:
         raise ConfigError("csv, json and html: only one of them can be the standard output (-)")
+
+
+def _targets(options: PredictOptions) -> dict[str, Path]:
+    """Forms of the results that are files -> their paths; none of them is read by the command as something else."""
+    listed = options.images_from
+    targets: dict[str, Path] = {}
+    for form, value in _asked(options).items():
+        if value == _STREAM:
+            continue
+        targets[form] = check_target(form, value, overwrite=options.overwrite)
+        if options.weights is not None:
+            check_not_input(form, targets[form], options.weights)
+        is_list = listed is not None and listed != _STREAM and local_path("images_from", listed) == targets[form]
+        require(not is_list, form, value, "is the list of images: give another name for the results")
+    if len(set(targets.values())) < len(targets):
+        raise ConfigError("csv, json and html: two of them are the same file: give each its own")
+    return targets
+
+
+def _images(options: PredictOptions) -> "ImageFiles":
+    """The images that are given, and then those in the list."""
+    from nfnet_flax.prediction.files import find_named
+    from nfnet_flax.prediction.listed import check_no_lists, read_list
+
+    check_no_lists(options.images)
+    listed = [] if options.images_from is None else read_list(options.images_from)
+    return find_named([*(("images", place) for place in options.images), *listed])
 
 
 def _not_targets(images: "Iterable[Found]", targets: dict[str, Path]) -> "Iterator[Found]":

@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 
 from nfnet_flax.cli import alternatives
 from nfnet_flax.cli.ahead import load_given_code
-from nfnet_flax.cli.options import parsed
+from nfnet_flax.cli.options import dash_note, parsed
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.config import DataConfig
 from nfnet_flax.data.source_config import SyntheticSource
@@ -43,6 +43,8 @@ def read(command: str, argv: list[str]) -> Given[Recipe]:
     elif _wants_help(argv):
         prog, options, recipe = f"nfnet {command} RECIPE.py", argv, example()
     else:
+        if argv and (note := dash_note([argv[0], argv[0].partition(":")[0]])) is not None:
+            raise ConfigError(f"the recipe is missing: {note}")
         named = next((word for word in argv if word.endswith(".py") or ".py:" in word), None)
         what = f"the recipe {named!r} must come first" if named else "the recipe is missing"
         words = " ".join(word for word in argv if word != named)

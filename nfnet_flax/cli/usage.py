@@ -14,6 +14,7 @@ USAGE = """usage: nfnet COMMAND ...
   nfnet eval --workdir DIR [--checkpoint best|STEP | --all] evaluate a checkpoint of a run; by default the newest
   nfnet eval --weights FILE|NAME --data.source.root DIR     evaluate weights on any images; --help lists the results
   nfnet predict FILE|FOLDER|PATTERN ... --workdir DIR       predict classes of images; --csv, --json or --html FILE
+  nfnet predict --images-from FILE|- --workdir DIR          the same, of the images that a text file or a pipe names
   nfnet predict ... --weights FILE|FOLDER|timm/NAME         the same, by weights that are not of a run
   nfnet plan RECIPE.py --topology v5e:2x4 [--search]        memory and time of the step on a TPU; needs no TPU
   nfnet plan RECIPE.py --topology h100:8                    what the step's program for GPUs shows; needs no GPU

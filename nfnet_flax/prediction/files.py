@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError, require
@@ -67,15 +67,23 @@ def find_images(places: Sequence[str | os.PathLike[str]]) -> ImageFiles:
     remedy = "give a list of files, folders and patterns"
     require(not isinstance(places, str | os.PathLike | bytes), "images", places, remedy)
     require(len(places) > 0, "images", places, "give at least one file, folder or pattern")
-    found = [path for place in places for path in _existing(place)]
-    for path in filter(os.path.isdir, found):
-        _check_folder(path)
+    return find_named([("images", place) for place in places])
+
+
+def find_named(places: Iterable[tuple[str, str | os.PathLike[str]]]) -> ImageFiles:
+    """The image files at places; each of these comes with what names it in a message, such as `images`."""
+    found: list[str] = []
+    for where, place in places:
+        paths = _existing(where, place)
+        for path in filter(os.path.isdir, paths):
+            _check_folder(where, path)
+        found += paths
     return ImageFiles(found)
 
 
-def _existing(place: str | os.PathLike[str]) -> list[str]:
+def _existing(where: str, place: str | os.PathLike[str]) -> list[str]:
     """The paths that a place stands for."""
-    check_path("images", place)
+    check_path(where, place)
     text = os.fspath(place)
     if os.path.lexists(text):
         return [text]
@@ -83,13 +91,13 @@ def _existing(place: str | os.PathLike[str]) -> list[str]:
     if os.path.lexists(text):
         return [text]
     if not glob.has_magic(text):
-        raise ConfigError(f"images = {os.fspath(place)!r}: does not exist: give files, folders or patterns that do")
+        raise ConfigError(f"{where} = {os.fspath(place)!r}: does not exist: give files, folders or patterns that do")
     pattern = _with_literal_start(text)
     paths = sorted(glob.glob(pattern, recursive=True), key=_natural)
     parents = {os.path.dirname(path.rstrip(os.sep)) for path in paths}
     paths = [path for path in paths if path.rstrip(os.sep) not in parents]  # what lies in these was found itself
     if not paths:
-        raise ConfigError(f"images = {os.fspath(place)!r}: no file matches this pattern")
+        raise ConfigError(f"{where} = {os.fspath(place)!r}: no file matches this pattern")
     return paths
 
 
@@ -105,11 +113,11 @@ def _exists(parts: Sequence[str]) -> bool:
     return os.path.lexists(os.sep.join(parts) or os.sep)
 
 
-def _check_folder(folder: str) -> None:
+def _check_folder(where: str, folder: str) -> None:
     counts: _Counts = {}
     if next(_walk(folder, counts), None) is None:
         found = "".join(f"; it has {_sentence(*item)}" for item in counts.items())
-        raise ConfigError(f"images = {folder!r}: there is no image in this folder{found}")
+        raise ConfigError(f"{where} = {folder!r}: there is no image in this folder{found}")
 
 
 def _walk(top: str, unused: _Counts) -> Iterator[Found]:
