@@ -202,8 +202,8 @@ def test_images_with_several_classes_go_through_all_commands(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("data=photos", "missing 1 required positional argument: 'weights'"),
-        ("weights=w.safetensors", "missing 1 required positional argument: 'data'"),
+        ("data=photos", "needs values for weights: give "),
+        ("weights=w.safetensors", "needs values for data: give "),
         ("weights=gone.safetensors,data=split", "gone.safetensors"),
         ("weights=w.safetensors,data=gone", "give a folder of images, or of Parquet or tar files, or a .csv file"),
         ("weights=w.safetensors,data=gone.csv", "gone.csv' is no file"),

@@ -334,7 +334,7 @@ def test_a_slow_scan_says_so_within_two_seconds(
     listing = image_folder._list_class
 
     def slow(folder: Path) -> Any:
-        time.sleep(2.6)
+        time.sleep(3.6)  # long enough for a busy machine to print in between
         return listing(folder)
 
     monkeypatch.setattr(image_folder, "_list_class", slow)
@@ -346,11 +346,11 @@ def test_a_slow_scan_says_so_within_two_seconds(
     assert found.file_names.tolist() == whole.file_names.tolist()
     first, last = capsys.readouterr().err.splitlines()
     num = len(whole.class_names)
-    assert re.fullmatch(rf"nfnet: scanning {tmp_path}/set/train: 0 of {num} class folders after 0:02", first)
+    assert re.fullmatch(rf"nfnet: scanning {tmp_path}/set/train: 0 of {num} class folders after 0:0[23]", first)
     assert re.fullmatch(
-        rf"nfnet: scanning {tmp_path}/set/train: done after 0:03 \({num} of {num} class folders\)", last
+        rf"nfnet: scanning {tmp_path}/set/train: done after 0:0[45] \({num} of {num} class folders\)", last
     )
-    assert 2.0 <= said_s[0] < 2.6
+    assert 2.0 <= said_s[0] < 3.6
 
 
 def test_lines_are_sparse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
