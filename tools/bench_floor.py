@@ -187,6 +187,8 @@ def main() -> None:
         "--json", type=Path, metavar="FILE", help="also write the sums there, as docs/figures/ has them"
     )
     options = parser.parse_args()
+    if options.parts < 1 or options.batch % options.parts:
+        parser.error(f"--parts {options.parts}: must divide --batch {options.batch}")
     keep_freed_memory()
     torch.set_num_threads(os.cpu_count() or 1)
     model = nnx.eval_shape(lambda: nfnet_flax.create_model(options.model, rngs=nnx.Rngs(0)))
