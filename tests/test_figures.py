@@ -24,7 +24,7 @@ def test_every_file_is_shown_once_and_says_how_it_was_made() -> None:
     for name in shown:
         found = figures.read_figures(name)
         quoted = any("{" in str(cell) for row in found["rows"] for cell in row.values())
-        assert quoted or re.match(r"python tools/\w+\.py|nfnet \w+", found["command"]), (
+        assert quoted or re.match(r"python tools/\w+\.py|nfnet claim \w+", found["command"]), (
             f"{name}.json: which command wrote it?"
         )
         is_tool = not quoted and found["command"].startswith("python ")

@@ -81,8 +81,8 @@ def is_started(folder: Path) -> bool:
 
 
 def main(folder: Path) -> int:
-    """Trains; returns an exit code of `exit_codes`. If the user can correct
-    what went wrong, the last line that is printed says how."""
+    """Trains; returns an exit code of `exit_codes`. If the user can correct what went wrong, the last line that is
+    printed says how."""
     at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with locked(folder / _LOCK, wait=True):  # a process of a study that was killed may still be saving the run

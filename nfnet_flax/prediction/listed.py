@@ -2,12 +2,14 @@
 
 import codecs
 import glob
+import itertools
 import os
 import stat
 import sys
 from pathlib import Path
 
 from nfnet_flax.config import ConfigError, require
+from nfnet_flax.data.decode import is_image_name
 from nfnet_flax.paths import check_path
 
 STANDARD_INPUT = "-"
@@ -44,8 +46,9 @@ def read_list(file: str) -> list[tuple[str, str]]:
 
 
 def check_no_lists(images: tuple[str, ...]) -> None:
-    """Raises `ConfigError` if one of the images is a text whose first line names a file or folder that exists."""
-    for path in images:
+    """Raises `ConfigError` if one of the images is a text whose first line names a file or folder that exists. Files
+    with the name of an image are not opened for this, as there can be many of them."""
+    for path in itertools.filterfalse(is_image_name, images):
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 continue
