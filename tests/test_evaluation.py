@@ -152,7 +152,7 @@ def test_where_nothing_can_be_evaluated_there_is_an_error_and_no_number(network:
         "mask": np.zeros(16, np.float32),
     }
     for batches in ([], [nothing, nothing]):
-        with pytest.raises(ConfigError, match=r"no held-out image could be evaluated.*--data\.on-corrupt raise"):
+        with pytest.raises(ConfigError, match=r"no held-out image could be evaluated.*nfnet doctor --all-images"):
             run_evaluation(step, {"eval": weights}, batches, make_mesh())
 
 

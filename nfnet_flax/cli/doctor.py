@@ -39,6 +39,9 @@ def run(argv: list[str]) -> int:
         """Recipe file, with its arguments; by default the recipe that is stored in the workdir."""
         timeout_s: Annotated[float, SECONDS] = 60.0
         """Longest time to wait for a disk or a device that does not answer, in seconds."""
+        all_images: bool = False
+        """Also read and decode every image of both splits, and name each that is damaged. `--timeout-s` is then the
+        longest time without any progress."""
         report: bool = False
         """Print the findings, versions, device and recipe as a text for a public issue, without paths, names of users,
         hosts and buckets, addresses and tokens."""
@@ -56,7 +59,8 @@ def run(argv: list[str]) -> int:
     place = None if options.workdir is None else place_of("workdir", options.workdir)
 
     found, recipes = [], list[Recipe]()
-    for topic, findings in examine(place, options.recipe, timeout_s=options.timeout_s, recipes=recipes):
+    checks = examine(place, options.recipe, timeout_s=options.timeout_s, all_images=options.all_images, recipes=recipes)
+    for topic, findings in checks:
         found.append((topic, findings))
         if not options.report:
             print(describe(topic, findings), flush=True)

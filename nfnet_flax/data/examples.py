@@ -107,7 +107,10 @@ def naming(source: Source, index: int) -> Iterator[None]:
             text = f"{error} (example {index})"
         else:
             text = f"{source.describe(index)} (example {index}): {error}"
-        remedy = "repair or remove it, or give --data.on-corrupt skip to go on without such images"
+        remedy = (
+            "repair or remove it, or give --data.on-corrupt skip to go on without such images (nfnet doctor "
+            "--all-images names all of them)"
+        )
         raise CorruptImageError(f"{text}: {remedy}") from error
     except Exception as error:
         error.add_note(f"in {source.describe(index)} (example {index})")

@@ -18,6 +18,7 @@ from nfnet_flax.doctor.bucket import check_bucket
 from nfnet_flax.doctor.data import check_data
 from nfnet_flax.doctor.devices import check_devices
 from nfnet_flax.doctor.findings import Finding, seen, wrong
+from nfnet_flax.doctor.images import check_images
 from nfnet_flax.doctor.machine import check_disks, check_machine, check_versions
 from nfnet_flax.doctor.workdir import check_workdir
 from nfnet_flax.messages import as_given
@@ -37,6 +38,7 @@ def examine(
     recipe_path: str | None,
     *,
     timeout_s: float,
+    all_images: bool = False,
     recipes: "list[Recipe] | None" = None,
 ) -> Iterator[tuple[str, list[Finding]]]:
     """Yields each topic with its findings, as soon as they are known.
@@ -44,7 +46,9 @@ def examine(
     Args:
       place: folder of a run, which need not have begun; None: no run is examined.
       recipe_path: path of a recipe file, with its arguments; None: the recipe that is stored in the workdir, if any.
-      timeout_s: time limit of each check, in seconds. A check that has not ended by then is a finding.
+      timeout_s: time limit of each check, in seconds; for all images, of the time without any progress.
+        A check that has not ended by then is a finding.
+      all_images: whether every image is decoded, too.
       recipes: to this list the recipe that is examined is added, if there is one.
     """
     recipes = [] if recipes is None else recipes
@@ -64,6 +68,8 @@ def examine(
     yield "machine", _within(timeout_s, functools.partial(check_machine, recipe))
     if recipe is not None:
         yield "data", _within(timeout_s, functools.partial(check_data, recipe, workdir))
+    if all_images:
+        yield "images", _within(None, functools.partial(check_images, recipe, workdir, timeout_s=timeout_s))
     if folder is not None:
         until_s = time.monotonic() + timeout_s / 2  # reading a large checkpoint must not look like a disk that hangs
         yield "workdir", _within(timeout_s, functools.partial(check_workdir, folder, recipe, until_s=until_s))
@@ -89,8 +95,13 @@ def describe(topic: str, findings: list[Finding]) -> str:
     return "\n".join(f"{topic if index == 0 else '':<10}{line}" for index, line in enumerate(lines))
 
 
-def _within(timeout_s: float, check: Check) -> list[Finding]:
-    """The findings of a check; an error that it raises is a finding, too, and so is that it did not end in time."""
+def _within(timeout_s: float | None, check: Check) -> list[Finding]:
+    """The findings of a check; an error that it raises is a finding, too, and so is that it did not end in time.
+
+    Args:
+      timeout_s: time limit in seconds; None: the check has one of its own.
+      check: the check.
+    """
     found: list[list[Finding]] = []
 
     def run() -> None:

@@ -13,6 +13,7 @@ import nfnet_flax
 from nfnet_flax.config import field_hints, members_of
 from nfnet_flax.doctor import describe
 from nfnet_flax.doctor.findings import Finding
+from nfnet_flax.doctor.machine import usable_cpus
 from nfnet_flax.doctor.private import is_public, without_private
 from nfnet_flax.open_config import is_own, type_name
 from nfnet_flax.units import human_size
@@ -92,8 +93,7 @@ def _machine() -> Iterator[str]:
     kernel = re.match(r"[\d.]*\d", platform.release())
     library = " ".join(filter(None, platform.libc_ver()))
     yield f"{platform.system()} {kernel[0] if kernel else ''} {platform.machine()}, {library or 'unknown C library'}"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"{usable} of {os.cpu_count()} CPUs, {human_size(_memory_bytes())} of memory"
+    yield f"{usable_cpus()} of {os.cpu_count()} CPUs, {human_size(_memory_bytes())} of memory"
 
 
 def _memory_bytes() -> int:

@@ -48,11 +48,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def usable_cpus() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_machine(recipe: "Recipe | None") -> list[Finding]:
     """CPUs, and the limit of open files."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    findings = [seen(f"{num_cpus} CPUs, {platform.system()} {platform.machine()}, at most {limit} open files")]
+    findings = [seen(f"{usable_cpus()} CPUs, {platform.system()} {platform.machine()}, at most {limit} open files")]
     wanted = _MIN_OPEN_FILES + (0 if recipe is None else recipe.data.source.num_open_files())
     if limit != resource.RLIM_INFINITY and limit < wanted:
         findings.append(wrong(f"at most {limit} open files", f"ulimit -n {wanted} (the hard limit is {hard_limit})"))

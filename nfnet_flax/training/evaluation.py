@@ -284,5 +284,5 @@ def check_any(counted: np.ndarray) -> None:
     if not np.any(counted):
         raise ConfigError(
             "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
-            "--data.on-corrupt raise names the first that is"
+            "nfnet doctor --all-images names those that are"
         )

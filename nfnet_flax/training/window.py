@@ -105,5 +105,6 @@ def _corrupt_text(number: int, first_step: int, last_step: int) -> str:
     images = "1 damaged image was" if number == 1 else f"{number} damaged images were"
     return (
         f"{images} replaced by other images in {steps} (--data.on-corrupt skip). From now on they are only counted: "
-        f"as {_NUM_CORRUPT} in {METRICS}, and nfnet report adds them up; --data.on-corrupt raise names the first"
+        f"as {_NUM_CORRUPT} in {METRICS}, and nfnet report adds them up; nfnet doctor --workdir DIR --all-images names "
+        "them"
     )
