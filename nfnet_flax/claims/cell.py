@@ -24,6 +24,7 @@ from nfnet_flax.exit_codes import (
     EXIT_STOPPED,
     EXIT_STORAGE_FAILED,
 )
+from nfnet_flax.garbage import collect_rarely
 from nfnet_flax.json_files import StorageFailed, read_json, write_json
 from nfnet_flax.storage.file_locks import locked
 from nfnet_flax.training.layout import METRICS
@@ -123,4 +124,5 @@ def _ended_now(outcome: Outcome, step: int, metrics: dict[str, float]) -> Result
 
 
 if __name__ == "__main__":
+    collect_rarely()
     sys.exit(main(Path(sys.argv[1])))

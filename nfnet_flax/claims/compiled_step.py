@@ -29,6 +29,7 @@ from nfnet_flax.claims.child import (
 from nfnet_flax.config import ConfigError
 from nfnet_flax.data.source_config import ArrayRecordSource
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.garbage import collect_rarely
 from nfnet_flax.json_files import read_json, write_json
 from nfnet_flax.models.classifier import Rematerialization
 from nfnet_flax.programs.plan import Plan, devices_of, plan, set_environment
@@ -218,6 +219,7 @@ def main(folder: Path, topology: str, rematerialization: Rematerialization) -> i
 
 
 if __name__ == "__main__":
+    collect_rarely()
     _folder, _topology, _rematerialization = sys.argv[1:]
     assert _rematerialization in typing.get_args(Rematerialization)
     sys.exit(main(Path(_folder), _topology, typing.cast(Rematerialization, _rematerialization)))

@@ -21,6 +21,7 @@ from nfnet_flax.claims.latency import Form, Step, forms, recipe_of
 from nfnet_flax.claims.published import NUM_IMAGES
 from nfnet_flax.config import ConfigError
 from nfnet_flax.exit_codes import EXIT_DONE, EXIT_STOPPED
+from nfnet_flax.garbage import collect_rarely
 from nfnet_flax.json_files import read_json, write_json, write_whole
 from nfnet_flax.models import IMAGE_SIZES
 from nfnet_flax.models.layers import ComputeDtype
@@ -283,4 +284,5 @@ def _ready_step(recipe: Recipe) -> tuple[Callable[[], float], int | None]:
 
 
 if __name__ == "__main__":
+    collect_rarely()
     sys.exit(main(Path(sys.argv[1])))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nfnet_flax.exit_codes import EXIT_BAD_INPUT
+from nfnet_flax.garbage import collect_rarely
 from nfnet_flax.needed import what_to_install
 
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The program `nfnet`: runs its command line and ends the process."""
+    collect_rarely()
     try:
         from nfnet_flax.cli import command
     except ModuleNotFoundError as error:
