@@ -242,10 +242,12 @@ def test_data_that_are_damaged_or_changed_are_named(tmp_path: Path) -> None:
     assert "source.fingerprint" in fingerprint
     for path in (root / "val").rglob("*.JPEG"):
         os.truncate(path, path.stat().st_size // 2)
-    train, damaged = check_data(recipe, workdir)
+    train, held_out, damaged, *changes = check_data(recipe, workdir)
     assert train.text.startswith("train: 13 examples of 3 classes")
+    assert held_out.text == "eval: 6 examples of 3 classes"
     assert damaged.is_wrong
-    assert re.search(r"ILSVRC2012_val_\d+.JPEG \(example 0\): damaged", damaged.text)
+    assert sum(change.text.startswith("the run began with another input") for change in changes) == 2
+    assert re.search(r"ILSVRC2012_val_\d+.JPEG' \(example 0\): damaged", damaged.text)
 
 
 def test_devices_that_are_missing_hang_or_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,9 @@ def naming(source: Source, index: int) -> Iterator[None]:
         else:
             text = f"{source.describe(index)} (example {index}): {error}"
         remedy = (
-            "repair or remove it, or give --data.on-corrupt skip to go on without such images (nfnet doctor "
-            "--all-images names all of them)"
+            "repair it under the same name, or give --data.on-corrupt skip to go on without such images; remove it "
+            "only before a run begins, because a run that has trained refuses another set. nfnet doctor --all-images, "
+            "with --workdir or --recipe, names all that are damaged"
         )
         raise CorruptImageError(f"{text}: {remedy}") from error
     except Exception as error:

@@ -69,7 +69,8 @@ def examine(
     if recipe is not None:
         yield "data", _within(timeout_s, functools.partial(check_data, recipe, workdir))
     if all_images:
-        yield "images", _within(None, functools.partial(check_images, recipe, workdir, timeout_s=timeout_s))
+        for finding in check_images(recipe, workdir, timeout_s=timeout_s):  # has time limits of its own
+            yield "images", [finding]
     if folder is not None:
         until_s = time.monotonic() + timeout_s / 2  # reading a large checkpoint must not look like a disk that hangs
         yield "workdir", _within(timeout_s, functools.partial(check_workdir, folder, recipe, until_s=until_s))
@@ -95,13 +96,8 @@ def describe(topic: str, findings: list[Finding]) -> str:
     return "\n".join(f"{topic if index == 0 else '':<10}{line}" for index, line in enumerate(lines))
 
 
-def _within(timeout_s: float | None, check: Check) -> list[Finding]:
-    """The findings of a check; an error that it raises is a finding, too, and so is that it did not end in time.
-
-    Args:
-      timeout_s: time limit in seconds; None: the check has one of its own.
-      check: the check.
-    """
+def _within(timeout_s: float, check: Check) -> list[Finding]:
+    """The findings of a check; an error that it raises is a finding, too, and so is that it did not end in time."""
     found: list[list[Finding]] = []
 
     def run() -> None:

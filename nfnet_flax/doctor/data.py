@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nfnet_flax.config import ConfigError
 from nfnet_flax.doctor.findings import Finding, nearest, seen, wrong
+from nfnet_flax.doctor.images import problem_of
 from nfnet_flax.json_files import read_json
 from nfnet_flax.training.layout import INPUT
 from nfnet_flax.units import human_size
@@ -14,6 +15,8 @@ from nfnet_flax.units import human_size
 if TYPE_CHECKING:
     from nfnet_flax.data.random_access import Source, Split
     from nfnet_flax.recipe import Recipe
+
+_ALL = "the option --all-images examines all of them"
 
 
 def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
@@ -31,7 +34,7 @@ def check_data(recipe: "Recipe", workdir: Path | None) -> list[Finding]:
     for split in splits:
         try:
             sources[split] = open_split(data, split, class_names)
-            findings.append(seen(f"{split}: {_first_example(sources[split])}"))
+            findings += _first_example(split, sources[split])
             findings += [seen(found.text) for found in sources[split].unused]
         except NoIndexYet as error:  # to make it would take long, and would write
             return [*findings, seen(f"{split}: {error}; until then the images are not looked at here")]
@@ -82,14 +85,15 @@ def _check_copies(sources: "list[Source]") -> list[Finding]:
     return findings
 
 
-def _first_example(source: "Source") -> str:
+def _first_example(split: "Split", source: "Source") -> list[Finding]:
+    """How many examples there are, and whether the first can be decoded."""
     from nfnet_flax.data.decode import decode
-    from nfnet_flax.data.examples import naming
 
-    with naming(source, 0):
-        image = source[0]["image"]
-        pixels = decode(image) if isinstance(image, bytes) else image
-    size = f"{pixels.shape[1]} x {pixels.shape[0]} px"
     num_unused = sum(found.num_files for found in source.unused)
     unused = f", {num_unused} files, rows or members are not used" if num_unused else ""
-    return f"{len(source)} examples of {len(source.class_names)} classes{unused}; the first is {size}"
+    text = f"{split}: {len(source)} examples of {len(source.class_names)} classes{unused}"
+    if (problem := problem_of(source, 0)) is not None:
+        return [seen(text), wrong(f"{split}: {problem}", "repair it, or train with data.on_corrupt = 'skip'; " + _ALL)]
+    image = source[0]["image"]
+    pixels = decode(image) if isinstance(image, bytes) else image
+    return [seen(f"{text}; the first is {pixels.shape[1]} x {pixels.shape[0]} px")]

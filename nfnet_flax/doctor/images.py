@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 
 _PIECE = 16
 """Number of images that a thread decodes before it reports them."""
+_REMEDY = (
+    "repair them under the same names, or train with data.on_corrupt = 'skip'; remove them only before a run begins, "
+    "because a run that has trained refuses another set"
+)
 _HANGS = "a disk or store hangs; look at it, or give more --timeout-s"
 
 
-def check_images(recipe: "Recipe | None", workdir: Path | None, *, timeout_s: float) -> list[Finding]:
+def check_images(recipe: "Recipe | None", workdir: Path | None, *, timeout_s: float) -> Iterator[Finding]:
     """Reads and decodes every image of both splits, in as many threads as there are processors.
+
+    Each finding is yielded at once: whoever stops this has the names of the images that were found damaged so far.
 
     Args:
       recipe: the recipe whose images these are; None: there is none, which is a finding.
@@ -32,49 +38,53 @@ def check_images(recipe: "Recipe | None", workdir: Path | None, *, timeout_s: fl
     """
     from nfnet_flax.data.index_store import NoIndexYet
     from nfnet_flax.data.pipeline import open_split
+    from nfnet_flax.data.prefetch import InputFailed
     from nfnet_flax.training.record import fixed_class_names
 
     if recipe is None:
-        return [wrong("no recipe is known, so no image", "give --recipe FILE, or the --workdir of a run")]
-    class_names = None if workdir is None else fixed_class_names(workdir)
-    data = dataclasses.replace(recipe.data, source=recipe.data.source.without_writing())
-    findings: list[Finding] = []
-    opening = BackgroundThreads(1, "opening")
+        yield wrong("no recipe is known, so no image", "give --recipe FILE, or the --workdir of a run")
+        return
     splits: tuple[Split, ...] = ("train", "eval")
+    opening = BackgroundThreads(1, "opening")
     for split in splits:
         try:
+            class_names = None if workdir is None else fixed_class_names(workdir)
+            data = dataclasses.replace(recipe.data, source=recipe.data.source.without_writing())
             source = opening.submit(open_split, data, split, class_names).result(timeout_s)
         except NoIndexYet as error:
-            return [*findings, wrong(f"{split}: {error}", "start training once, which makes it")]
+            yield wrong(f"{split}: {error}", "start training once, which makes it")
         except TimeoutError:
-            return [*findings, wrong(f"{split}: it was not opened within {timeout_s:g} s", _HANGS)]
-        except ConfigError as error:  # its message says what to do
-            return [*findings, Finding(text=str(error), is_wrong=True)]
-        findings += _of_split(split, source, timeout_s)
-    return findings
+            yield wrong(f"{split}: it was not opened within {timeout_s:g} s", _HANGS)
+            return
+        except (ConfigError, InputFailed) as error:  # its message says what to do
+            yield Finding(text=f"{split}: {error}", is_wrong=True)
+        else:
+            yield from _of_split(split, source, timeout_s)
 
 
-def _of_split(split: "Split", source: "Source", timeout_s: float) -> list[Finding]:
+def _of_split(split: "Split", source: "Source", timeout_s: float) -> Iterator[Finding]:
     """A finding for each image that cannot be decoded or read, and one about all."""
-    findings: list[Finding] = []
-    num_seen = 0
+    num_seen, num_wrong = 0, 0
     with tracking(f"decoding every image of the {split} split", len(source), "images") as task:
         pieces = _decoded(source, timeout_s)
-        while True:
+        while num_seen < len(source):
             try:
                 num_images, problems = next(pieces)
-            except StopIteration:
-                break
             except TimeoutError:
                 text = f"{split}: no image was decoded within {timeout_s:g} s, after {num_seen} of {len(source)}"
-                return [*findings, wrong(text, _HANGS)]
-            findings += [Finding(text=f"{split}: {problem}", is_wrong=True) for problem in problems]
+                yield wrong(text, _HANGS)
+                return
+            for problem in problems:
+                yield Finding(text=f"{split}: {problem}", is_wrong=True)
             num_seen += num_images
+            num_wrong += len(problems)
             task.advance(num_images)
-    if not findings:
-        return [seen(f"{split}: all {len(source)} can be decoded")]
-    remedy = "repair or remove them; --data.on-corrupt skip trains without those that are damaged"
-    return [*findings, wrong(f"{split}: {len(findings)} of {len(source)} cannot be decoded or read", remedy)]
+    if not num_wrong:
+        yield seen(f"{split}: all {len(source)} can be decoded")
+    elif num_wrong == len(source):
+        yield seen(f"{split}: none of {len(source)} can be decoded or read: nothing is left to train on or to evaluate")
+    else:
+        yield seen(f"{split}: {num_wrong} of {len(source)} cannot be decoded or read: {_REMEDY}")
 
 
 def _decoded(source: "Source", timeout_s: float) -> Iterator[tuple[int, list[str]]]:
@@ -98,10 +108,10 @@ def _examine(source: "Source", indexes: range) -> tuple[int, list[str]]:
     from nfnet_flax.data.random_access import read_ahead
 
     read_ahead(source, indexes)
-    return len(indexes), [problem for index in indexes if (problem := _problem(source, index)) is not None]
+    return len(indexes), [problem for index in indexes if (problem := problem_of(source, index)) is not None]
 
 
-def _problem(source: "Source", index: int) -> str | None:
+def problem_of(source: "Source", index: int) -> str | None:
     """What is wrong with an image, with its name; None if nothing is."""
     from nfnet_flax.data.decode import decode
     from nfnet_flax.data.random_access import CorruptRecordError
@@ -113,5 +123,7 @@ def _problem(source: "Source", index: int) -> str | None:
     except CorruptRecordError as error:  # it names file and record
         return f"{error} (example {index})"
     except (ConfigError, OSError) as error:
-        return f"{source.describe(index)} (example {index}): {error}"
+        return f"{source.describe(index)!r} (example {index}): {error}"
+    except Exception as error:  # whatever a decoder or a source of somebody's own may raise
+        return f"{source.describe(index)!r} (example {index}): {type(error).__name__}: {error}"
     return None

@@ -46,7 +46,7 @@ _MIN_SECRET, _MIN_NAME = 6, 4
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Around the number of a placeholder while a text is being changed; Unicode has these characters for private use."""
 
-_QUOTED = re.compile(r"(?<!\w)(['\"`])([^'\"`\n]*)\1(?!\w)")
+_QUOTED = re.compile(r"(?:(?<!\w)|(?<=\bb))(['\"`])([^'\"`\n]*)\1(?!\w)")
 _URL = re.compile(r"([a-zA-Z][\w+.-]*)://([^\s'\"`<>|\ue000\ue001]*)")
 _EMAIL = re.compile(r"[\w.+-]+@[\w.-]*\w")
 _PATH = re.compile(

@@ -284,5 +284,5 @@ def check_any(counted: np.ndarray) -> None:
     if not np.any(counted):
         raise ConfigError(
             "no held-out image could be evaluated: there is none, or each is damaged and was left out; "
-            "nfnet doctor --all-images names those that are"
+            "nfnet doctor --all-images, with --workdir or --recipe, names those that are"
         )
