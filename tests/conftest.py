@@ -33,7 +33,7 @@ if jaxlib.__version__.startswith("0.10.") and _WITHOUT_FUSION_EMITTERS not in _f
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 sys.dont_write_bytecode = False
-collect_rarely()  # as the command does; otherwise a seventh of the time of these processes
+collect_rarely()  # as the command does
 for number in STOP_SIGNALS:  # ignored where the suite runs in the background or under `nohup`; tests send them
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
